@@ -1,0 +1,1 @@
+"""One file a technique: what the paper says, and what is measured here."""

@@ -1,0 +1,1 @@
+"""Readers of users' files, and the loader that feeds the training loop."""

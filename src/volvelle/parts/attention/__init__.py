@@ -1,0 +1,1 @@
+"""Attention over (b, h, n, d) tensors: one function, several back ends, and the key/value cache."""
