@@ -30,10 +30,11 @@ class UsageError(VolvelleError):
 
 
 def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str | None:
-    """Return a tip that lists the names closest to `word`, or None when none is near.
+    """Return a tip that lists the names closest to `word`, or None when none is near; capitals do not matter.
 
     >>> did_you_mean("lroa", ["lora", "prefix", "full"])
     'did you mean lora?'
     """
-    close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
+    by_lower = {name.lower(): name for name in known}
+    close = [by_lower[key] for key in difflib.get_close_matches(word.lower(), by_lower, n=limit, cutoff=0.5)]
     return f"did you mean {' or '.join(close)}?" if close else None

@@ -220,6 +220,7 @@ def render_golden(registry: Registry) -> str:
         if forward is not None:
             lines.append(f"    forward{signature_text(forward)}")
         facts = [f"since {entry.since}"]
+        facts += [f"wraps {entry.twin.__module__}.{entry.twin.__qualname__}"] if entry.twin else []
         facts += [f"also {name}" for name in entry.aliases]
         facts += [f"{name} deprecated since {version}" for name, version in sorted(entry.deprecated.items())]
         lines.append("    " + ", ".join(facts))

@@ -1,0 +1,50 @@
+# Sourced by ./run and ./check: makes .venv with pip and keeps it current. `prepare core` or `prepare check`.
+# A stamp in .venv holds a hash of what was installed; while it matches, nothing is asked of pip or of the network.
+
+fail() { # fail MESSAGE TIP
+    printf 'error: %s\ntip: %s\n' "$1" "$2" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# What the installed environment depends on. The folder counts too: a moved checkout breaks the links inside .venv.
+fingerprint() {
+    local files=(pyproject.toml)
+    [ -f constraints-ci.txt ] && files+=(constraints-ci.txt)
+    { pwd -P && cat "${files[@]}"; } | .venv/bin/python -c 'import hashlib, sys
+print(hashlib.sha256(sys.version.encode() + sys.stdin.buffer.read()).hexdigest())'
+}
+
+install() { # install REQUIREMENT
+    local options=(--disable-pip-version-check --no-input)
+    [ -f constraints-ci.txt ] && options+=(-c constraints-ci.txt)
+    [ -t 1 ] || options+=(--quiet)
+    .venv/bin/python -m pip install "${options[@]}" -e "$1" </dev/null
+}
+
+prepare() { # prepare core|check
+    local kind=$1 python now requirement=. stamp
+    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+        python=$(find_python) || fail "Python 3.11 or newer not found" "install it, or name it: PYTHON=/path/to/python $0"
+        echo "making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv || fail "could not make .venv" "on Debian and Ubuntu: apt-get install python3-venv"
+    fi
+    now=$(fingerprint)
+    for stamp in ".venv/volvelle-$kind.stamp" .venv/volvelle-check.stamp; do # the check environment serves ./run too
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$now" ]; then return; fi
+    done
+    [ "$kind" = check ] && requirement='.[dev,peers]'
+    echo "installing volvelle into .venv (the first time this downloads PyTorch and takes some minutes)"
+    install "$requirement" || fail "pip could not install volvelle" "the lines above say why; without a network, only an environment that is already installed works"
+    printf '%s\n' "$now" >".venv/volvelle-$kind.stamp"
+}
