@@ -1,1 +1,1 @@
-"""Where a token stands: position encodings, one file each."""
+"""Position encodings behind one protocol (encoding.py): one file each, with its equation and paper."""

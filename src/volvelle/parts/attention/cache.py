@@ -1,0 +1,222 @@
+"""The key/value cache: fixed storage, written in place, in which any part of a step can be kept or forgotten.
+
+A step is begin -> append in every layer -> commit:
+    step = cache.begin(n)                       # positions, mask and causal for all layers, made once
+    k_all, v_all = cache.append(layer, k, v)    # writes n slots, returns views of all slots so far
+    cache.commit()                              # keep the n slots; or commit(path): keep an accepted path of them
+A step that is not committed is overwritten by the next one.
+
+Rows of a batch may differ: a slot that a row does not use (left padding, a rejected token) is a hole in that row, and
+positions count the slots that are not.
+
+Shapes: b batch, h_kv key/value heads, n new tokens, d features a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """What the layers need to know about one step; pass `mask` and `causal` on to `attention`.
+
+    positions is (1, n) or (b, n), int64; mask is bool, broadcastable to (b, 1, n, slots so far), or None where nothing
+    is hidden but what `causal` says.
+    """
+
+    positions: Tensor
+    mask: Tensor | None
+    causal: bool
+
+
+class Snapshot(NamedTuple):
+    """A state of the cache to come back to: how far it was filled, and which slots were holes. Holds no keys."""
+
+    cursor: int
+    holes: Tensor | None
+    serial: int
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for all layers.
+
+    >>> cache = KVCache.allocate(layers=1, batch=1, kv_heads=2, context=8, head_width=4)
+    >>> step = cache.begin(3)
+    >>> step.positions, step.mask, step.causal
+    (tensor([[0, 1, 2]]), None, True)
+    >>> k_all, v_all = cache.append(0, torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    >>> cache.commit(torch.tensor([[0, 2]]))  # the second token was rejected
+    >>> cache.length, tuple(k_all.shape)
+    (2, (1, 2, 3, 4))
+    """
+
+    def __init__(self, storage: Tensor) -> None:
+        """Use storage of shape (2, layers, b, h_kv, context, d); `allocate` makes one."""
+        self._storage = storage
+        self._layers = [(storage[0, layer], storage[1, layer]) for layer in range(storage.shape[1])]
+        _, self.layers, self.batch, self.kv_heads, self.context, self.head_width = storage.shape
+        self._slots = torch.arange(self.context, device=storage.device)
+        # False marks a hole of that row; slots that are not written yet count as True
+        self._keep = torch.ones(self.batch, self.context, dtype=torch.bool, device=storage.device)
+        self._has_holes = False
+        self._cursor = self._pending = 0
+        self._serial = 0
+        self._rewinds: list[tuple[int, int]] = []  # (serial, cursor): older snapshots beyond the cursor are lost
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        context: int,
+        head_width: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> KVCache:
+        """Allocate room for `context` tokens a row: 2 * layers * b * h_kv * context * d numbers, once."""
+        return cls(torch.zeros(2, layers, batch, kv_heads, context, head_width, dtype=dtype, device=device))
+
+    @property
+    def length(self) -> int:
+        """The number of slots in use, the same for all rows (holes included)."""
+        return self._cursor
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens in each row, (b,)."""
+        return self._keep[:, : self._cursor].sum(-1)
+
+    def begin(self, n: int, *, padding: Tensor | None = None, tree: Tensor | None = None) -> Step:
+        """Open a step of n new tokens; returns their positions and what they may attend to.
+
+        padding is (b, n) bool, True = a real token; the others become holes. tree is (n, n) or (b, n, n) bool, True =
+        may attend (a node's ancestors and the node itself); without it a token sees those before it. A token's
+        position is the number of tokens of its row before it, in a tree along its path.
+        Raises ValueError when the tokens do not fit into the context, or on shapes that do not fit.
+        """
+        start, end = self._cursor, self._cursor + n
+        if n < 1 or end > self.context:
+            raise ValueError(f"KVCache: {n} tokens after {start} do not fit into a context of {self.context}")
+        self._clear_pending()
+        self._pending = n
+        if padding is not None and not bool(padding.all()):
+            if tuple(padding.shape) != (self.batch, n):
+                raise ValueError(f"KVCache: padding must be (b, n) = ({self.batch}, {n}), got {tuple(padding.shape)}")
+            self._keep[:, start:end] = padding
+            self._has_holes = True
+        return Step(self._positions(n, tree), *self._mask(n, tree))
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (b, h_kv, n, d) of the open step; returns views (b, h_kv, slots so far, d) of both."""
+        n = k.shape[2]
+        if n != self._pending:
+            raise ValueError(f"KVCache: the open step has {self._pending} tokens, got k of shape {tuple(k.shape)}")
+        keys, values = self._layers[layer]
+        start, end = self._cursor, self._cursor + n
+        keys.narrow(2, start, n).copy_(k)
+        values.narrow(2, start, n).copy_(v)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def commit(self, path: Tensor | None = None) -> None:
+        """Keep the tokens of the open step: all, or those at `path`, and close it.
+
+        path is (b, m) int64: offsets into the step in the order in which the tokens follow each other, -1 = none; rows
+        may keep different numbers. The kept keys and values move together to the front of the step.
+        """
+        start, n = self._cursor, self._pending
+        if path is None:
+            self._cursor, self._pending = start + n, 0
+            return
+        if path.dim() != 2 or path.shape[0] != self.batch or path.shape[1] > n:
+            raise ValueError(f"KVCache: path must be (b, m <= {n}) with b = {self.batch}, got {tuple(path.shape)}")
+        path = path.to(self._slots.device)
+        if path.numel() and not bool(((path >= -1) & (path < n)).all()):
+            raise ValueError(f"KVCache: path must hold offsets from -1 to {n - 1}, got {path.tolist()}")
+        taken = path >= 0
+        columns = taken.any(0).nonzero()
+        m = int(columns[-1]) + 1 if columns.numel() else 0
+        path, taken = path[:, :m], taken[:, :m]
+        source = torch.where(taken, path, self._slots[:m])
+        if not torch.equal(source, self._slots[:m].expand_as(source)):
+            step = self._storage.narrow(4, start, n)
+            index = source[None, None, :, None, :, None].expand(2, self.layers, -1, self.kv_heads, -1, self.head_width)
+            step.narrow(4, 0, m).copy_(step.gather(4, index))
+        keep = self._keep[:, start : start + n]
+        kept = taken & keep.gather(1, source)
+        keep.fill_(True)
+        keep[:, :m] = kept
+        self._has_holes = self._has_holes or not bool(kept.all())
+        self._cursor, self._pending = start + m, 0
+
+    def snapshot(self) -> Snapshot:
+        """Return the committed state, to `restore` later: a few bytes a slot, since kept slots are never rewritten."""
+        self._serial += 1
+        holes = self._keep[:, : self._cursor].clone() if self._has_holes else None
+        return Snapshot(self._cursor, holes, self._serial)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to an earlier state; what came after it is forgotten.
+
+        Raises ValueError when the cache has since been rewound to before the snapshot, which lost its tokens.
+        """
+        for serial, cursor in self._rewinds:
+            if snapshot.serial <= serial and cursor < snapshot.cursor:
+                raise ValueError(
+                    f"KVCache: the snapshot at {snapshot.cursor} was lost when the cache went back to {cursor}"
+                )
+        self._rewind(snapshot.cursor)
+        if snapshot.holes is not None:
+            self._keep[:, : snapshot.cursor] = snapshot.holes
+        self._has_holes = snapshot.holes is not None
+
+    def reset(self) -> None:
+        """Forget everything; the storage stays."""
+        self._rewind(0)
+        self._has_holes = False
+
+    def _rewind(self, cursor: int) -> None:
+        # a rewind to a lower cursor makes the earlier, higher ones redundant, so the list stays short
+        self._rewinds = [(s, c) for s, c in self._rewinds if c < cursor]
+        self._rewinds.append((self._serial, cursor))
+        self._cursor, self._pending = cursor, 0
+        self._keep[:, cursor:] = True
+
+    def _clear_pending(self) -> None:
+        if self._pending and self._has_holes:
+            self._keep[:, self._cursor :] = True
+        self._pending = 0
+
+    def _positions(self, n: int, tree: Tensor | None) -> Tensor:
+        start = self._cursor
+        if tree is not None:
+            depth = tree.sum(-1) - 1  # (n,) or (b, n)
+            depth = depth if depth.dim() == 2 else depth[None]
+            return depth + (self.lengths[:, None] if self._has_holes else start)
+        if not self._has_holes:
+            return self._slots[None, start : start + n]
+        # a padded token takes the position of the real one before it; nothing reads it
+        count = self._keep[:, : start + n].cumsum(-1) - 1
+        return count[:, start:].clamp(min=0)
+
+    def _mask(self, n: int, tree: Tensor | None) -> tuple[Tensor | None, bool]:
+        start, end = self._cursor, self._cursor + n
+        holes = self._keep[:, None, None, :end] if self._has_holes else None  # (b, 1, 1, end)
+        if tree is None:
+            if n == 1:
+                return holes, False
+            if start == 0 and holes is None:
+                return None, True
+            seen = self._slots[:end] <= self._slots[start:end, None]  # (n, end)
+        else:
+            if tree.dtype != torch.bool or tree.shape[-2:] != (n, n) or tree.dim() not in {2, 3}:
+                raise ValueError(
+                    f"KVCache: tree must be bool (n, n) or (b, n, n), got {tree.dtype} {tuple(tree.shape)}"
+                )
+            past = torch.ones(*tree.shape[:-1], start, dtype=torch.bool, device=tree.device)
+            seen = torch.cat((past, tree), dim=-1)
+        seen = seen[None, None] if seen.dim() == 2 else seen[:, None]
+        return (seen if holes is None else seen & holes), False
