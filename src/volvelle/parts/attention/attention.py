@@ -113,26 +113,15 @@ def attention(
     >>> tuple(out.shape), str(why)
     ((1, 4, 2, 8), 'sdpa: the first in the order of preference that serves the call')
     """
-    check_inputs(q, k, v, mask, bias)
-    is_object = isinstance(bias, Bias)
-    spec = Spec(
-        q.device.type,
-        q.dtype,
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        v.shape[3],
-        causal,
-        mask is not None,
-        "none" if bias is None else "object" if is_object else "tensor",
-        bias is not None and (bias.learnable if is_object else bias.requires_grad),
-        is_object and bias.has_value_term,
-    )
+    shape = check_inputs(q, k, v, mask, bias)
+    if isinstance(bias, Bias):
+        learnable, value_term = bias.learnable, bias.has_value_term
+    else:
+        learnable, value_term = bias is not None and bias.requires_grad, False
+    spec = Spec(shape, q.device.type, q.dtype, causal, mask is not None, bias is not None, learnable, value_term)
     chosen = _choose(spec, backend)
-    terms = Terms(mask, bias, causal, q.shape[3] ** -0.5 if scale is None else scale, q_positions, k_positions)
-    out = chosen(q, k, v, terms)
+    terms = Terms(mask, bias, causal, shape.d**-0.5 if scale is None else scale, q_positions, k_positions)
+    out = chosen(q, k, v, terms, shape)
     return (out, _explain(spec, backend, chosen)) if explain else out
 
 

@@ -54,10 +54,11 @@ class KVCache:
     """
 
     def __init__(self, storage: Tensor) -> None:
-        """Use storage of shape (2, layers, b, h_kv, context, d); `allocate` makes one."""
+        """Use storage of shape (layers, 2, b, h_kv, context, d); `allocate` makes one."""
         self._storage = storage
-        self._layers = [(storage[0, layer], storage[1, layer]) for layer in range(storage.shape[1])]
-        _, self.layers, self.batch, self.kv_heads, self.context, self.head_width = storage.shape
+        self._new: tuple[Tensor, ...] = ()  # of the open step: keys and values of each layer, its new slots
+        self._all: tuple[Tensor, ...] = ()  # and all slots up to its end
+        self.layers, _, self.batch, self.kv_heads, self.context, self.head_width = storage.shape
         self._slots = torch.arange(self.context, device=storage.device)
         # False marks a hole of that row; slots that are not written yet count as True
         self._keep = torch.ones(self.batch, self.context, dtype=torch.bool, device=storage.device)
@@ -78,7 +79,7 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> KVCache:
         """Allocate room for `context` tokens a row: 2 * layers * b * h_kv * context * d numbers, once."""
-        return cls(torch.zeros(2, layers, batch, kv_heads, context, head_width, dtype=dtype, device=device))
+        return cls(torch.zeros(layers, 2, batch, kv_heads, context, head_width, dtype=dtype, device=device))
 
     @property
     def length(self) -> int:
@@ -108,18 +109,20 @@ class KVCache:
                 raise ValueError(f"KVCache: padding must be (b, n) = ({self.batch}, {n}), got {tuple(padding.shape)}")
             self._keep[:, start:end] = padding
             self._has_holes = True
+        flat = self._storage.flatten(0, 1)
+        self._new, self._all = flat.narrow(3, start, n).unbind(), flat.narrow(3, 0, end).unbind()
         return Step(self._positions(n, tree), *self._mask(n, tree))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (b, h_kv, n, d) of the open step; returns views (b, h_kv, slots so far, d) of both."""
-        n = k.shape[2]
-        if n != self._pending:
+        if k.shape[2] != self._pending:
             raise ValueError(f"KVCache: the open step has {self._pending} tokens, got k of shape {tuple(k.shape)}")
-        keys, values = self._layers[layer]
-        start, end = self._cursor, self._cursor + n
-        keys.narrow(2, start, n).copy_(k)
-        values.narrow(2, start, n).copy_(v)
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        if k.requires_grad or v.requires_grad:
+            raise ValueError("KVCache: keys and values that require gradients cannot be cached; use torch.no_grad()")
+        at = 2 * layer
+        self._new[at].copy_(k)
+        self._new[at + 1].copy_(v)
+        return self._all[at], self._all[at + 1]
 
     def commit(self, path: Tensor | None = None) -> None:
         """Keep the tokens of the open step: all, or those at `path`, and close it.
@@ -143,7 +146,7 @@ class KVCache:
         source = torch.where(taken, path, self._slots[:m])
         if not torch.equal(source, self._slots[:m].expand_as(source)):
             step = self._storage.narrow(4, start, n)
-            index = source[None, None, :, None, :, None].expand(2, self.layers, -1, self.kv_heads, -1, self.head_width)
+            index = source[None, None, :, None, :, None].expand(self.layers, 2, -1, self.kv_heads, -1, self.head_width)
             step.narrow(4, 0, m).copy_(step.gather(4, index))
         keep = self._keep[:, start : start + n]
         kept = taken & keep.gather(1, source)

@@ -1,6 +1,6 @@
 """What one attention call asks for: the facts a back end decides on, the terms it computes with, and the input checks.
 
-Shapes: b batch, h query heads, h_kv key/value heads (h a multiple), n_q queries, n_k keys, d and d_v head widths.
+Shapes: b batch, h query heads, h_kv key/value heads, n_q queries, n_k keys, d and d_v features a head.
 """
 
 from __future__ import annotations
@@ -14,21 +14,28 @@ from torch import Tensor
 from volvelle.parts.position.encoding import Bias
 
 
-class Spec(NamedTuple):
-    """The facts of one call, without its tensors: what a back end needs to say whether it can serve it."""
+class Shape(NamedTuple):
+    """The sizes of one call."""
 
-    device: str
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
+    b: int
+    h: int
+    h_kv: int
     n_q: int
     n_k: int
     d: int
     d_v: int
+
+
+class Spec(NamedTuple):
+    """The facts of one call, without its tensors: what a back end needs to say whether it can serve it."""
+
+    shape: Shape
+    device: str
+    dtype: torch.dtype
     causal: bool
     masked: bool
-    bias: str  # "none", "tensor" or "object"
-    bias_grad: bool
+    biased: bool
+    learnable_bias: bool
     value_term: bool
 
 
@@ -45,13 +52,6 @@ class Terms(NamedTuple):
     q_positions: Tensor | None
     k_positions: Tensor | None
 
-    def tile(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Return the whole bias, (b or 1, h or 1, n_q, n_k) or broadcastable, in fp32 or q's wider type."""
-        if not isinstance(self.bias, Bias):
-            return self.bias
-        q_positions, k_positions = self.positions(q, k)
-        return self.bias.tile(q, k, q_positions, k_positions)
-
     def positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the positions given, or key j at j and the queries at the end of the keys, as `causal` aligns them."""
         n_q, n_k = q.shape[2], k.shape[2]
@@ -60,12 +60,17 @@ class Terms(NamedTuple):
             return self.q_positions, k_positions
         return torch.arange(n_k - n_q, n_k, device=q.device), k_positions
 
-    def allowed(self, q: Tensor, k: Tensor) -> Tensor | None:
+    def whole_bias(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Return the bias of all queries against all keys, broadcastable to (b, h, n_q, n_k)."""
+        if isinstance(self.bias, Bias):
+            return self.bias.tile(q, k, *self.positions(q, k))
+        return self.bias
+
+    def allowed(self, shape: Shape, device: torch.device) -> Tensor | None:
         """Return the mask with `causal` merged in, or None where every query may attend to every key."""
-        n_q, n_k = q.shape[2], k.shape[2]
-        if not self.causal or (n_q == 1 and n_k >= 1):
+        if not self.causal or shape.n_q == 1:
             return self.mask
-        seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+        seen = torch.ones(shape.n_q, shape.n_k, dtype=torch.bool, device=device).tril(shape.n_k - shape.n_q)
         return seen if self.mask is None else seen & self.mask
 
 
@@ -78,7 +83,7 @@ class Backend(Protocol):
         """Return None when this back end can serve the call, else the reason why not."""
         ...
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
         """Return (b, h, n_q, d_v)."""
         ...
 
@@ -96,16 +101,16 @@ class Explanation:
         return f"{self.backend}: {self.why}{rejected}"
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | Bias | None) -> None:
-    """Raise ValueError or TypeError, naming the tensor, where shapes or dtypes do not fit together."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | Bias | None) -> Shape:
+    """Return the sizes; raise ValueError or TypeError, naming the tensor, where shapes or dtypes do not fit."""
     if not (q.dim() == k.dim() == v.dim() == 4):
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.dim() != 4:
                 raise ValueError(f"attention: {name} must have shape (b, h, n, d), got {name} of {tuple(x.shape)}")
     b, h, n_q, d = q.shape
     k_b, h_kv, n_k, k_d = k.shape
-    v_b, v_h, v_n, _ = v.shape
-    if (k_b, k_d) != (b, d) or (v_b, v_h, v_n) != (b, h_kv, n_k):
+    v_b, v_h, v_n, d_v = v.shape
+    if k_b != b or k_d != d or v_b != b or v_h != h_kv or v_n != n_k:
         raise ValueError(
             "attention: q (b, h, n_q, d), k (b, h_kv, n_k, d) and v (b, h_kv, n_k, d_v) must agree, "
             f"got q of {tuple(q.shape)}, k of {tuple(k.shape)}, v of {tuple(v.shape)}"
@@ -122,15 +127,20 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Ten
         if mask.dtype != torch.bool:
             raise TypeError(f"attention: mask must be bool (True = may attend), got {mask.dtype}; use bias for floats")
         _check_broadcast("mask", mask, (b, h, n_q, n_k))
-    if isinstance(bias, Tensor):
+    if bias is not None and not isinstance(bias, Bias):
         if not bias.is_floating_point():
             raise TypeError(f"attention: bias must be floating point, got {bias.dtype}; use mask for bool")
         _check_broadcast("bias", bias, (b, h, n_q, n_k))
+    return Shape(b, h, h_kv, n_q, n_k, d, d_v)
 
 
 def _check_broadcast(name: str, x: Tensor, full: tuple[int, int, int, int]) -> None:
     shape = x.shape
-    if len(shape) > 4 or any(
-        have not in {1, want} for have, want in zip(reversed(shape), reversed(full), strict=False)
-    ):
-        raise ValueError(f"attention: {name} must broadcast to (b, h, n_q, n_k) = {full}, got {name} of {tuple(shape)}")
+    if len(shape) == 4:  # the usual case, which a decoding step meets in every layer
+        b, h, n_q, n_k = full
+        s_b, s_h, s_q, s_k = shape
+        if (s_k == n_k or s_k == 1) and (s_q == n_q or s_q == 1) and (s_h == h or s_h == 1) and (s_b == b or s_b == 1):
+            return
+    elif len(shape) < 4 and all(have in {1, want} for have, want in zip(reversed(shape), reversed(full), strict=False)):
+        return
+    raise ValueError(f"attention: {name} must broadcast to (b, h, n_q, n_k) = {full}, got {name} of {tuple(shape)}")
