@@ -1,0 +1,35 @@
+"""Training: one loop (`fit`) for every objective, exact checkpoints, and the recipes behind `train` and `adapt`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from volvelle.train.language import LanguageObjective as LanguageObjective
+    from volvelle.train.loop import FitResult as FitResult
+    from volvelle.train.loop import fit as fit
+    from volvelle.train.observer import Observer as Observer
+    from volvelle.train.options import FitOptions as FitOptions
+    from volvelle.train.phase import Loss as Loss
+    from volvelle.train.phase import Objective as Objective
+    from volvelle.train.phase import Phase as Phase
+
+_HOMES = {
+    "FitOptions": "options",
+    "FitResult": "loop",
+    "LanguageObjective": "language",
+    "Loss": "phase",
+    "Objective": "phase",
+    "Observer": "observer",
+    "Phase": "phase",
+    "fit": "loop",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the torch-free options and recipes can be imported without torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,183 @@
+"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all, and is checked before it is trusted.
+
+`checkpoints/step-00000100/` holds `state.json` (counters, cursors, optimiser settings), `tensors.safetensors` (every
+tensor the state names) and `manifest.json` (SHA-256 of both). It is written under a temporary name, flushed, and
+renamed; nothing is pickled, so opening one runs no code.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from volvelle.errors import VolvelleError
+from volvelle.files import sha256, sync
+
+Tree = Any
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class CorruptCheckpoint(VolvelleError):
+    """A checkpoint whose files are missing, truncated, or not the bytes that were written."""
+
+
+def pack(tree: Tree, tensors: dict[str, Tensor], path: str = "") -> Tree:
+    """Turn nested dicts, lists, tuples and tensors into plain JSON data, moving the tensors into `tensors`.
+
+    Dict keys that are not text (optimiser states are numbered) and tuples survive the round trip through `unpack`.
+    Anything else raises TypeError.
+
+    >>> tensors = {}
+    >>> pack({"step": 3, 0: (1, torch.ones(2))}, tensors, "state")
+    {'$dict': [['step', 3], [0, {'$tuple': [1, {'$tensor': 'state/0/1'}]}]]}
+    >>> list(tensors)
+    ['state/0/1']
+    """
+    if isinstance(tree, Tensor):
+        if path in tensors:
+            raise ValueError(f"pack: two tensors at {path}")
+        # A copy of its own: safetensors refuses tensors that share memory.
+        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": path}
+    if isinstance(tree, Mapping):
+        items = [(key, pack(value, tensors, f"{path}/{key}")) for key, value in tree.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
+            return dict(items)
+        return {"$dict": [[key, value] for key, value in items]}
+    if isinstance(tree, list | tuple):
+        items = [pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
+        return {"$tuple": items} if isinstance(tree, tuple) else items
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"pack: cannot store {type(tree).__name__} at {path or 'the root'}")
+
+
+def unpack(tree: Tree, tensors: Mapping[str, Tensor]) -> Tree:
+    """Undo `pack`."""
+    if isinstance(tree, list):
+        return [unpack(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$tensor" in tree:
+        # A copy: memory mapped from the file need not have the alignment of a fresh allocation, on which the choice
+        # of kernel, and so the last bit, may depend.
+        return tensors[tree["$tensor"]].clone()
+    if "$tuple" in tree:
+        return tuple(unpack(value, tensors) for value in tree["$tuple"])
+    if "$dict" in tree:
+        return {key: unpack(value, tensors) for key, value in tree["$dict"]}
+    return {key: unpack(value, tensors) for key, value in tree.items()}
+
+
+class Checkpoints:
+    """The checkpoints of one run: save, prune, and find the newest sound one."""
+
+    def __init__(self, folder: Path, *, keep_last: int = 2):
+        self.folder, self.keep_last = folder, keep_last
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(m[1]) for p in self.folder.iterdir() if p.is_dir() and (m := _STEP.fullmatch(p.name)))
+
+    def path(self, step: int) -> Path:
+        """The folder of one step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: Tree, *, best: int | None = None) -> Path:
+        """Write the state under `step`, then drop checkpoints beyond the newest `keep_last` and the step `best`.
+
+        A failure (a full disk) leaves earlier checkpoints as they were and raises VolvelleError.
+        """
+        target = self.path(step)
+        temporary = self.folder / f".{target.name}.part"
+        try:
+            self._sweep()
+            temporary.mkdir(parents=True)
+            _write(temporary, state)
+            if target.exists():
+                # Reaching a step again after a corrupt checkpoint: rename cannot replace a folder that has files.
+                target.rename(self.folder / f".{target.name}.old.part")
+            temporary.rename(target)
+            sync(self.folder)
+            self._sweep()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise _save_error(target, error, self.steps()) from error
+        self._prune(best)
+        return target
+
+    def load(self, step: int) -> Tree:
+        """The state saved at `step`. A file that is not what was written raises CorruptCheckpoint."""
+        folder = self.path(step)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            for name, digest in manifest["sha256"].items():
+                if sha256(folder / name) != digest:
+                    raise CorruptCheckpoint(f"{folder / name}: its SHA-256 differs from the manifest's")
+            state = json.loads((folder / "state.json").read_text())
+            tensors = load_file(folder / "tensors.safetensors")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+            raise CorruptCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
+        return unpack(state, tensors)
+
+    def newest(self, say: Callable[[str], None]) -> tuple[int, Tree] | None:
+        """The newest sound checkpoint as (step, state), or None when there is none.
+
+        Each corrupt one on the way is named through `say`. When all are corrupt, raises VolvelleError: starting over
+        in silence would throw away a run.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, self.load(step)
+            except CorruptCheckpoint as error:
+                say(f"checkpoint of step {step} is corrupt and was passed over: {error}")
+        if steps:
+            raise VolvelleError(
+                f"{self.folder}: all {len(steps)} checkpoints are corrupt",
+                tip="start again under another name, or delete the folder to start over",
+            )
+        return None
+
+    def _sweep(self) -> None:
+        """Remove what a killed save left behind."""
+        for leftover in self.folder.glob(".step-*.part"):
+            shutil.rmtree(leftover)
+
+    def _prune(self, best: int | None) -> None:
+        for step in self.steps()[: -self.keep_last]:
+            if step != best:
+                shutil.rmtree(self.path(step))
+
+
+def _write(folder: Path, state: Tree) -> None:
+    tensors: dict[str, Tensor] = {}
+    tree = pack(state, tensors)
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "state.json").write_text(json.dumps(tree))
+    names = ("tensors.safetensors", "state.json")
+    digests = {name: sha256(folder / name) for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "torch": torch.__version__, "sha256": digests}))
+    for name in (*names, "manifest.json"):
+        sync(folder / name)
+    sync(folder)
+
+
+def _save_error(target: Path, error: Exception, steps: list[int]) -> VolvelleError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+    reason = "the disk is full" if full else str(error)
+    kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "no earlier checkpoint exists"
+    tip = "free some space, then resume the run" if full else None
+    return VolvelleError(f"{target}: could not save the checkpoint: {reason}; {kept}", tip=tip)

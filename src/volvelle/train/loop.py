@@ -1,0 +1,309 @@
+"""The loop: one for every objective, from a language model's single phase to the players of a GAN.
+
+`fit` draws micro-batches, lets each phase play, logs, evaluates, and checkpoints. Checkpoints lie between steps and
+hold everything the next step depends on (weights, buffers, optimisers, counters, the loader's cursor, all random
+generators), so a run that was interrupted at any moment continues with the same losses and weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from volvelle.data.loader import Batch
+from volvelle.errors import VolvelleError
+from volvelle.train.checkpoint import Checkpoints
+from volvelle.train.contracts import Batches, Run
+from volvelle.train.interrupt import Interrupt
+from volvelle.train.isolation import Isolation
+from volvelle.train.observer import Observer, Progress
+from volvelle.train.options import FitOptions
+from volvelle.train.phase import Objective
+from volvelle.train.player import NonFinite, Player, device_of, to_device
+from volvelle.train.precision import Precision
+from volvelle.train.random_state import random_state, seed_all, set_random_state, untouched_random_state
+from volvelle.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended: `step` of `steps`, the newest metrics, the best evaluation, and the signal that stopped it."""
+
+    step: int
+    steps: int
+    metrics: dict[str, float]
+    held_out: dict[str, float]
+    best: dict[str, float] | None = None
+    interrupted: str | None = None
+    checkpoint: Path | None = None
+    seconds: float = 0.0
+    resumed_from: int | None = None
+
+
+@dataclass
+class _Cursor:
+    """Counters that the next step depends on, saved in every checkpoint."""
+
+    step: int = 0
+    evaluated: int = -1
+    best: dict[str, float] | None = None
+    held_out: dict[str, float] = field(default_factory=dict)
+
+
+def fit(
+    objective: Objective,
+    loader: Batches,
+    *,
+    options: FitOptions,
+    run: Run | None = None,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> FitResult:
+    """Train the objective for `options.steps` steps (or `options.epochs` passes over the loader).
+
+    With a `run`, metrics go to its metrics.jsonl and checkpoints to its folder `checkpoints`; `resume=True` continues
+    from the newest sound one (or starts when there is none). SIGINT and SIGTERM finish the step, save, and return a
+    result with `interrupted` set. A NaN or infinite loss raises `NonFinite`, with the step, the phase and the samples.
+    """
+    return _Fit(objective, loader, options, run, observer or Observer(), ranks or Ranks()).run_all(resume)
+
+
+class _Fit:
+    def __init__(
+        self,
+        objective: Objective,
+        loader: Batches,
+        options: FitOptions,
+        run: Run | None,
+        observer: Observer,
+        ranks: Ranks,
+    ):
+        self.objective, self.loader, self.options = objective, loader, options
+        self.run, self.observer, self.ranks = run, observer, ranks
+        # Before anything is drawn: phases may initialise weights, and dropout begins with the first step.
+        seed_all(options.seed)
+        self.steps = options.steps or max(1, math.ceil(options.epochs * len(loader) / options.accumulate))
+        modules = objective.modules()
+        self.device = device_of(modules)
+        phases = objective.phases(self.steps)
+        if len({phase.name for phase in phases}) < max(1, len(phases)):
+            raise ValueError(f"fit: the objective's phases need distinct names, got {[p.name for p in phases]}")
+        self.isolation = Isolation(phases, modules)
+        precision = Precision(options.precision, self.device)
+        self.players = [Player(phase, self.isolation, precision, ranks) for phase in phases]
+        self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=options.keep_last) if run else None
+        self.cursor = _Cursor()
+        self.stream = self._stream()
+        self.frozen = self.isolation.frozen() if run else {}
+        self.saved: int | None = None
+        self.metrics: dict[str, float] = {}
+        self.pace: deque[tuple[float, float]] = deque(maxlen=20)
+        self.unit = "batches"
+
+    def run_all(self, resume: bool) -> FitResult:
+        began = time.monotonic()
+        resumed = self._resume() if resume else None
+        training = [(part, part.training) for module in self.isolation.modules.values() for part in module.modules()]
+        try:
+            with Interrupt() as interrupt:
+                self._loop(interrupt)
+        finally:
+            for part, mode in training:
+                part.training = mode
+        cursor = self.cursor
+        path = self.checkpoints.path(self.saved) if self.checkpoints and self.saved is not None else None
+        stopped = interrupt.name if cursor.step < self.steps else None
+        return FitResult(
+            step=cursor.step,
+            steps=self.steps,
+            metrics=self.metrics,
+            held_out=cursor.held_out,
+            best=cursor.best,
+            interrupted=stopped,
+            checkpoint=path,
+            seconds=time.monotonic() - began,
+            resumed_from=resumed,
+        )
+
+    def _loop(self, interrupt: Interrupt) -> None:
+        options, cursor = self.options, self.cursor
+        self.objective.train_mode()
+        if cursor.evaluated < cursor.step and self._evaluation_due() and self._evaluate():
+            # Interrupted before this evaluation: its checkpoint may now be dropped unless it is known as the best.
+            self.saved = None
+            self._save()
+        while cursor.step < self.steps and not self.ranks.any(interrupt.name is not None):
+            self._step()
+            improved = self._evaluation_due() and not interrupt.name and self._evaluate()
+            due = options.checkpoint_every is not None and cursor.step % options.checkpoint_every == 0
+            if due or improved or cursor.step == self.steps:
+                self._save()
+        if interrupt.name and cursor.step < self.steps:
+            self.observer.say(f"{interrupt.name}: stopped after step {cursor.step} of {self.steps}")
+            self._save()
+
+    def _stream(self) -> Iterator[Batch]:
+        """Batches for ever, epoch after epoch."""
+        while True:
+            yield from self.loader
+
+    def _draw(self) -> list[Batch]:
+        batches = [next(self.stream) for _ in range(self.options.accumulate)]
+        return [batch._replace(value=to_device(batch.value, self.device)) for batch in batches]
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        step, metrics, work = self.cursor.step, dict[str, float](), 0.0
+        batches = self._draw()
+        work += self._work(batches)
+        for player in self.players:
+            if not player.phase.plays(step):
+                continue
+            for repeat in range(player.phase.repeats):
+                if repeat:
+                    batches = self._draw()
+                    work += self._work(batches)
+                try:
+                    found = player.update(batches, self.loader.describe)
+                except NonFinite as error:
+                    raise self._non_finite(error) from None
+            prefix = f"{player.phase.name}_" if len(self.players) > 1 else ""
+            metrics |= {prefix + name: value for name, value in found.items()}
+        self.objective.after_step(step)
+        self.cursor.step += 1
+        self.metrics = metrics
+        self._report(time.monotonic() - began, work)
+
+    def _work(self, batches: list[Batch]) -> float:
+        counts = [self.objective.units(batch.value) for batch in batches]
+        self.unit = counts[0][1]
+        return sum(count for count, _ in counts)
+
+    def _report(self, seconds: float, work: float) -> None:
+        step = self.cursor.step
+        if self.run and (step % self.options.log_every == 0 or step == self.steps):
+            self.run.log({"event": "train", "step": step, **self.metrics, "seconds": round(seconds, 4)})
+        self.pace.append((seconds, work))
+        spent, done = sum(s for s, _ in self.pace), sum(w for _, w in self.pace)
+        left = (self.steps - step) * spent / len(self.pace)
+        self.observer.progress(Progress(step, self.steps, self.metrics, done / max(spent, 1e-9), self.unit, left))
+
+    def _evaluation_due(self) -> bool:
+        step, every = self.cursor.step, self.options.evaluate_every
+        return step in (0, self.steps) or (every is not None and step % every == 0)
+
+    def _evaluate(self) -> bool:
+        """Measure on held-out data; True when this is the best so far and worth a checkpoint of its own."""
+        cursor = self.cursor
+        cursor.evaluated = cursor.step
+        with evaluating(self.isolation):
+            found = {name: float(value) for name, value in self.objective.evaluate().items()}
+        if not found:
+            return False
+        cursor.held_out = found
+        if self.run:
+            self.run.log({"event": "evaluate", "step": cursor.step, **{f"held_out_{k}": v for k, v in found.items()}})
+        name, direction = self.objective.best
+        if name not in found:
+            return False
+        better = cursor.best is None or (
+            found[name] < cursor.best[name] if direction == "min" else found[name] > cursor.best[name]
+        )
+        if better:
+            cursor.best = {"step": cursor.step, **found}
+        return better and cursor.step > 0
+
+    def _non_finite(self, error: NonFinite) -> NonFinite:
+        saved = self.checkpoints.steps() if self.checkpoints else []
+        kept = f"; the checkpoint of step {saved[-1]} is intact" if saved else ""
+        return NonFinite(
+            f"step {self.cursor.step + 1}, {error}{kept}", tip="lower learning_rate, or look at these samples"
+        )
+
+    def _save(self) -> None:
+        if self.checkpoints is None or self.saved == self.cursor.step:
+            return
+        best = self.cursor.best
+        self.checkpoints.save(self.cursor.step, self._state(), best=int(best["step"]) if best else None)
+        self.saved = self.cursor.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "cursor": vars(self.cursor),
+            "loader": self.loader.state_dict(),
+            "random": random_state(),
+            "weights": self.isolation.weights(),
+            "players": {player.phase.name: player.state_dict() for player in self.players},
+            "objective": self.objective.state_dict(),
+            "frozen": self.frozen,
+        }
+
+    def _resume(self) -> int | None:
+        if self.checkpoints is None:
+            raise ValueError("fit: resume=True needs a run folder")
+        found = self.checkpoints.newest(self.observer.say)
+        if found is None:
+            return None
+        step, state = found
+        self._restore(state)
+        self.saved = step
+        assert self.run is not None
+        forget_after(self.run, step)
+        self.run.log({"event": "resume", "step": step})
+        self.observer.say(f"resumed from the checkpoint of step {step}")
+        return step
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        changed = [name for name, values in state["frozen"].items() if self.frozen.get(name) != values]
+        if changed or len(self.frozen) != len(state["frozen"]):
+            named = changed[0] if changed else "their number"
+            raise VolvelleError(
+                f"resume: the weights that are not trained differ from those the run began with ({named})",
+                tip="resume with the same model",
+            )
+        ours = self.isolation.weights()
+        if ours.keys() != state["weights"].keys():
+            different = sorted(ours.keys() ^ state["weights"].keys())
+            raise VolvelleError(f"resume: the checkpoint trains other weights than this run ({different[0]})")
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(state["weights"][name])
+        for player in self.players:
+            player.load_state_dict(state["players"][player.phase.name])
+        self.loader.load_state_dict(state["loader"])
+        self.objective.load_state_dict(state["objective"])
+        self.cursor = _Cursor(**state["cursor"])
+        set_random_state(state["random"])
+
+
+@contextmanager
+def evaluating(isolation: Isolation) -> Iterator[None]:
+    """Eval mode without gradients; modes and random generators are put back afterwards."""
+    parts = [(part, part.training) for module in isolation.modules.values() for part in module.modules()]
+    with untouched_random_state(), torch.no_grad():
+        for part, _ in parts:
+            part.training = False
+        try:
+            yield
+        finally:
+            for part, mode in parts:
+                part.training = mode
+
+
+def forget_after(run: Run, step: int) -> None:
+    """Drop metrics of steps after `step`: the resumed run will write them again."""
+    import json
+
+    from volvelle.files import write_atomic
+
+    kept = [record for record in run.metrics() if record.get("step", 0) <= step]
+    write_atomic(run.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,1 @@
+"""Recipes: frozen dataclasses without torch that the command line turns into help and overrides."""
