@@ -1,0 +1,69 @@
+"""Opening what a run left behind as a model: its base with the adapter on it, or its own weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from volvelle.adapt.model import merge
+from volvelle.adapt.peft_files import CONFIG, base_name, load
+from volvelle.errors import VolvelleError
+from volvelle.runs import RunFolder
+from volvelle.systems.language.load import load_language_model
+
+if TYPE_CHECKING:
+    from volvelle.systems.language.decoder import Decoder
+
+
+def load_run(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    merged: bool = False,
+) -> Decoder:
+    """Open a run folder, an adapter folder, or anything `load_language_model` takes, as one model.
+
+    A run with an adapter gives its base model with the adapter on it, or folded into the weights with `merged` (faster
+    to decode; rounded once to `dtype`); a run with weights gives those. Raises VolvelleError when the run holds neither
+    or does not say what its base model is.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        run = RunFolder.open(folder)
+        if (folder / "adapter" / CONFIG).is_file():
+            return _adapted(folder / "adapter", run.manifest.get("base_model"), dtype, device, merged)
+        if (folder / "weights" / "config.json").is_file():
+            return load_language_model(folder / "weights", dtype=dtype, device=device)
+        tip = f"its status is {run.status}"
+        raise VolvelleError(f"{folder}: this run holds neither an adapter nor weights", tip=tip)
+    if (folder / CONFIG).is_file():
+        return _adapted(folder, None, dtype, device, merged)
+    return load_language_model(path, dtype=dtype, device=device)
+
+
+def _adapted(
+    folder: Path,
+    base: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    merged: bool,
+) -> Decoder:
+    base = base or base_name(folder)
+    if base is None:
+        raise VolvelleError(
+            f"{folder}: {CONFIG} does not say which base model it belongs to",
+            tip="write its name or path as base_model_name_or_path there",
+        )
+    if not merged:
+        model = load_language_model(base, dtype=dtype, device=device)
+        load(model, folder)
+        return model
+    # Summed at the precision the base is stored in, so that the update meets one rounding and not two.
+    model = load_language_model(base, device=device)
+    load(model, folder)
+    merge(model, keep=False)
+    return model if dtype is None else model.to(dtype)

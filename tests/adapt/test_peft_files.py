@@ -1,0 +1,213 @@
+"""Adapter files: PEFT reads ours, we read PEFT's, and damaged or foreign ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from volvelle import adapt
+from volvelle.adapt import LoRA
+from volvelle.errors import VolvelleError
+
+
+def tuned(model, method=None):
+    adapt.apply(model, method or LoRA(rank=4))
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def plain(width=8):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"q_proj": nn.Linear(8, width), "v_proj": nn.Linear(8, width, bias=False)})
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    model = tuned(plain(), LoRA(rank=3, alpha=5.5, dropout=0.1, rank_pattern={"v_proj": 2}))
+    adapt.save(model, tmp_path, base="org/base")
+    other = plain()
+    adapted = adapt.load(other, tmp_path)
+    assert adapted.method == LoRA(rank=3, alpha=5.5, dropout=0.1, rank_pattern={"v_proj": 2})
+    for (name, ours), (also, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert name == also
+        assert torch.equal(ours, theirs)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == [
+        f"base_model.model.{path}.lora_{half}.weight" for path in ("q_proj", "v_proj") for half in "AB"
+    ]
+
+
+def test_adapters_of_half_precision_models_stay_fp32(tmp_path):
+    model = tuned(plain().bfloat16())
+    adapt.save(model, tmp_path)
+    other = plain().bfloat16()
+    adapt.load(other, tmp_path)
+    assert other["q_proj"].a.dtype == torch.float32
+    assert torch.equal(other["q_proj"].b, model["q_proj"].b)
+
+
+def test_another_base_is_refused_by_layer(tmp_path):
+    adapt.save(tuned(plain()), tmp_path, base="org/base")
+    wrong = plain(width=9)
+    with pytest.raises(
+        VolvelleError, match=r"another base model: q_proj \(adapter 8 x 8, model 9 x 8\), v_proj"
+    ) as error:
+        adapt.load(wrong, tmp_path)
+    assert error.value.tip == "it was made for org/base"
+    assert isinstance(wrong["q_proj"], nn.Linear)
+    wrong = nn.ModuleDict({"query": nn.Linear(8, 8)})
+    with pytest.raises(VolvelleError, match=r"q_proj \(the model has no such layer\)"):
+        adapt.load(wrong, tmp_path)
+
+
+def test_another_base_is_refused_where_the_adapted_layers_fit(tmp_path):
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "head": nn.Linear(8, 30)})
+    adapt.save(tuned(model, LoRA(targets=("q_proj",))), tmp_path)
+    other = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "head": nn.Linear(8, 31)})
+    with pytest.raises(VolvelleError, match=r"head.bias \(adapter's base \(30,\), model \(31,\)\)"):
+        adapt.load(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("new", 3)],
+)
+def test_what_is_not_supported_is_named(tmp_path, field, value):
+    adapt.save(tuned(plain()), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(VolvelleError, match=f"not supported: {field}="):
+        adapt.load(plain(), tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(VolvelleError, match=r"adapter_config.json: no such file"):
+        adapt.load(plain(), tmp_path)
+    adapt.save(tuned(plain()), tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-10])
+    with pytest.raises(VolvelleError, match=r"adapter_model.safetensors: truncated or damaged"):
+        adapt.load(plain(), tmp_path)
+    weights.unlink()
+    with pytest.raises(VolvelleError, match=r"adapter_model.safetensors: no such file"):
+        adapt.load(plain(), tmp_path)
+    weights.write_bytes(content)
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "r": 9}))
+    with pytest.raises(VolvelleError, match=r"q_proj has rank 4, but adapter_config.json says 9"):
+        adapt.load(plain(), tmp_path)
+    config.write_text(json.dumps({**settings, "peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(VolvelleError, match="peft_type PREFIX_TUNING is not supported"):
+        adapt.load(plain(), tmp_path)
+    config.write_text("{")
+    with pytest.raises(VolvelleError, match="not valid JSON"):
+        adapt.load(plain(), tmp_path)
+    config.write_text(json.dumps({k: v for k, v in settings.items() if k != "r"}))
+    with pytest.raises(VolvelleError, match=r"adapter_config.json: 'r' is missing"):
+        adapt.load(plain(), tmp_path)
+
+
+def test_half_a_pair_is_named(tmp_path):
+    adapt.save(tuned(plain()), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.q_proj.lora_B.weight"]
+    tensors["base_model.model.v_proj.lora_magnitude_vector"] = torch.ones(8)
+    save_file(tensors, path)
+    with pytest.raises(VolvelleError, match=r"v_proj.lora_magnitude_vector, q_proj \(only lora_A\)"):
+        adapt.load(plain(), tmp_path)
+
+
+def test_a_full_disk_leaves_the_previous_adapter(tmp_path, monkeypatch):
+    model = tuned(plain())
+    adapt.save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    nn.init.ones_(model["q_proj"].b)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("volvelle.adapt.peft_files.save_file", full)
+        with pytest.raises(VolvelleError, match="No space left on device"):
+            adapt.save(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)  # the second file of the two
+        with pytest.raises(VolvelleError, match="No space left on device"):
+            adapt.save(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    adapt.save(model, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_peft_loads_ours(tiny_llama, ids, tmp_path, rslora, targets):
+    peft = pytest.importorskip("peft")
+    method = LoRA(rank=4, alpha=6, rslora=rslora, targets=targets, layers=(1,))
+    model = tuned(tiny_llama(), method).eval()
+    adapt.save(model, tmp_path, base="tiny")
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    assert theirs.peft_config["default"].base_model_name_or_path == "tiny"
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_we_load_pefts(tiny_llama, ids, tmp_path, dtype):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3, target_modules=["q_proj", "down_proj"], rank_pattern={r"0\.self_attn\.q_proj": 2},
+        alpha_pattern={"down_proj": 7}, init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny_llama(dtype), config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama(dtype)
+    adapt.load(model, tmp_path)
+    torch.testing.assert_close(model.eval()(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-6)
+    again = tmp_path / "again"
+    adapt.save(model, again)
+    ours, original = load_file(again / "adapter_model.safetensors"), load_file(tmp_path / "adapter_model.safetensors")
+    assert ours.keys() == original.keys()
+    assert all(torch.equal(ours[name], original[name]) for name in ours)
+    shutil.rmtree(again)
+
+
+@pytest.mark.peer
+def test_gpt2_of_transformers_both_ways(ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+
+    def build():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+        ).eval()
+
+    model = build()
+    before = model(ids).logits
+    adapt.apply(model, LoRA(rank=3, targets=("c_attn", "mlp.c_proj")))
+    assert torch.equal(model.eval()(ids).logits, before)
+    adapt.remove(model)
+    tuned(model, LoRA(rank=3, targets=("c_attn", "mlp.c_proj")))
+    adapt.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    other = build()
+    adapt.load(other, tmp_path / "theirs")
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    adapt.merge(other)
+    torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert "Conv1D" in type(other.transformer.h[0].attn.c_attn).__name__
