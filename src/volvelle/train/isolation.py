@@ -65,7 +65,7 @@ class Isolation:
         for p in self.parameters:
             p.requires_grad_(id(p) in own)
         saved = [(b, b.module._buffers[b.name]) for b in self._foreign[phase.name]]
-        copies = [(b, buffer, buffer.clone(), buffer._version) for b, buffer in saved if buffer is not None]
+        copies = [(b, buffer, buffer.clone()) for b, buffer in saved if buffer is not None]
         try:
             yield
         finally:
@@ -73,10 +73,10 @@ class Isolation:
                 p.grad = None
                 p.requires_grad_(flag)
             with torch.no_grad():
-                for b, buffer, copy, version in copies:
+                # Always copied: batch norm moves its statistics without raising their version counter.
+                for b, buffer, copy in copies:
                     b.module._buffers[b.name] = buffer
-                    if buffer._version != version:
-                        buffer.copy_(copy)
+                    buffer.copy_(copy)
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes, by name: every phase's parameters and every persistent buffer."""

@@ -250,13 +250,14 @@ class _Fit:
     def _resume(self) -> int | None:
         if self.checkpoints is None:
             raise ValueError("fit: resume=True needs a run folder")
+        assert self.run is not None
         found = self.checkpoints.newest(self.observer.say)
         if found is None:
+            forget_after(self.run, -1)
             return None
         step, state = found
         self._restore(state)
         self.saved = step
-        assert self.run is not None
         forget_after(self.run, step)
         self.run.log({"event": "resume", "step": step})
         self.observer.say(f"resumed from the checkpoint of step {step}")
