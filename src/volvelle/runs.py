@@ -132,7 +132,7 @@ class RunFolder:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return what was logged. A last line that a crash cut short is left out; a broken one elsewhere is an error."""
+        """Return what was logged. A last line cut short by a crash is left out; a broken one elsewhere is an error."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -225,8 +225,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, enum.Enum):
         return plain(value.value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a 0-d tensor or a numpy scalar
-        value = value.item()
+    if getattr(value, "ndim", None) == 0:  # a 0-d tensor or a numpy scalar
+        value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

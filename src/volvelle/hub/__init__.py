@@ -11,9 +11,23 @@ from pathlib import Path
 
 from volvelle.errors import UsageError, did_you_mean
 from volvelle.hub.assets import ASSETS, Asset
+from volvelle.hub.huggingface import REPO_ID, fetch_repo, repositories
 from volvelle.hub.store import Stored, fetch, find, home, manifest, status
 
-__all__ = ["ASSETS", "Asset", "Stored", "fetch", "find", "home", "manifest", "resolve", "status"]
+__all__ = [
+    "ASSETS",
+    "REPO_ID",
+    "Asset",
+    "Stored",
+    "fetch",
+    "fetch_repo",
+    "find",
+    "home",
+    "manifest",
+    "repositories",
+    "resolve",
+    "status",
+]
 
 
 def resolve(path_or_name: str | os.PathLike[str]) -> Path:
@@ -34,9 +48,6 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
         return path
     if name in ASSETS:
         return fetch(name)
-    # Imported late: fetch_repo needs huggingface_hub, which takes a while to load.
-    from volvelle.hub.huggingface import REPO_ID, fetch_repo
-
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors")
     if REPO_ID.fullmatch(name) and not looks_like_path:
         return fetch_repo(name)

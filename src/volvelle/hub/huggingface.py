@@ -48,14 +48,9 @@ def fetch_repo(repo: str, *, refresh: bool = False, pickles: bool = False) -> Pa
     return folder
 
 
-def records() -> list[dict]:
+def repositories() -> list[dict]:
     """Return what is recorded of every repo fetched so far: name, source, path, files with size and sha256."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((home() / "huggingface").glob("*.json"))]
-
-
-def record(repo: str) -> dict:
-    """Return the record of one fetched repo."""
-    return json.loads(_record_path(repo).read_text(encoding="utf-8"))
 
 
 def _record_path(repo: str) -> Path:

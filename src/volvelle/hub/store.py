@@ -20,7 +20,7 @@ from typing import Literal
 
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
 from volvelle.files import sha256, write_atomic
-from volvelle.hub import idx, sources
+from volvelle.hub import idx
 from volvelle.hub.assets import ASSETS, FASHION_MNIST, Asset
 from volvelle.hub.progress import Lines, Report, megabytes
 
@@ -118,6 +118,9 @@ def _expected(asset: Asset, record: dict) -> dict[str, tuple[int, str]]:
 
 def _install(asset: Asset, folder: Path, source: str | os.PathLike[str] | None, report: Report) -> str:
     """Put the asset's files into `folder` and return where they came from."""
+    # Imported late: the HTTP client and the archive readers take a while to load, and most calls find the file there.
+    from volvelle.hub import sources
+
     if source is None:
         downloads = home() / "downloads"
         _need_space(asset)

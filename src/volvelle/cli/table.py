@@ -1,0 +1,56 @@
+"""The verbs of the command line, one row each. Adding a verb: one file in cli/verbs/ and one row here.
+
+A verb's file is free of torch at import and holds
+
+    EXAMPLES = ("volvelle ls models", "volvelle ls runs")     two runnable lines
+    class Options                                              a frozen dataclass; a docstring under each field
+    def main(options: Options) -> int | None                   imports what is heavy inside
+
+A positional argument is a field annotated `tyro.conf.Positional[...]`. A row whose file is missing is not shown.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row: what is typed (one or two words), a line of help, the file in cli/verbs/, the group it is listed in."""
+
+    name: str
+    help: str
+    file: str
+    group: str
+
+    @property
+    def module(self) -> str:
+        """Import path of the verb's file."""
+        return f"volvelle.cli.verbs.{self.file}"
+
+    def exists(self) -> bool:
+        """Say whether the file is there, without importing it."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+GROUPS = ("start", "train and adapt", "use", "look")
+
+VERBS = (
+    Verb("tour", "adapt a real model, decode with it and write a report, in a few minutes", "tour", "start"),
+    Verb("ls", "list techniques, recipes, claims, models and runs", "ls", "start"),
+    Verb("get", "fetch a model or data set and print where it is", "get", "start"),
+    Verb("doctor", "check this machine: torch, threads, memory, disk, stored models", "doctor", "start"),
+    Verb("train language", "train a language model from scratch on text", "train_language", "train and adapt"),
+    Verb("adapt", "adapt a model to your data (LoRA)", "adapt", "train and adapt"),
+    Verb("eval", "measure a run or a model on held-out data", "eval", "use"),
+    Verb("generate", "continue a prompt", "generate", "use"),
+    Verb("chat", "talk to a model", "chat", "use"),
+    Verb("claim", "measure what a paper says, on this machine", "claim", "look"),
+    Verb("export", "write a run in a format other programs read", "export", "use"),
+)
+
+
+def available(verbs: tuple[Verb, ...] = VERBS) -> list[Verb]:
+    """Return the rows whose file exists, in the table's order."""
+    return [verb for verb in verbs if verb.exists()]
