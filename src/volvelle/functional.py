@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import attention as attention
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
+from volvelle.parts.position.learned import learned_positions as learned_positions
 from volvelle.parts.position.rope import apply_rope as apply_rope
 from volvelle.parts.position.rope import convert_rope_layout as convert_rope_layout
 from volvelle.parts.position.rope import rope_frequencies as rope_frequencies
+from volvelle.parts.position.sinusoidal import sinusoidal_positions as sinusoidal_positions
 
 __all__ = [
     "apply_rope",
     "attention",
     "convert_rope_layout",
+    "learned_positions",
     "lora_linear",
     "rope_frequencies",
+    "sinusoidal_positions",
 ]

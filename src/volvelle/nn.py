@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import Attention as Attention
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
+from volvelle.parts.position.learned import LearnedPositions as LearnedPositions
 from volvelle.parts.position.rope import RotaryEmbedding as RotaryEmbedding
+from volvelle.parts.position.sinusoidal import SinusoidalPositions as SinusoidalPositions
 
 __all__ = [
     "Attention",
+    "LearnedPositions",
     "LoRALinear",
     "RotaryEmbedding",
+    "SinusoidalPositions",
 ]

@@ -101,6 +101,14 @@ def test_the_library_keeps_its_layers(repository):
     assert violations(repository / "src") == []
 
 
+def test_every_package_has_an_init(repository):
+    """Without one, the walk that fills the public names and the doctests would pass it by."""
+    folders = {path.parent for path in (repository / "src" / "volvelle").rglob("*.py")}
+    parents = {parent for folder in folders for parent in folder.parents if parent.is_relative_to(repository / "src")}
+    packages = (folders | parents) - {repository / "src"}
+    assert [str(folder) for folder in sorted(packages) if not (folder / "__init__.py").is_file()] == []
+
+
 def tree(folder: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = folder / "volvelle" / name

@@ -46,8 +46,23 @@ def attention(dtype: torch.dtype) -> Sample:
     return Sample(layer, (q, k, v), lambda: functional.attention(q, k, v, causal=True, scale=0.3))
 
 
+def sinusoidal_positions(dtype: torch.dtype) -> Sample:
+    positions = torch.tensor([[0, 1, 2], [9, 4, 1000]])
+    layer = parts.SinusoidalPositions(6, base=50.0, layout="half")
+    options = {"base": 50.0, "layout": "half", "dtype": dtype}
+    return Sample(layer, (positions, dtype), lambda: functional.sinusoidal_positions(positions, 6, **options))
+
+
+def learned_positions(dtype: torch.dtype) -> Sample:
+    positions = torch.tensor([[0, 1, 2], [6, 3, 3]])
+    layer = parts.LearnedPositions(7, 5).to(dtype)
+    return Sample(layer, (positions,), lambda: functional.learned_positions(positions, layer.weight))
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.Attention": attention,
+    "nn.LearnedPositions": learned_positions,
     "nn.LoRALinear": lora_linear,
     "nn.RotaryEmbedding": rotary_embedding,
+    "nn.SinusoidalPositions": sinusoidal_positions,
 }
