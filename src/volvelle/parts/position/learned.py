@@ -14,9 +14,9 @@ from volvelle.parts.position.encoding import PositionEncoding
 def learned_positions(positions: Tensor, weight: Tensor) -> Tensor:
     """Return weight[m] for each position m.
 
-    positions are integers (n,) or (b, n), weight is (length, dim); the result is (n, dim) or (b, n, dim) in the weight's
-    dtype. Raises ValueError on a position outside 0 .. length - 1: nothing was trained there. Gehring et al. 2017,
-    "Convolutional sequence to sequence learning", section 3.1.
+    positions are integers (n,) or (b, n), weight is (length, dim); the result is (n, dim) or (b, n, dim), in the dtype
+    of the weight. Raises ValueError on a position outside 0 .. length - 1, for nothing was trained there.
+    Gehring et al. 2017, "Convolutional sequence to sequence learning", section 3.1.
 
     >>> learned_positions(torch.tensor([2, 0]), torch.tensor([[0.0], [1.0], [2.0]]))
     tensor([[2.],
