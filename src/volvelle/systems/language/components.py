@@ -1,0 +1,269 @@
+"""The modules a `LanguageConfig` names: norms, MLPs, position encodings, attention, and the two kinds of block.
+
+Shapes: b batch, n new tokens, m tokens in reach (cache included), h heads, d features a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from volvelle.parts.attention.attention import attention
+from volvelle.parts.attention.cache import KVCache
+from volvelle.parts.position import rope_scaling
+from volvelle.parts.position.encoding import PositionEncoding, Turning
+from volvelle.parts.position.learned import LearnedPositions
+from volvelle.parts.position.rope import RotaryEmbedding
+from volvelle.parts.position.sinusoidal import SinusoidalPositions
+from volvelle.systems.language import config as c
+from volvelle.systems.language.projections import JoinsLayers, is_plain, linear_row
+
+
+class Step(NamedTuple):
+    """What all blocks of one forward share, prepared once.
+
+    `mask` is bool, broadcastable to (b, h, n, m), True = may attend. `row` says that linear layers see one row (see
+    `projections.one_row`).
+    """
+
+    rotation: Turning | None
+    mask: Tensor | None
+    causal: bool
+    cache: KVCache | None
+    row: bool
+
+
+ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def build_norm(spec: c.RMSNorm | c.LayerNorm, width: int) -> nn.Module:
+    """The normalisation over the last dimension that `spec` names."""
+    match spec:
+        case c.RMSNorm():
+            return nn.RMSNorm(width, eps=spec.eps)
+        case c.LayerNorm():
+            return nn.LayerNorm(width, eps=spec.eps)
+
+
+def build_position(config: c.LanguageConfig) -> PositionEncoding:
+    """The position encoding the configuration names."""
+    position = config.position
+    match position:
+        case c.Rope():
+            scaling = _scaling(position.scaling, config.context)
+            return RotaryEmbedding(config.rotated, base=position.base, layout=position.layout, scaling=scaling)
+        case c.Learned():
+            return LearnedPositions(config.context, config.embedding_width)
+        case c.Sinusoidal():
+            return SinusoidalPositions(config.embedding_width, base=position.base)
+
+
+def _scaling(spec: c.RopeScaling | None, context: int) -> rope_scaling.Scaling | None:
+    match spec:
+        case None:
+            return None
+        case c.LinearScaling():
+            return rope_scaling.LinearScaling(spec.factor)
+        case c.DynamicScaling():
+            return rope_scaling.DynamicNTKScaling(spec.factor, spec.original_context or context)
+        case c.YarnScaling():
+            return rope_scaling.YaRNScaling(
+                spec.factor,
+                spec.original_context,
+                beta_fast=spec.beta_fast,
+                beta_slow=spec.beta_slow,
+                mscale=spec.mscale,
+                mscale_all_dim=spec.mscale_all_dim,
+                truncate=spec.truncate,
+                given_attention_factor=spec.attention_factor,
+            )
+        case c.LongRopeScaling():
+            return rope_scaling.LongRoPEScaling(
+                spec.short_factors,
+                spec.long_factors,
+                spec.original_context,
+                factor=context / spec.original_context if spec.factor is None else spec.factor,
+                given_attention_factor=spec.attention_factor,
+            )
+        case c.Llama3Scaling():
+            return rope_scaling.Llama3Scaling(
+                spec.factor, spec.original_context, spec.low_frequency_factor, spec.high_frequency_factor
+            )
+
+
+def apply_linear(layer: nn.Module, x: Tensor, row: bool) -> Tensor:
+    """layer(x), as a matrix-vector product when `row` is set and the layer is a plain linear one."""
+    if row and isinstance(layer, nn.Linear) and is_plain(layer):
+        return linear_row(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+class GatedMLP(JoinsLayers):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, spec: c.GatedMLP, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, spec.width, bias=spec.bias)
+        self.up_proj = nn.Linear(width, spec.width, bias=spec.bias)
+        self.down_proj = nn.Linear(spec.width, width, bias=spec.bias)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def layers_to_join(self) -> tuple[nn.Module, ...]:
+        """Gate and up."""
+        return self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor, row: bool = False) -> Tensor:
+        """Map x (b, n, width) -> (b, n, width)."""
+        joined = self.joined()
+        if joined is not None:
+            gate, up = joined(x, row).chunk(2, dim=-1)
+        else:
+            gate, up = apply_linear(self.gate_proj, x, row), apply_linear(self.up_proj, x, row)
+        return apply_linear(self.down_proj, self.activation(gate) * up, row)
+
+
+class MLP(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, spec: c.MLP, width: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, spec.width, bias=spec.bias)
+        self.down_proj = nn.Linear(spec.width, width, bias=spec.bias)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, x: Tensor, row: bool = False) -> Tensor:
+        """Map x (b, n, width) -> (b, n, width)."""
+        return apply_linear(self.down_proj, self.activation(apply_linear(self.up_proj, x, row)), row)
+
+
+def build_mlp(spec: c.GatedMLP | c.MLP, width: int) -> nn.Module:
+    """The feed-forward network that `spec` names."""
+    return GatedMLP(spec, width) if isinstance(spec, c.GatedMLP) else MLP(spec, width)
+
+
+class SelfAttention(JoinsLayers):
+    """Multi-head attention with grouped key/value heads, rotary positions and a cache slot for its layer."""
+
+    def __init__(self, config: c.LanguageConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.rotate_value = isinstance(config.position, c.Rope) and config.position.rotate_value
+        self.dropout = config.dropout.attention
+        width, inner, kv_inner = config.width, self.heads * self.head_width, self.kv_heads * self.head_width
+        self.q_proj = nn.Linear(width, inner, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner, width, bias=config.out_bias)
+
+    def layers_to_join(self) -> tuple[nn.Module, ...]:
+        """Queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Map x (b, n, width) -> (b, n, width)."""
+        b, n, _ = x.shape
+        q, k, v = self._project(x, step)
+        if step.cache is not None:
+            k, v = step.cache.append(self.index, k, v)
+        if self.training and self.dropout:
+            out = _attention_with_dropout(q, k, v, step, self.dropout)
+        else:
+            out = attention(q, k, v, mask=step.mask, causal=step.causal)
+        return apply_linear(self.o_proj, out.transpose(1, 2).reshape(b, n, -1), step.row)
+
+    def _project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q (b, h, n, d), k and v (b, h_kv, n, d), turned to their positions."""
+        b, n, _ = x.shape
+        h, g, rotation = self.heads, self.kv_heads, step.rotation
+        joined = self.joined()
+        if joined is None:
+            q, k, v = (
+                apply_linear(layer, x, step.row).view(b, n, -1, self.head_width).transpose(1, 2)
+                for layer in self.layers_to_join()
+            )
+            if rotation is not None:
+                q, k = rotation(q, k)
+                v = rotation.turn(v) if self.rotate_value else v
+            return q, k, v
+        heads = joined(x, step.row).view(b, n, h + 2 * g, self.head_width).transpose(1, 2)
+        if rotation is None:
+            q, k, v = heads.split((h, g, g), dim=1)
+        elif self.rotate_value:
+            q, k, v = rotation.turn(heads).split((h, g, g), dim=1)
+        else:
+            q, k = rotation.turn(heads.narrow(1, 0, h + g)).split((h, g), dim=1)
+            v = heads.narrow(1, h + g, g)
+        return q, k, v
+
+
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, step: Step, p: float) -> Tensor:
+    """attention() with weights dropped at rate p, for training; torch's kernel, its math path."""
+    mask = step.mask
+    if step.causal:
+        n, m = q.shape[2], k.shape[2]
+        past = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        mask = past if mask is None else mask & past
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class PreNormBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (Llama, GPT-2)."""
+
+    def __init__(self, config: c.LanguageConfig, index: int):
+        super().__init__()
+        self.input_layernorm = build_norm(config.norm, config.width)
+        self.self_attn = SelfAttention(config, index)
+        self.post_attention_layernorm = build_norm(config.norm, config.width)
+        self.mlp = build_mlp(config.mlp, config.width)
+        self.dropout = config.dropout.residual
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Map x (b, n, width) -> (b, n, width)."""
+        x = x + drop(self.self_attn(self.input_layernorm(x), step), self.dropout, self.training)
+        return x + drop(self.mlp(self.post_attention_layernorm(x), step.row), self.dropout, self.training)
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)) (the original Transformer, BERT, RoFormer)."""
+
+    def __init__(self, config: c.LanguageConfig, index: int):
+        super().__init__()
+        self.self_attn = SelfAttention(config, index)
+        self.post_attention_layernorm = build_norm(config.norm, config.width)
+        self.mlp = build_mlp(config.mlp, config.width)
+        self.post_feedforward_layernorm = build_norm(config.norm, config.width)
+        self.dropout = config.dropout.residual
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Map x (b, n, width) -> (b, n, width)."""
+        x = self.post_attention_layernorm(x + drop(self.self_attn(x, step), self.dropout, self.training))
+        return self.post_feedforward_layernorm(x + drop(self.mlp(x, step.row), self.dropout, self.training))
+
+
+def drop(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout at rate p while training; no kernel otherwise."""
+    return F.dropout(x, p) if training and p else x
+
+
+class HeadTransform(nn.Module):
+    """norm(act(dense(x))), what BERT puts before the output projection."""
+
+    def __init__(self, config: c.LanguageConfig, activation: c.Activation):
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.embedding_width)
+        self.norm = build_norm(config.norm, config.embedding_width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (b, n, width) -> (b, n, embedding_width)."""
+        return self.norm(self.activation(self.dense(x)))
