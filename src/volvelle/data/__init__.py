@@ -1,1 +1,1 @@
-"""Readers of users' files, and the loader that feeds the training loop."""
+"""Reading users' files, turning them into tensors, and giving them out in batches."""
