@@ -48,7 +48,6 @@ VERBS = (
     Verb("chat", "talk to a model", "chat", "use"),
     Verb("claim", "measure what a paper says, on this machine", "claim", "look"),
     Verb("export", "write a run in a format other programs read", "export", "use"),
-    Verb("claim", "measure what the papers say, on this machine", "claim", "look"),
 )
 
 
