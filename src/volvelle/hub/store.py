@@ -108,8 +108,8 @@ def fetch(
 
 def _expected(asset: Asset, record: dict) -> dict[str, tuple[int, str]]:
     """Return size and SHA-256 by file name: the built-in ones, or the manifest's for a folder the user brought."""
-    if record["source"].startswith("folder "):
-        files = {entry["name"]: (entry["size"], entry["sha256"]) for entry in record["files"]}
+    files = {entry["name"]: (entry["size"], entry["sha256"]) for entry in record["files"]}
+    if str(record["source"]).startswith("folder "):
         if len(files) < len(asset.members):
             raise ValueError("manifest lists too few files")
         return files
