@@ -1,0 +1,148 @@
+"""Text from a language model: `generate` for one prompt, `generate_batch` for several, `stream` token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from volvelle.decode.loop import Event, evaluating, run
+from volvelle.decode.options import Sampling
+from volvelle.decode.request import Generation, Limits, Request, Token
+from volvelle.decode.stop import StopText
+from volvelle.errors import UsageError
+from volvelle.systems.language.projections import fuse_projections
+
+if TYPE_CHECKING:
+    from volvelle.systems.language.decoder import Decoder
+
+GREEDY = Sampling()
+
+
+def generate(
+    model: Decoder,
+    prompt_ids: Sequence[int] | Tensor,
+    *,
+    sampling: Sampling = GREEDY,
+    max_tokens: int | None = 256,
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    on_token: Callable[[Token], object] | None = None,
+) -> Generation:
+    """Continue one prompt.
+
+    The answer ends at an eos id (default: the tokenizer's; `()` = none), before a stop string, or after `max_tokens`
+    (None: when the context is full). `on_token` is called with every Token as it comes. Computes in the model's own
+    dtype, without gradients and dropout. Raises VolvelleError when the prompt is empty or the prompt and `max_tokens`
+    do not fit into the context: nothing is cut silently.
+    """
+    answer = stream(model, prompt_ids, sampling=sampling, max_tokens=max_tokens, stop=stop, eos_ids=eos_ids)
+    while True:
+        try:
+            token = next(answer)
+        except StopIteration as end:
+            return end.value
+        if on_token is not None:
+            on_token(token)
+
+
+def stream(
+    model: Decoder,
+    prompt_ids: Sequence[int] | Tensor,
+    *,
+    sampling: Sampling = GREEDY,
+    max_tokens: int | None = 256,
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+) -> Generator[Token, None, Generation]:
+    """Continue one prompt as an iterator of Tokens, whose texts join to the answer's; it returns the Generation.
+
+    The arguments are those of `generate`, and are checked at once, before the first token is asked for. A part of a
+    stop string or of a UTF-8 character is never in a Token's text.
+    """
+    request = Request(model, prompt_ids, sampling, _limits(max_tokens, stop, eos_ids))
+
+    def tokens() -> Generator[Token, None, Generation]:
+        [answer] = yield from _tokens(model, [request])
+        return answer
+
+    return tokens()
+
+
+def generate_batch(
+    model: Decoder,
+    prompts: Sequence[Sequence[int] | Tensor],
+    *,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    max_tokens: int | None = 256,
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    on_token: Callable[[int, Token], object] | None = None,
+) -> list[Generation]:
+    """Continue several prompts in one batch, padded on the left; rows finish when they finish.
+
+    `sampling` is one for all, or one a prompt. One with a seed s gives row i the seed s + i, so that equal prompts get
+    different answers; each is the answer `generate` gives for that seed alone, up to the rounding differences between
+    batch sizes. `on_token` is called with the row and the Token.
+    """
+    if isinstance(sampling, Sampling):
+        sampling = [_for_row(sampling, row) for row in range(len(prompts))]
+    if len(sampling) != len(prompts):
+        raise UsageError(f"generate_batch: {len(prompts)} prompts, but {len(sampling)} samplings")
+    if not prompts:
+        return []
+    limits = _limits(max_tokens, stop, eos_ids)
+    requests = [Request(model, prompt, options, limits) for prompt, options in zip(prompts, sampling, strict=True)]
+    events = _events(model, requests)
+    while True:
+        try:
+            row, token = next(events)
+        except StopIteration as end:
+            return end.value
+        if on_token is not None:
+            on_token(row, token)
+
+
+def _tokens(model: Decoder, requests: list[Request]) -> Generator[Token, None, list[Generation]]:
+    events = _events(model, requests)
+    while True:
+        try:
+            yield next(events).token
+        except StopIteration as end:
+            return end.value
+
+
+def _events(model: Decoder, requests: list[Request]) -> Generator[Event, None, list[Generation]]:
+    started, ends, first = time.perf_counter(), [0.0] * len(requests), 0.0
+    with evaluating(model):
+        fuse_projections(model)
+        for events in run(model, requests):
+            now = time.perf_counter() - started
+            first = first or now
+            for event in events:
+                ends[event.row] = now
+            yield from events
+    return [
+        Generation(
+            tokens=request.tokens,
+            text=request.text,
+            finish=request.finish or "length",
+            prompt_tokens=len(request.prompt),
+            steps=request.steps,
+            seconds=end,
+            prompt_seconds=first,
+        )
+        for request, end in zip(requests, ends, strict=True)
+    ]
+
+
+def _limits(max_tokens: int | None, stop: Sequence[str], eos_ids: Sequence[int] | None) -> Limits:
+    StopText(stop)  # checks it: a lone string would be taken for one stop string a character
+    return Limits(max_tokens, tuple(stop), None if eos_ids is None else tuple(eos_ids))
+
+
+def _for_row(sampling: Sampling, row: int) -> Sampling:
+    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + row)

@@ -1,0 +1,135 @@
+"""From logits to the next token: free functions, applied in the order of transformers' generate.
+
+Shapes: v vocabulary; logits (..., v). Removed tokens have the logit -inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from volvelle.decode.options import Sampling
+
+_NUCLEUS = 1024  # top-p first looks among this many tokens; sorting 50,000 costs more than all other rules together
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of seen tokens by `penalty`, multiply negative ones: seen (..., v) bool.
+
+    Keskar et al. 2019, "CTRL", section 4.1.
+
+    >>> penalise_repetition(torch.tensor([2.0, -2.0, 1.0]), torch.tensor([True, True, False]), 2.0)
+    tensor([ 1., -4.,  1.])
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Remove all but the k largest logits; ties with the k-th stay.
+
+    >>> keep_top_k(torch.tensor([1.0, 3.0, 2.0]), 2)
+    tensor([-inf, 3., 2.])
+    """
+    smallest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the likeliest tokens whose stronger ones hold less than the share p together; at least one.
+
+    Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1. Of tokens that tie at the edge,
+    as many stay as the share needs.
+
+    >>> keep_top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.7).exp()
+    tensor([0.5000, 0.3000, 0.0000])
+    """
+    v = logits.shape[-1]
+    # fp64: near p = 1 the edge lies among tokens smaller than the rounding of an fp32 sum.
+    total = logits.double().logsumexp(-1, keepdim=True)
+    values, index = logits.topk(min(_NUCLEUS, v))
+    before = _stronger(values, total)
+    if values.shape[-1] < v and not bool((before[..., -1] >= p).all()):
+        values, index = logits.sort(dim=-1, descending=True)
+        before = _stronger(values, total)
+    removed = before >= p
+    removed[..., 0] = False
+    kept = values.masked_fill(removed, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter_(-1, index, kept)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Remove tokens less likely than p times the likeliest: a threshold on the logits' difference.
+
+    Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling", section 3.
+
+    >>> keep_min_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.5).exp()
+    tensor([0.5000, 0.3000, 0.0000])
+    """
+    if p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
+
+
+def process(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Apply the rules of `sampling` to logits (..., v), in fp32. `seen` (..., v) is needed for the penalty only.
+
+    For greedy sampling only the penalty applies: the others do not change which token is the likeliest.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        if seen is None:
+            raise ValueError("process: repetition_penalty needs `seen`, which tokens have occurred")
+        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        return logits
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
+
+
+def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """The distribution (..., v) that tokens are drawn from; all on the likeliest token when greedy.
+
+    Target and draft models both go through this one function, so acceptance rules compare like with like.
+
+    >>> probabilities(torch.tensor([1.0, 2.0, 3.0]), Sampling())
+    tensor([0., 0., 1.])
+    """
+    logits = process(logits, sampling, seen)
+    if sampling.greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return logits.softmax(-1)
+
+
+def draw(p: Tensor, generator: torch.Generator | None) -> int:
+    """Draw a token from p (v,): the inverse of its distribution function at one uniform number.
+
+    The sum runs in fp64, so that 50,000 small probabilities add up; a token of probability 0 is never drawn.
+
+    >>> draw(torch.tensor([0.0, 1.0, 0.0]), torch.Generator().manual_seed(0))
+    1
+    """
+    cumulative = p.double().cumsum(-1)
+    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
+    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return min(token, p.shape[-1] - 1)
+
+
+def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> int:
+    """Pick the next token from logits (v,)."""
+    if sampling.greedy:
+        return int(process(logits, sampling, seen).argmax()) if seen is not None else int(logits.argmax())
+    return draw(probabilities(logits, sampling, seen), generator)
+
+
+def _stronger(values: Tensor, total: Tensor) -> Tensor:
+    share = (values - total).exp()
+    return share.cumsum(-1) - share
