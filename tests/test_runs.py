@@ -13,7 +13,13 @@ import yaml
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder, plain, scan
 
-CONFIG = {"model": "smollm2", "method": "lora", "data": Path("a/b.jsonl"), "targets": ("q_proj", "v_proj"), "rate": 2e-4}
+CONFIG = {
+    "model": "smollm2",
+    "method": "lora",
+    "data": Path("a/b.jsonl"),
+    "targets": ("q_proj", "v_proj"),
+    "rate": 2e-4,
+}
 
 
 def make(root, name=None, **options):
@@ -93,7 +99,9 @@ def test_update_manifest(tmp_path):
 
 
 def test_status_of_a_killed_run(tmp_path):
-    script = "import sys; from volvelle.runs import RunFolder; RunFolder.create('r', root=sys.argv[1], kind='x', config={})"
+    script = (
+        "import sys; from volvelle.runs import RunFolder; RunFolder.create('r', root=sys.argv[1], kind='x', config={})"
+    )
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
     assert RunFolder.open(tmp_path / "r").status == "interrupted"
     assert make(tmp_path).status == "running"

@@ -131,7 +131,9 @@ def test_bad_config(tmp_path, content, message):
 
 
 def test_help_names_every_option_its_default_and_the_examples():
-    page = verb_page(Verb("adapt", "adapt a model", "adapt", "use"), Options, ("volvelle adapt smollm2 data=x",), width=90)
+    page = verb_page(
+        Verb("adapt", "adapt a model", "adapt", "use"), Options, ("volvelle adapt smollm2 data=x",), width=90
+    )
     assert page.startswith("usage: volvelle adapt MODEL data=PATH [PROMPT] [key=value …]\n\nAdapt a model.\n")
     for line in (
         "data=PATH", "Text file. (required)", "steps=INT", "Optimiser steps, over the whole run. (default: 100)",

@@ -135,7 +135,7 @@ def test_edited_manifest_cannot_vouch_for_other_bytes(toy, home):
 def test_member_with_another_hash_leaves_nothing(toy, home, monkeypatch):
     wrong = replace(toy, members=(replace(toy.members[0], sha256="0" * 64),))
     monkeypatch.setitem(ASSETS, "toy", wrong)
-    with pytest.raises(VolvelleError, match="nothing was stored|expected SHA-256"):
+    with pytest.raises(VolvelleError, match="expected SHA-256"):
         hub.fetch("toy", report=Silent())
     assert list((home / "assets/toy").iterdir()) == []
 
@@ -224,7 +224,7 @@ def test_no_space(toy, monkeypatch):
 
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(1, 1, 10))
-    with pytest.raises(VolvelleError, match="needs .* are free"):
+    with pytest.raises(VolvelleError, match=r"needs .* are free"):
         hub.fetch("toy", report=Silent())
 
 
@@ -303,7 +303,7 @@ def test_fashion_mnist_from_the_variable(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("gz", [True, False])
 def test_fashion_mnist_bad_folder_names_the_file(home, tmp_path, gz):
     source = write_idx(tmp_path / "mine", gz=gz, spoil="t10k-images-idx3")
-    with pytest.raises(VolvelleError, match="t10k-images.*promises 32 bytes, 31 follow"):
+    with pytest.raises(VolvelleError, match=r"t10k-images.*promises 32 bytes, 31 follow"):
         hub.fetch("fashion-mnist", source=source)
     (source / f"train-labels-idx1-ubyte{'.gz' if gz else ''}").write_bytes(b"no idx")
     with pytest.raises(VolvelleError, match="train-labels"):
