@@ -33,10 +33,10 @@ class Step(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A state of the cache to come back to: how far it was filled, and which slots were holes. Holds no keys."""
+    """A state of the cache to come back to. It holds no keys: slots that were kept are not written again."""
 
     cursor: int
-    holes: Tensor | None
+    has_holes: bool
     serial: int
 
 
@@ -100,13 +100,10 @@ class KVCache:
         Raises ValueError when the tokens do not fit into the context, or on shapes that do not fit.
         """
         start, end = self._cursor, self._cursor + n
-        if n < 1 or end > self.context:
-            raise ValueError(f"KVCache: {n} tokens after {start} do not fit into a context of {self.context}")
+        self._check(n, padding, tree)
         self._clear_pending()
         self._pending = n
         if padding is not None and not bool(padding.all()):
-            if tuple(padding.shape) != (self.batch, n):
-                raise ValueError(f"KVCache: padding must be (b, n) = ({self.batch}, {n}), got {tuple(padding.shape)}")
             self._keep[:, start:end] = padding
             self._has_holes = True
         flat = self._storage.flatten(0, 1)
@@ -156,10 +153,9 @@ class KVCache:
         self._cursor, self._pending = start + m, 0
 
     def snapshot(self) -> Snapshot:
-        """Return the committed state, to `restore` later: a few bytes a slot, since kept slots are never rewritten."""
+        """Return the committed state, to `restore` later; it costs nothing."""
         self._serial += 1
-        holes = self._keep[:, : self._cursor].clone() if self._has_holes else None
-        return Snapshot(self._cursor, holes, self._serial)
+        return Snapshot(self._cursor, self._has_holes, self._serial)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to an earlier state; what came after it is forgotten.
@@ -172,9 +168,7 @@ class KVCache:
                     f"KVCache: the snapshot at {snapshot.cursor} was lost when the cache went back to {cursor}"
                 )
         self._rewind(snapshot.cursor)
-        if snapshot.holes is not None:
-            self._keep[:, : snapshot.cursor] = snapshot.holes
-        self._has_holes = snapshot.holes is not None
+        self._has_holes = snapshot.has_holes
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""
@@ -187,6 +181,15 @@ class KVCache:
         self._rewinds.append((self._serial, cursor))
         self._cursor, self._pending = cursor, 0
         self._keep[:, cursor:] = True
+
+    def _check(self, n: int, padding: Tensor | None, tree: Tensor | None) -> None:
+        if n < 1 or self._cursor + n > self.context:
+            raise ValueError(f"KVCache: {n} tokens after {self._cursor} do not fit into a context of {self.context}")
+        if padding is not None and tuple(padding.shape) != (self.batch, n):
+            raise ValueError(f"KVCache: padding must be (b, n) = ({self.batch}, {n}), got {tuple(padding.shape)}")
+        shapes = {(n, n), (1, n, n), (self.batch, n, n)}
+        if tree is not None and (tree.dtype != torch.bool or tuple(tree.shape) not in shapes):
+            raise ValueError(f"KVCache: tree must be bool (n, n) or (b, n, n), got {tree.dtype} {tuple(tree.shape)}")
 
     def _clear_pending(self) -> None:
         if self._pending and self._has_holes:
@@ -215,10 +218,6 @@ class KVCache:
                 return None, True
             seen = self._slots[:end] <= self._slots[start:end, None]  # (n, end)
         else:
-            if tree.dtype != torch.bool or tree.shape[-2:] != (n, n) or tree.dim() not in {2, 3}:
-                raise ValueError(
-                    f"KVCache: tree must be bool (n, n) or (b, n, n), got {tree.dtype} {tuple(tree.shape)}"
-                )
             past = torch.ones(*tree.shape[:-1], start, dtype=torch.bool, device=tree.device)
             seen = torch.cat((past, tree), dim=-1)
         seen = seen[None, None] if seen.dim() == 2 else seen[:, None]
