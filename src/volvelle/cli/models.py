@@ -1,0 +1,64 @@
+"""Opening a model for a verb: decides dtype and device, and says so in the first line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from volvelle.cli.console import DownloadReport, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from volvelle.systems.language.decoder import Decoder
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def open_language_model(name: str, precision: Precision = "auto") -> Decoder:
+    """Open a model, a run or an adapter folder for use, and say what was decided and why.
+
+    `auto` takes bf16 where the processor or the GPU multiplies it in hardware, else fp32. Adapters are folded into the
+    weights, which makes every token cheaper. Downloads a known model that is not on this machine yet.
+    """
+    from volvelle import hub
+    from volvelle.adapt import load_run
+
+    if name in hub.ASSETS and not Path(name).exists():
+        with DownloadReport() as report:
+            hub.fetch(name, report=report)
+    dtype, why = choose_dtype(precision)
+    device = "cuda" if _cuda() else "cpu"
+    model = load_run(name, dtype=dtype, device=device, merged=True)
+    count = sum(p.numel() for p in model.parameters())
+    size = sum(p.nbytes for p in model.parameters())
+    say(
+        f"{name}: {model.config.family}, {count / 1e6:.1f}M parameters, {size / 1e6:.0f} MB; "
+        f"{str(dtype).removeprefix('torch.')} ({why}) on {device}; context {model.config.context}"
+    )
+    return model
+
+
+def choose_dtype(precision: Precision) -> tuple[torch.dtype, str]:
+    """Return the dtype to compute in, and the reason."""
+    import torch
+
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision != "auto":
+        return named[precision], "as asked"
+    if _cuda():
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "the GPU multiplies it in hardware"
+        return torch.float32, "the GPU has no bf16"
+    from volvelle.cli.diagnosis import cpu_flags
+
+    flags = cpu_flags() & {"amx_bf16", "avx512_bf16"}
+    if flags:
+        return torch.bfloat16, f"the processor has {' and '.join(sorted(flags))}"
+    return torch.float32, "the processor has no bf16 instructions"
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,66 @@
+"""`volvelle export`: write a run so that other programs read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from volvelle.cli.console import result, say
+from volvelle.cli.models import Precision
+from volvelle.errors import UsageError, VolvelleError
+
+EXAMPLES = (
+    "volvelle export smollm2 to=hf out=smollm2-hf",
+    "volvelle export runs/adapt-smollm2-lora-1 to=peft out=my-adapter",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write, and in which format."""
+
+    run: Positional[str]
+    """A run, or a model."""
+    to: Literal["hf", "peft"] = "hf"
+    """hf: a folder that transformers and vLLM load, adapters merged in; peft: the adapter alone, for PEFT and vLLM."""
+    out: Path | None = None
+    """Folder to write; RUN/export-hf or RUN/export-peft when left out. It must not exist yet, or be empty."""
+    precision: Precision = "fp32"
+    """Precision of the written weights (hf). fp32 keeps every bit of a dequantised or merged model."""
+
+
+def main(options: Options) -> int:
+    """Write the folder and say how to load it."""
+    run = Path(options.run)
+    if options.out is None and not run.is_dir():
+        raise UsageError(f"export: {options.run} is not a folder here, so out= must say where to write")
+    out = options.out or run / f"export-{options.to}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise VolvelleError(f"{out}: already there", tip="choose another folder with out=")
+    load = _write_adapter(options, out) if options.to == "peft" else _write_merged(options, out)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    say(*(f"{path}  {path.stat().st_size / 1e6:.1f} MB" for path in files), "", f"load it with: {load}")
+    result({"out": out, "files": files})
+    return 0
+
+
+def _write_merged(options: Options, out: Path) -> str:
+    from volvelle.cli.models import open_language_model
+    from volvelle.systems.language.huggingface import write_folder
+
+    model = open_language_model(options.run, options.precision)
+    write_folder(model, out)
+    return f'transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+
+
+def _write_adapter(options: Options, out: Path) -> str:
+    from volvelle import adapt
+
+    model = adapt.load_run(options.run)
+    if not adapt.adapted(model):
+        raise VolvelleError(f"{options.run}: holds no adapter", tip="to=hf writes whole models")
+    adapt.save(model, out)
+    return f'peft.PeftModel.from_pretrained(base_model, "{out}")'

@@ -1,0 +1,76 @@
+"""`volvelle generate`: continue a prompt with a model or a run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from tyro.conf import Positional
+
+from volvelle.cli.console import result, say, write
+from volvelle.cli.models import Precision, open_language_model
+from volvelle.decode.options import Sampling
+from volvelle.errors import UsageError
+
+EXAMPLES = (
+    'volvelle generate smollm2 "The three primary colours are" max_tokens=32',
+    'volvelle generate smollm2 "Once upon a time" sampling.temperature=0.8 sampling.seed=1',
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to continue, and how."""
+
+    model: Positional[str]
+    """A known model, a Hugging Face repo id, a folder, or a run."""
+    prompt: Positional[str | None] = None
+    """The text to continue, as it is; read from standard input when left out."""
+    max_tokens: int = 256
+    """The longest answer, in tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings before which the answer ends."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How tokens are chosen: sampling.temperature=0.8 sampling.top_p=0.95."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware multiplies it, else fp32."""
+
+
+def main(options: Options) -> int:
+    """Print the answer as it comes, then what it cost."""
+    from volvelle.decode import generate
+
+    prompt = read_prompt(options.prompt)
+    model = open_language_model(options.model, options.precision)
+    if model.tokenizer is None:
+        raise UsageError(f"{options.model}: has no tokenizer, so it cannot read a prompt")
+    answer = generate(
+        model,
+        model.tokenizer.encode(prompt),
+        sampling=options.sampling,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        on_token=lambda token: write(token.text),
+    )
+    say()
+    say(cost_line(answer))
+    result({"prompt": prompt, "text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish,
+            "prompt_tokens": answer.prompt_tokens, "tokens_per_second": answer.tokens_per_second})  # fmt: skip
+    return 0
+
+
+def read_prompt(given: str | None) -> str:
+    """Return the prompt from the command line, or from standard input when something is piped in."""
+    if given is not None:
+        return given
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("generate: there is no prompt", tip='volvelle generate MODEL "text", or pipe the text in')
+    return sys.stdin.read()
+
+
+def cost_line(answer) -> str:
+    """Say how long an answer is, why it ended and how fast it came."""
+    rate = f", {answer.tokens_per_second:.1f} tokens/s" if answer.tokens_per_second else ""
+    reason = {"eos": "the model ended it", "stop": "at a stop string", "length": "at max_tokens"}[answer.finish]
+    prompt = f"prompt of {answer.prompt_tokens} in {answer.prompt_seconds:.2f} s"
+    return f"[{len(answer.tokens)} tokens, {reason}{rate}; {prompt}]"
