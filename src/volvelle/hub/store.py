@@ -101,6 +101,8 @@ def fetch(
             return now.path
         folder = _folder(asset)
         (folder / "manifest.json").unlink(missing_ok=True)
+        for orphan in folder.glob(".*.part"):  # temporary files of a process that was killed while it held the lock
+            orphan.unlink()
         origin = _install(asset, folder, source, report or Lines())
         _write_manifest(asset, folder, origin)
     return status(name).path
@@ -209,9 +211,11 @@ def _disk_errors(asset: Asset) -> Iterator[None]:
 def _need_space(asset: Asset) -> None:
     """Refuse before downloading when the disk cannot hold the archive and what is taken out of it."""
     home().mkdir(parents=True, exist_ok=True)
-    need, free = asset.source.size + asset.size, shutil.disk_usage(home()).free
+    archive = home() / "downloads" / asset.source.file
+    begun = sum(path.stat().st_size for path in (archive, archive.with_name(f"{archive.name}.part")) if path.exists())
+    need, free = asset.source.size + asset.size - begun, shutil.disk_usage(home()).free
     if free < need:
         raise VolvelleError(
-            f"{asset.name} needs {megabytes(need)} in {home()}, {megabytes(free)} are free",
+            f"{asset.name} needs {megabytes(need)} more in {home()}, {megabytes(free)} are free",
             tip="free some space, or set VOLVELLE_HOME to another folder",
         )

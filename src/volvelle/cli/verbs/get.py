@@ -30,6 +30,14 @@ class Options:
 
 def main(options: Options) -> int:
     """Fetch, then print path, size, licence and SHA-256."""
+    try:
+        return _get(options)
+    except KeyboardInterrupt:
+        say(f"stopped; continue with: volvelle get {options.model}")
+        raise
+
+
+def _get(options: Options) -> int:
     from volvelle import hub
 
     with DownloadReport() as report:
@@ -59,9 +67,6 @@ def main(options: Options) -> int:
     elif files:
         say()
         table(("file", "bytes", "sha256"), [(file["name"], file["size"], file["sha256"]) for file in files])
-    result({"model": options.model, "path": path, "bytes": size, "licence": licence, **_rest(record)})
+    facts = {"model": options.model, "path": path, "bytes": size, "licence": licence}
+    result({**facts, "source": record["source"], "files": files})
     return 0
-
-
-def _rest(record: dict) -> dict:
-    return {"source": record["source"], "files": record["files"]}
