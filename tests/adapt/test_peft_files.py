@@ -211,3 +211,89 @@ def test_gpt2_of_transformers_both_ways(ids, tmp_path):
     adapt.merge(other)
     torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert "Conv1D" in type(other.transformer.h[0].attn.c_attn).__name__
+
+
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 32,
+    }),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "roformer": ("RoFormerForCausalLM", "RoFormerConfig", {
+        "hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 32, "is_decoder": True,
+    }),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def twins(request, tmp_path):
+    """A random transformers model, and our Decoder with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    from volvelle.systems.language.load import load_language_model
+
+    model_class, config_class, sizes = FAMILIES[request.param]
+    torch.manual_seed(0)
+    theirs = getattr(transformers, model_class)(getattr(transformers, config_class)(vocab_size=64, **sizes)).eval()
+    theirs.save_pretrained(tmp_path / "base")
+    return theirs, load_language_model(tmp_path / "base")
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear", ("k_proj", "down_proj")])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_loads_adapters_of_our_decoder(twins, ids, tmp_path, targets, rslora):
+    peft = pytest.importorskip("peft")
+    theirs, ours = twins
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    method = LoRA(
+        rank=3,
+        alpha=5,
+        targets=targets,
+        rslora=rslora,
+        alpha_pattern={"v_proj": 9},
+        rank_pattern={r"1\.self_attn\.q_proj": 2},
+    )
+    base = ours(ids).logits
+    tuned(ours, method)
+    adapt.save(ours, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base, ours(ids).logits, atol=1e-3)
+    # and back again: what PEFT wrote, on a fresh Decoder
+    loaded.save_pretrained(tmp_path / "theirs")
+    expected = ours(ids).logits
+    adapt.remove(ours)
+    assert torch.equal(ours(ids).logits, base)
+    adapt.load(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    adapt.save(ours, tmp_path / "again")
+    adapt.remove(ours)
+    adapt.load(ours, tmp_path / "again")
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    adapt.merge(ours)
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.peer
+def test_our_decoder_loads_what_peft_trained(twins, ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs, ours = twins
+    conv1d = type(theirs).__name__.startswith("GPT2")
+    names = (
+        ["c_attn"] if conv1d else ["query", "value"] if "RoFormer" in type(theirs).__name__ else ["q_proj", "v_proj"]
+    )
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=names, init_lora_weights=False, fan_in_fan_out=conv1d)
+    tuned_theirs = peft.get_peft_model(theirs, config).eval()
+    tuned_theirs.save_pretrained(tmp_path / "adapter")
+    adapted = adapt.load(ours, tmp_path / "adapter")
+    torch.testing.assert_close(ours(ids).logits, tuned_theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    assert {name.split(".")[-2] for name in adapted.trainable} <= {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.peer
+def test_an_adapter_of_another_family_is_refused(twins, tmp_path, tiny_llama):
+    _, ours = twins
+    adapt.save(tuned(ours), tmp_path / "adapter")
+    with pytest.raises(VolvelleError, match="this adapter belongs to another base model"):
+        adapt.load(tiny_llama(hidden_size=32, intermediate_size=32), tmp_path / "adapter")

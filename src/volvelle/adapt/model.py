@@ -28,6 +28,11 @@ class Adapted:
     trainable: dict[str, nn.Parameter]
     total_count: int
 
+    @classmethod
+    def of(cls, model: nn.Module, record: Record) -> Adapted:
+        """Describe the adapter whose note is `record`."""
+        return cls(model, record.method, record.parameters(), sum(p.numel() for p in model.parameters()))
+
     @property
     def trainable_count(self) -> int:
         """The number of trained values."""
@@ -77,15 +82,15 @@ def apply(model: nn.Module, method: Method, *, generator: torch.Generator | None
     frozen = frozenset(name for name, p in model.named_parameters() if p.requires_grad and name not in own)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in own)
-    setattr(model, _RECORD, Record(method, layers, frozen))
-    return adapted(model)
+    record = Record(method, layers, frozen)
+    setattr(model, _RECORD, record)
+    return Adapted.of(model, record)
 
 
-def adapted(model: nn.Module) -> Adapted:
-    """Describe the adapter that `model` carries; raises VolvelleError when it carries none."""
-    record = _require(model, "adapted")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return Adapted(model, record.method, record.parameters(), total)
+def adapted(model: nn.Module) -> Adapted | None:
+    """Describe the adapter that `model` carries, or None when it carries none."""
+    record = record_of(model)
+    return None if record is None else Adapted.of(model, record)
 
 
 def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from volvelle.adapt.methods import LoRA
-from volvelle.adapt.model import Adapted, Record, adapted, apply, record_of
+from volvelle.adapt import names
+from volvelle.adapt.methods import LoRA, Method
+from volvelle.adapt.model import Adapted, Record, apply, record_of
+from volvelle.adapt.names import LowRank
 from volvelle.errors import VolvelleError
 from volvelle.files import atomic_path
 
@@ -53,12 +55,20 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None =
     if record is None:
         raise VolvelleError("save: this model carries no adapter", tip="volvelle.adapt.apply(model, LoRA()) adds one")
     folder = Path(folder)
-    shapes = json.dumps({name: list(shape) for name, shape in base_shapes(model, record).items()})
+    bare = base_shapes(model, record)
+    shapes = json.dumps({name: list(shape) for name, shape in names.foreign_shapes(model, bare).items()})
     metadata = {"format": "pt", _SHAPES: shapes, _HASH: hashlib.sha256(shapes.encode()).hexdigest()}
+    where = names.places(model, bare)
+    layers = {path: LowRank(layer.a.detach(), layer.b.detach(), layer.scale) for path, layer in record.modules.items()}
+    method = record.method
+    if where is not None:
+        layers = names.to_foreign(layers, where)
+        method = names.spelled_out(_lora(method), layers)
+    settings = _peft_config(model, record, method, base)
     try:
         with atomic_path(folder / CONFIG) as config, atomic_path(folder / WEIGHTS) as weights:
-            save_file(_peft_tensors(record), weights, metadata=metadata)
-            config.write_text(json.dumps(_peft_config(model, record, base), indent=2, sort_keys=True) + "\n")
+            save_file(_peft_tensors(layers), weights, metadata=metadata)
+            config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise VolvelleError(
             f"{folder}: the adapter could not be written ({error})", tip="what the folder held before is unchanged"
@@ -77,21 +87,24 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
     method = read_config(folder)
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     pairs = _pair(tensors, folder / WEIGHTS)
-    _check_base(model, pairs, metadata, folder)
     _check_ranks(method, pairs, folder)
-    exact = LoRA(
-        rank=method.rank, alpha=method.alpha, targets=tuple(pairs), dropout=method.dropout, rslora=method.rslora,
-        rank_pattern=method.rank_pattern, alpha_pattern=method.alpha_pattern,
-    )  # fmt: skip
-    apply(model, exact)
+    layers = {path: LowRank(a, b, method.scale_of(path)) for path, (a, b) in pairs.items()}
+    bare = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    where = names.places(model, bare)
+    if where is not None:
+        layers = names.from_foreign(layers, where)
+        method = names.spelled_out(method, layers)
+    _check_base(model, layers, folder)
+    _check_shapes(names.foreign_shapes(model, bare), metadata, folder)
+    apply(model, names.spelled_out(method, layers))
     record = record_of(model)
     assert record is not None
     record.method = method
     with torch.no_grad():
         for path, layer in record.modules.items():
-            for parameter, tensor in zip((layer.a, layer.b), pairs[path], strict=True):
-                parameter.copy_(tensor)
-    return adapted(model)
+            layer.a.copy_(layers[path].a)
+            layer.b.copy_(layers[path].b)
+    return Adapted.of(model, record)
 
 
 def read_config(folder: str | os.PathLike[str]) -> LoRA:
@@ -154,30 +167,35 @@ def _method(config: Mapping[str, Any], path: Path) -> LoRA:
         raise VolvelleError(f"{path}: {reason}") from None
 
 
-def _peft_config(model: nn.Module, record: Record, base: str | None) -> dict[str, Any]:
-    transposed = [layer.transposed for layer in record.modules.values()]
-    method = record.method.to_peft()
-    if isinstance(method["target_modules"], str) and method["layers_to_transform"] is not None:
+def _lora(method: Method) -> LoRA:
+    if not isinstance(method, LoRA):
+        raise VolvelleError(f"save: {method.label} has no PEFT format")
+    return method
+
+
+def _peft_config(model: nn.Module, record: Record, method: Method, base: str | None) -> dict[str, Any]:
+    fields = method.to_peft()
+    if isinstance(fields["target_modules"], str) and fields["layers_to_transform"] is not None:
         # PEFT takes no layer indices beside a pattern, so the layers are written out.
-        method |= {"target_modules": list(record.modules), "layers_to_transform": None, "exclude_modules": None}
+        fields |= {"target_modules": list(record.modules), "layers_to_transform": None, "exclude_modules": None}
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base or getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": all(transposed),
+        "fan_in_fan_out": all(layer.transposed for layer in record.modules.values()),
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None,
-        **method,
+        **fields,
     }
 
 
-def _peft_tensors(record: Record) -> dict[str, Tensor]:
+def _peft_tensors(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
     tensors = {}
-    for path, layer in record.modules.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.a.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.b.detach().cpu().contiguous()
+    for path, layer in layers.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.a.cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.b.cpu().contiguous()
     return tensors
 
 
@@ -209,25 +227,27 @@ def _pair(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, 
     return {path: (half["A"], half["B"]) for path, half in halves.items()}
 
 
-def _check_base(
-    model: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]], metadata: Mapping[str, str], folder: Path
-) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+def _check_base(model: nn.Module, layers: Mapping[str, LowRank], folder: Path) -> None:
     modules = dict(model.named_modules())
     wrong = []
-    for path, (a, b) in pairs.items():
-        if f"{path}.weight" not in shapes:
+    for path, layer in layers.items():
+        weight = getattr(modules.get(path), "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
             wrong.append(f"{path} (the model has no such layer)")
             continue
-        shape = shapes[f"{path}.weight"]
-        d, k = shape if isinstance(modules[path], nn.Linear) else shape[::-1]
-        if (b.shape[0], a.shape[1]) != (d, k):
-            wrong.append(f"{path} (adapter {b.shape[0]} x {a.shape[1]}, model {d} x {k})")
-    if not wrong:
-        stored = json.loads(metadata.get(_SHAPES, "{}"))
-        for name, shape in stored.items():
-            if name in shapes and tuple(shape) != shapes[name]:
-                wrong.append(f"{name} (adapter's base {tuple(shape)}, model {shapes[name]})")
+        d, k = weight.shape if isinstance(modules[path], nn.Linear) else weight.shape[::-1]
+        if (len(layer.b), layer.a.shape[1]) != (d, k):
+            wrong.append(f"{path} (adapter {len(layer.b)} x {layer.a.shape[1]}, model {d} x {k})")
+    _refuse(wrong, folder)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], folder: Path) -> None:
+    stored = json.loads(metadata.get(_SHAPES, "{}"))
+    differ = [name for name, shape in stored.items() if name in shapes and tuple(shape) != shapes[name]]
+    _refuse([f"{name} (adapter's base {tuple(stored[name])}, model {shapes[name]})" for name in differ], folder)
+
+
+def _refuse(wrong: list[str], folder: Path) -> None:
     if wrong:
         base = base_name(folder)
         tip = f"it was made for {base}" if base else None
