@@ -64,8 +64,9 @@ def tokens_of(documents: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     """Documents as one int32 tensor of tokens, each followed by the end token (when the tokenizer has one)."""
     ids: list[int] = []
     for text in documents:
-        ids += tokenizer.encode(text, special=True)
-        ids += tokenizer.eos_ids[:1]
+        ids += tokenizer.encode_prompt(text)
+        if not ids or ids[-1] not in tokenizer.eos_ids:
+            ids += tokenizer.eos_ids[:1]
     return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -85,12 +86,13 @@ class PackedExamples:
         self.dataset, self.length = dataset, length
         self.rows: list[list[int]] = []
         room: list[int] = []
-        # Rows with less room than the shortest example can take nothing more and are not looked at again.
+        # Rows with less room than the shortest example can take nothing more and are not looked at again; nor are
+        # all but the newest rows, whose room the shortest remaining examples share.
         shortest = min(dataset.lengths)
         open_rows: list[int] = []
         for i in sorted(range(len(dataset)), key=lambda i: -dataset.lengths[i]):
             need = dataset.lengths[i]
-            row = next((r for r in open_rows if room[r] >= need), None)
+            row = next((r for r in open_rows[-256:] if room[r] >= need), None)
             if row is None:
                 row = len(self.rows)
                 self.rows.append([])

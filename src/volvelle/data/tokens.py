@@ -25,15 +25,23 @@ class Tokenizer(Protocol):
 
     @property
     def chat_template(self) -> str | None:
-        """The template behind `chat`."""
+        """The template behind `chat`, or None."""
         ...
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids; `special` adds what the model expects before a text."""
+        """Token ids; `special` reads control tokens that the text spells."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids with what the model expects before a text."""
         ...
 
     def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
         """A conversation as one text."""
+        ...
+
+    def chat_ids(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+        """A conversation as token ids."""
         ...
 
 
@@ -47,10 +55,10 @@ class Encoded(NamedTuple):
 def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
     """The tokens a completion follows; the same in training and when generating."""
     if example.messages is not None:
-        return tokenizer.encode(tokenizer.chat(list(example.messages[:-1]), add_generation_prompt=True))
-    ids = tokenizer.encode(example.prompt, special=True)
+        _needs_template(tokenizer, example)
+        return tokenizer.chat_ids(list(example.messages[:-1]), add_generation_prompt=True)
     # A text needs something to follow: without any prompt that is the end of the text before.
-    return ids or list(tokenizer.eos_ids[:1])
+    return tokenizer.encode_prompt(example.prompt) or list(tokenizer.eos_ids[:1])
 
 
 def encode(tokenizer: Tokenizer, example: Example, alternative: int = 0) -> Encoded:
@@ -65,34 +73,53 @@ def encode(tokenizer: Tokenizer, example: Example, alternative: int = 0) -> Enco
     return Encoded(before + after, [False] * len(before) + [True] * len(after))
 
 
-def _conversation(tokenizer: Tokenizer, example: Example) -> Encoded:
-    messages = list(example.messages or ())
+def _needs_template(tokenizer: Tokenizer, example: Example) -> None:
     if tokenizer.chat_template is None:
         raise VolvelleError(
             f"{example.source}: a conversation, but this model has no chat template",
             tip='write it as text with prompt="{{ messages[0].content }}" completion="{{ messages[1].content }}"',
         )
+
+
+def _conversation(tokenizer: Tokenizer, example: Example) -> Encoded:
+    _needs_template(tokenizer, example)
+    messages = list(example.messages or ())
     ids: list[int] = []
     learn: list[bool] = []
-    done = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.chat(messages[:i], add_generation_prompt=True)
-        after = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
+        read = tokenizer.chat_ids(messages[:i], add_generation_prompt=True)
+        if read[: len(ids)] != ids:
             raise VolvelleError(
                 f"{example.source}: the chat template rewrites earlier turns, so turn {i + 1} cannot be learnt apart",
                 tip="keep one answer of the assistant in each conversation",
             )
-        read, write = tokenizer.encode(before[len(done) :]), tokenizer.encode(after[len(before) :])
+        write = _answer(tokenizer, messages[: i + 1], read)
         ends = [k for k, token in enumerate(write) if token in tokenizer.eos_ids]
         # Nothing is generated after the end token, so what the template puts there is not learnt.
         written = ends[-1] + 1 if ends else len(write)
-        ids += read + write
-        learn += [False] * len(read) + [True] * written + [False] * (len(write) - written)
-        done = after
+        learn += [False] * (len(read) - len(ids)) + [True] * written + [False] * (len(write) - written)
+        ids = read + write
     return Encoded(ids, learn)
+
+
+def _answer(tokenizer: Tokenizer, messages: list[Mapping[str, str]], read: list[int]) -> list[int]:
+    """The tokens of the last message, and what the template puts after it, behind the prompt `read`."""
+    whole = tokenizer.chat_ids(messages, add_generation_prompt=False)
+    if whole[: len(read)] == read:
+        return whole[len(read) :]
+    # A token lies across the border between prompt and answer (two line breaks in one token). When generating, the
+    # prompt ends at the border, so the answer is encoded apart here too.
+    before = tokenizer.chat(messages[:-1], add_generation_prompt=True)
+    after, content = tokenizer.chat(messages, add_generation_prompt=False), messages[-1]["content"]
+    rest = after[len(before) :]
+    if not after.startswith(before) or not rest.startswith(content):
+        raise VolvelleError(
+            "the chat template does not put an answer behind the prompt it makes for generating",
+            tip="name the fields with prompt= and completion= templates instead",
+        )
+    return tokenizer.encode(content) + tokenizer.encode(rest[len(content) :], special=True)
 
 
 class TokenDataset:

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volvelle.train.adapt_language import adapt_language as adapt_language
+    from volvelle.train.evaluate import evaluate_language as evaluate_language
     from volvelle.train.language import LanguageObjective as LanguageObjective
     from volvelle.train.loop import FitResult as FitResult
     from volvelle.train.loop import fit as fit
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from volvelle.train.phase import Loss as Loss
     from volvelle.train.phase import Objective as Objective
     from volvelle.train.phase import Phase as Phase
+    from volvelle.train.resume import resume_run as resume_run
+    from volvelle.train.train_language import train_language as train_language
 
 _HOMES = {
     "FitOptions": "options",
@@ -23,7 +27,11 @@ _HOMES = {
     "Objective": "phase",
     "Observer": "observer",
     "Phase": "phase",
+    "adapt_language": "adapt_language",
+    "evaluate_language": "evaluate",
     "fit": "loop",
+    "resume_run": "resume",
+    "train_language": "train_language",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -26,9 +26,9 @@ def linear_cross_entropy(
     """Mean cross-entropy of softmax(hidden weightᵀ) against targets: mean over i of log Σ_v exp(z_iv) - z_i,target.
 
     hidden (N, d), weight (V, d), targets (N,) int64 -> a scalar in fp32 (fp64 for fp64). Positions with `ignore_index`
-    are neither projected nor counted; without any other the result is 0. `chunk` positions are projected at a time (default: 32 MB
-    of logits). Under autocast the products run in its dtype; softmax and sums are not. Differentiable once in hidden
-    and weight. Raises ValueError on shapes that do not fit.
+    are neither projected nor counted; without any other the result is 0. `chunk` positions are projected at a time
+    (default: 32 MB of logits). Under autocast the products run in its dtype; softmax and sums are not. Differentiable
+    once in hidden and weight. Raises ValueError on shapes that do not fit.
 
     >>> h, w = torch.eye(2), torch.eye(2)
     >>> round(linear_cross_entropy(h, w, torch.tensor([0, 1])).item(), 4)

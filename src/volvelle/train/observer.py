@@ -40,6 +40,10 @@ class Observer:
         """One finished step."""
         logger.info("%s", progress.line)
 
+    def work(self, label: str, done: int, total: int) -> None:
+        """Part of something other than training steps: `done` of `total` outputs written."""
+        logger.info("%s: %d of %d", label, done, total)
+
 
 class Quiet(Observer):
     """Says nothing at all, for tests and benchmarks."""
@@ -48,4 +52,7 @@ class Quiet(Observer):
         """Drop it."""
 
     def progress(self, progress: Progress) -> None:
+        """Drop it."""
+
+    def work(self, label: str, done: int, total: int) -> None:
         """Drop it."""

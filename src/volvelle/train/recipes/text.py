@@ -33,10 +33,12 @@ class TextOptions(FitOptions):
     """Put several short examples side by side in one row; each sees only itself."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    samples: int = 8
-    """Outputs shown in the report."""
+    samples: int = 16
+    """Held-out prompts that the model answers before and after, for the report."""
     max_tokens: int = 64
-    """The longest output generated for it."""
+    """The longest answer, in tokens."""
+    device: str | None = None
+    """Where to train: cpu, cuda, cuda:1; None: a CUDA device when there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,184 @@
+"""The recipe `adapt` from end to end: load, apply the method, measure, train, measure again, save."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from volvelle.adapt import apply, save
+from volvelle.data.loader import Loader
+from volvelle.data.text import Corpus
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.runs import RunFolder
+from volvelle.systems.language.huggingface import write_folder
+from volvelle.systems.language.load import load_language_model
+from volvelle.train.estimate import estimate_memory
+from volvelle.train.evaluate import bleu, evaluation_loader, prompted, write
+from volvelle.train.language import LanguageObjective, held_out_loss
+from volvelle.train.loop import fit
+from volvelle.train.observer import Observer
+from volvelle.train.outcome import Outcome, Sample
+from volvelle.train.random_state import seed_all
+from volvelle.train.recipes.adapt import AdaptLanguage
+from volvelle.train.text_run import (
+    choose_device,
+    closing,
+    finish,
+    first_line,
+    keep_samples,
+    kept_samples,
+    longest_batch,
+    read_split,
+    training_loader,
+)
+
+
+def adapt_language(
+    recipe: AdaptLanguage, run: RunFolder, *, observer: Observer | None = None, resume: bool = False
+) -> Outcome:
+    """Adapt a model to the recipe's data and leave an adapter (or weights), metrics and a report in the run folder.
+
+    Held-out loss, perplexity and BLEU are measured before and after. `resume=True` continues an interrupted run.
+    """
+    with closing(run):
+        return _Adaptation(recipe, run, observer or Observer()).run_all(resume)
+
+
+class _Adaptation:
+    def __init__(self, recipe: AdaptLanguage, run: RunFolder, observer: Observer):
+        self.recipe, self.run, self.observer = recipe, run, observer
+        # Data first: a bad line should stop the run before a model is loaded.
+        self.train, self.held = read_split(recipe, observer)
+        self.device, where = choose_device(recipe.device)
+        seed_all(recipe.seed)
+        # A frozen base can be stored in bf16; weights that are trained need fp32 to take small steps.
+        small = recipe.precision == "bf16" and recipe.method != "full"
+        dtype = torch.bfloat16 if small else torch.float32
+        self.model: Any = load_language_model(recipe.model, dtype=dtype, device=self.device)
+        if self.model.tokenizer is None:
+            raise VolvelleError(f"{recipe.model}: has no tokenizer, so it cannot read text")
+        self.context = self._context()
+        self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context)
+        self.held_loader = self._held_loader(self.held)
+        self.prompts = prompted(self.held.examples, recipe.samples)
+        trainable, total = self._apply()
+        self.model.gradient_checkpointing = recipe.checkpointing
+        memory = estimate_memory(
+            self.model.config,
+            total=total,
+            trainable=trainable,
+            weight_bytes=dtype.itemsize,
+            tokens=longest_batch(self.loader),
+            activation_bytes=2 if recipe.precision == "bf16" else 4,
+            checkpointing=recipe.checkpointing,
+        )
+        numbers = {"fp32": "fp32", "bf16": "bf16 base" if small else "bf16 autocast over fp32 weights"}
+        label = "LoRA" if recipe.method == "lora" else "full fine-tuning"
+        self.subtitle = first_line(where, f"{numbers[recipe.precision]}, {label}", trainable, total, memory)
+        observer.say(self.subtitle)
+
+    def _context(self) -> int:
+        most, asked = self.model.config.context, self.recipe.length
+        if asked is not None and asked > most:
+            raise UsageError(f"length={asked}: {self.recipe.model} has a context of {most} tokens")
+        if self.train.documents:
+            # A window is always full, and attention over thousands of tokens is rarely what is wanted by default.
+            return asked or min(most, 512)
+        return asked or most
+
+    def _held_loader(self, held: Corpus) -> Loader:
+        recipe = self.recipe
+        part = replace(held, examples=held.examples[: recipe.held_out_size])
+        loader = evaluation_loader(
+            part, self.model.tokenizer, length=self.context, batch=recipe.batch, on_bad=recipe.on_bad
+        )
+        return loader
+
+    def _apply(self) -> tuple[int, int]:
+        """Apply the method; counts of trained and of all parameters."""
+        if self.recipe.method == "lora":
+            generator = torch.Generator(device=self.device).manual_seed(self.recipe.seed)
+            adapted = apply(self.model, self.recipe.lora, generator=generator)
+            return adapted.trainable_count, adapted.total_count
+        self.model.requires_grad_(True)
+        count = sum(p.numel() for p in self.model.parameters())
+        return count, count
+
+    def run_all(self, resume: bool) -> Outcome:
+        recipe, run = self.recipe, self.run
+        before, samples = self._before(resume)
+        objective = LanguageObjective(self.model, recipe, held_out=self.held_loader)
+        result = fit(objective, self.loader, options=recipe, run=run, observer=self.observer, resume=resume)
+        self.model.eval()
+        after: dict[str, float] = {}
+        if not result.interrupted:
+            saved = self._save()
+            self.observer.say(f"saved {saved}")
+            after, outputs = self._measure("after")
+            samples = [replace(s, after=text) for s, text in zip(samples, outputs, strict=True)]
+            keep_samples(run, samples)
+        commands = (
+            f"volvelle generate {run.path} {_quoted(self.prompts[0].example.prompt if self.prompts else 'Once')}",
+            f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
+            f"volvelle export {run.path} to=peft" if recipe.method == "lora" else f"volvelle export {run.path} to=hf",
+        )
+        return finish(
+            run,
+            result,
+            before=before,
+            after=after,
+            samples=samples,
+            subtitle=self.subtitle,
+            next_commands=commands,
+        )
+
+    def _before(self, resume: bool) -> tuple[dict[str, float], list[Sample]]:
+        """Metrics and outputs of the model as it came; a resumed run has them already."""
+        known, samples = self.run.manifest.get("before"), kept_samples(self.run)
+        if resume and isinstance(known, dict) and samples is not None:
+            return known, samples
+        metrics, outputs = self._measure("before")
+        samples = [
+            Sample(_shown(p.example), p.references, before=text) for p, text in zip(self.prompts, outputs, strict=True)
+        ]
+        keep_samples(self.run, samples)
+        self.run.update_manifest(before=metrics)
+        return metrics, samples
+
+    def _measure(self, when: str) -> tuple[dict[str, float], list[str]]:
+        self.model.eval()
+        metrics = held_out_loss(self.model, self.held_loader, self.recipe.precision)
+        if not self.prompts:
+            return metrics, []
+
+        def progress(done: int, total: int) -> None:
+            self.observer.work(f"answers {when} training", done, total)
+
+        outputs = write(self.model, self.prompts, max_tokens=self.recipe.max_tokens, progress=progress)
+        return metrics | {"bleu": bleu(outputs, [p.references for p in self.prompts])}, outputs
+
+    def _save(self) -> Path:
+        if self.recipe.method == "lora":
+            save(self.model, self.run.path / "adapter", base=self.recipe.model)
+            return self.run.path / "adapter"
+        assert isinstance(self.model, nn.Module)
+        write_folder(self.model, self.run.path / "weights")  # type: ignore[arg-type]
+        return self.run.path / "weights"
+
+
+def _shown(example: Any) -> str:
+    """A prompt as the report shows it."""
+    if example.messages is None:
+        return example.prompt.strip("\n")
+    return "\n".join(f"{m['role']}: {m['content']}" for m in example.messages[:-1])
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    line = " ".join(text.split())
+    return shlex.quote(line if len(line) <= 60 else line[:57] + "…")

@@ -1,0 +1,238 @@
+"""What the recipes on text share: reading and splitting the data, batches, the first line, and closing a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from volvelle.data.loader import Loader
+from volvelle.data.packing import PackedExamples, Windows, collate_packed, collate_windows
+from volvelle.data.text import Corpus, read_corpus
+from volvelle.data.tokens import Tokenizer, collate, encode_corpus
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.files import write_atomic
+from volvelle.runs import RunFolder, environment
+from volvelle.train.estimate import MemoryEstimate
+from volvelle.train.loop import FitResult
+from volvelle.train.observer import Observer
+from volvelle.train.outcome import Outcome, Sample
+from volvelle.train.recipes.text import TextOptions
+from volvelle.train.report import Report, training_curves
+
+SHOWN = 8
+"""Samples in the report; all are in samples.json."""
+
+
+def read_split(recipe: TextOptions, observer: Observer) -> tuple[Corpus, Corpus]:
+    """The training and the held-out corpus: two files, or one file split."""
+    options = {"prompt": recipe.prompt, "completion": recipe.completion, "on_bad": recipe.on_bad}
+    corpus = read_corpus(recipe.data, **options)
+    observer.say(str(corpus))
+    for line in corpus.skipped[:5]:
+        observer.say(f"  left out {line}")
+    if recipe.held_out is None:
+        return split(corpus, recipe.held_out_share, recipe.seed)
+    held = read_corpus(recipe.held_out, **options)
+    if bool(held.documents) != bool(corpus.documents):
+        raise UsageError(f"{recipe.held_out}: plain text and examples cannot be measured against each other")
+    observer.say(f"{held} (held out)")
+    return corpus, held
+
+
+def split(corpus: Corpus, share: float, seed: int) -> tuple[Corpus, Corpus]:
+    """Set a share aside: whole prompts with all their completions, or the end of a text.
+
+    No prompt is on both sides. Raises VolvelleError when there is too little to split.
+    """
+    if corpus.documents:
+        train, held = _split_documents(corpus.documents, share)
+        return replace(corpus, documents=train), replace(corpus, documents=held, skipped=[])
+    groups: dict[Any, list[int]] = {}
+    for i, example in enumerate(corpus.examples):
+        key = json.dumps(example.messages[:-1]) if example.messages else example.prompt
+        groups.setdefault(key, []).append(i)
+    if len(groups) < 2:
+        raise VolvelleError(
+            f"{corpus.path}: {len(corpus.examples)} examples with {len(groups)} prompt cannot be split",
+            tip="give a second file with held_out=",
+        )
+    order = list(groups.values())
+    random.Random(f"split/{seed}").shuffle(order)
+    count = min(len(order) - 1, max(1, round(share * len(order))))
+    held = {i for group in order[:count] for i in group}
+    train = [example for i, example in enumerate(corpus.examples) if i not in held]
+    return (
+        replace(corpus, examples=train),
+        replace(corpus, examples=[corpus.examples[i] for i in sorted(held)], skipped=[]),
+    )
+
+
+def _split_documents(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    if len(documents) > 1:
+        count = min(len(documents) - 1, max(1, round(share * len(documents))))
+        return list(documents[:-count]), list(documents[-count:])
+    text = documents[0]
+    at = int(len(text) * (1 - share))
+    # At the end of a line, when one is near.
+    line = text.rfind("\n", max(1, at - 2000), at)
+    at = line + 1 if line > 0 else max(1, min(at, len(text) - 1))
+    return [text[:at]], [text[at:]]
+
+
+def training_loader(corpus: Corpus, tokenizer: Tokenizer, recipe: TextOptions, context: int) -> Loader:
+    """Seeded batches: windows of plain text, padded examples of similar length, or packed rows of examples."""
+    if corpus.documents:
+        windows = Windows.of(corpus.documents, tokenizer, context)
+        return Loader(windows, recipe.batch, seed=recipe.seed, collate=collate_windows)
+    dataset = encode_corpus(corpus, tokenizer, context=context, on_bad=recipe.on_bad)
+    if recipe.pack:
+        return Loader(PackedExamples(dataset, context), recipe.batch, seed=recipe.seed, collate=collate_packed)
+    return Loader(dataset, recipe.batch, seed=recipe.seed, collate=collate, lengths=dataset.lengths)
+
+
+def longest_batch(loader: Loader) -> int:
+    """Positions in the largest micro-batch, padding included."""
+    dataset = loader.dataset
+    if isinstance(dataset, Windows):
+        return loader.batch_size * dataset.length
+    if isinstance(dataset, PackedExamples):
+        return loader.batch_size * dataset.length
+    lengths = sorted(loader.lengths or [0])
+    return min(loader.batch_size, len(lengths)) * lengths[-1]
+
+
+def choose_device(name: str | None) -> tuple[torch.device, str]:
+    """The device, and why it."""
+    if name is not None:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise UsageError(f"device={name}: no such kind of device", tip="cpu, cuda or cuda:1") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device={name}: no CUDA device here", tip="device=cpu")
+        return device, f"{device} (as asked)"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), f"cuda ({torch.cuda.get_device_name()})"
+    return torch.device("cpu"), f"cpu (no CUDA device), {torch.get_num_threads()} threads"
+
+
+def first_line(where: str, numbers: str, trainable: int, total: int, memory: MemoryEstimate) -> str:
+    """What was decided: device, number format, what is trained, memory."""
+    share = f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2g} %)"
+    return f"{where}; {numbers}; trains {share if trainable < total else f'all {total:,} parameters'}; memory {memory}"
+
+
+@contextlib.contextmanager
+def closing(run: RunFolder) -> Iterator[None]:
+    """Mark the run failed when an error or a second Ctrl-C leaves the block."""
+    run.update_manifest(status="running")
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        # The disk may be what failed; the first error matters more than this note.
+        with contextlib.suppress(OSError):
+            run.update_manifest(status=status, error=str(error) or type(error).__name__)
+        raise
+
+
+def keep_samples(run: RunFolder, samples: Sequence[Sample]) -> None:
+    """Write samples.json, so that a resumed run still knows the outputs from before training."""
+    write_atomic(run.path / "samples.json", json.dumps([vars(sample) for sample in samples], indent=1))
+
+
+def kept_samples(run: RunFolder) -> list[Sample] | None:
+    """What `keep_samples` wrote, or None."""
+    path = run.path / "samples.json"
+    if not path.is_file():
+        return None
+    return [Sample(**{**s, "references": tuple(s["references"])}) for s in json.loads(path.read_text())]
+
+
+def resume_command(run: RunFolder) -> str:
+    """The command that continues a run."""
+    return f"volvelle resume {run.path}"
+
+
+def finish(
+    run: RunFolder,
+    result: FitResult,
+    *,
+    before: dict[str, float],
+    after: dict[str, float],
+    samples: list[Sample],
+    subtitle: str,
+    next_commands: tuple[str, ...],
+) -> Outcome:
+    """Write the report and the manifest's last words."""
+    stopped = result.interrupted
+    commands = (resume_command(run),) if stopped else next_commands
+    outcome = Outcome(
+        run=run.path,
+        step=result.step,
+        steps=result.steps,
+        before=before,
+        after=after,
+        samples=samples,
+        interrupted=stopped,
+        resume=commands[0] if stopped else None,
+        report=_report(run, result, before, after, samples, subtitle, commands),
+        seconds=result.seconds,
+        next=commands,
+    )
+    run.update_manifest(
+        status="interrupted" if stopped else "finished",
+        step=result.step,
+        steps=result.steps,
+        before=before,
+        after=after,
+        best=result.best,
+    )
+    return outcome
+
+
+def _report(
+    run: RunFolder,
+    result: FitResult,
+    before: dict[str, float],
+    after: dict[str, float],
+    samples: list[Sample],
+    subtitle: str,
+    commands: tuple[str, ...],
+) -> Path:
+    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
+    if result.interrupted:
+        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
+    report.tiles(tiles(before, after, result))
+    records = run.metrics()
+    training_curves(report.heading("Training"), records)
+    if samples:
+        many = f"{SHOWN} of {len(samples)}; all are in samples.json" if len(samples) > SHOWN else ""
+        report.heading("What it writes, on held-out prompts").text(many).samples(samples[:SHOWN])
+    report.heading("Next").commands(commands)
+    report.heading("Settings").details("Options (config.yaml)", run.config())
+    report.details("Environment (env.json)", environment())
+    return report.write(run.path / "report.html")
+
+
+def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) -> list[tuple[str, str, str]]:
+    """The main figures with what they were before."""
+    names = {"loss": "held-out loss a token", "perplexity": "held-out perplexity", "bleu": "BLEU"}
+    found = after or before
+    shown = []
+    for name, label in names.items():
+        if name not in found:
+            continue
+        note = f"before: {before[name]:.4g}" if after and name in before else "" if after else "before training"
+        shown.append((label, f"{found[name]:.4g}", note))
+    shown.append(("steps", f"{result.step:,}", f"of {result.steps:,}" if result.interrupted else ""))
+    minutes, seconds = divmod(round(result.seconds), 60)
+    shown.append(("time", f"{minutes}:{seconds:02d}", "training and evaluation"))
+    return shown
