@@ -103,7 +103,8 @@ def attention(
     `causal` is aligned to the end: query i sees key j iff j <= i + n_k - n_q. `bias` is a float tensor that broadcasts
     likewise, or a `Bias`, which is asked at q_positions and k_positions (default: keys 0 .. n_k - 1, the queries
     last). `scale` defaults to 1 / sqrt(d). A query with nothing to attend to gives 0, with gradient 0.
-    `backend` is "auto" or a name in the table; with `explain` the result comes with an `Explanation`.
+    `backend` is "auto" or a name in the table ("reference" has second and forward-mode derivatives, torch's fused
+    kernels raise); with `explain` the result comes with an `Explanation`.
     Raises ValueError or TypeError on tensors that do not fit, ValueError when the named back end cannot serve.
     Vaswani et al. 2017, section 3.2.1.
 
