@@ -180,7 +180,7 @@ class _Cursor:
     """Reads forward through the mapped bytes; every read past the end is a VolvelleError."""
 
     def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.data, self.at, self.what = path, memoryview(data), 4, "the header"
+        self.path, self.data, self.at, self.what = path, data.data, 4, "the header"
 
     def error(self, message: str) -> VolvelleError:
         return VolvelleError(f"{self.path}: {message}", tip=_RETRY)

@@ -166,6 +166,8 @@ def _sentencepiece(file: GGUFFile, _architecture: str, tokens: list[str], kinds:
     bpe = BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    # The dummy prefix as transformers applies it: at the start of the text only (llama.cpp repeats it after every
+    # control token), and not before a space, so a single leading space of the text is lost in decoding.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "first" if prefix else "never", split=False)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
