@@ -158,6 +158,18 @@ def test_the_reference_has_second_and_forward_derivatives():
     assert gradgradcheck(call, (q, k, v, bias))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_the_inputs_and_the_reference_still_computes_in_fp32(backend):
+    q, k, v = tensors(2, 4, 2, 3, 5, 8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(q, k.bfloat16(), v, backend=backend)  # as with a norm in fp32 before the product
+        kept = attention(q.double(), k.double(), v.double(), backend=backend)
+    assert (out.dtype, kept.dtype) == (torch.bfloat16, torch.float64)
+    expected = attention(*(x.bfloat16().double() for x in (q, k, v)), backend="reference")
+    error = (out.double() - expected).abs().max()
+    assert error <= (2**-8 if backend == "reference" else 2e-2) * expected.abs().max()
+
+
 def test_the_fused_kernel_refuses_the_derivatives_it_lacks():
     q, k, v = (x.requires_grad_() for x in tensors(1, 2, 2, 3, 3, 4))
     (first,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
@@ -288,6 +300,8 @@ def test_compiled_equals_eager(backend, options):
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
 
 
 def test_a_compiled_decoding_step_equals_eager():

@@ -137,6 +137,13 @@ def test_the_result_keeps_the_input_dtype_under_a_finer_table():
     assert (turned.double() - exact).abs().max() <= 2**-8 * 4  # one rounding of values below 4
 
 
+def test_autocast_does_not_touch_the_angles():
+    x, positions = heads(dtype=torch.float32), torch.arange(7) + 100_000
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        turned, _ = apply_rope(x, x, positions)
+    torch.testing.assert_close(turned, apply_rope(x, x, positions)[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [None, 2])
 def test_derivatives(layout, dim):

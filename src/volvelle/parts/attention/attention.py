@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from volvelle.export import export
@@ -103,6 +104,7 @@ def attention(
     `causal` is aligned to the end: query i sees key j iff j <= i + n_k - n_q. `bias` is a float tensor that broadcasts
     likewise, or a `Bias`, which is asked at q_positions and k_positions (default: keys 0 .. n_k - 1, the queries
     last). `scale` defaults to 1 / sqrt(d). A query with nothing to attend to gives 0, with gradient 0.
+    Under autocast q, k and v are cast to its dtype, fp64 excepted.
     `backend` is "auto" or a name in the table ("reference" has second and forward-mode derivatives, torch's fused
     kernels raise); with `explain` the result comes with an `Explanation`.
     Raises ValueError or TypeError on tensors that do not fit, ValueError when the named back end cannot serve.
@@ -114,6 +116,9 @@ def attention(
     >>> tuple(out.shape), str(why)
     ((1, 4, 2, 8), 'sdpa: the first in the order of preference that serves the call')
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)  # as autocast does for torch's own attention
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     shape = check_inputs(q, k, v, mask, bias)
     if isinstance(bias, Bias):
         learnable, value_term = bias.learnable, bias.has_value_term

@@ -43,16 +43,18 @@ class Reference:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
         """Return (b, h, n_q, d_v); fp16 and bf16 inputs are computed in fp32 and cast at the end."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dtype, group = q.dtype, shape.h // shape.h_kv
-        bias = terms.whole_bias(q, k)
-        q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = q @ k.transpose(-2, -1) * terms.scale
-        if bias is not None:
-            scores = scores + bias
-        weights = masked_softmax(scores, terms.allowed(shape, q.device))
-        out = weights @ v
-        if isinstance(terms.bias, Bias) and terms.bias.has_value_term:
-            out = out + terms.bias.value_term(weights, *terms.positions(q, k))
-        return out.to(dtype)
+        # half types are widened on purpose, which autocast would undo
+        with torch.autocast(q.device.type, enabled=False):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            dtype, group = q.dtype, shape.h // shape.h_kv
+            bias = terms.whole_bias(q, k)
+            q, k, v = q.to(wide), k.to(wide), v.to(wide)
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            scores = q @ k.transpose(-2, -1) * terms.scale
+            if bias is not None:
+                scores = scores + bias
+            weights = masked_softmax(scores, terms.allowed(shape, q.device))
+            out = weights @ v
+            if isinstance(terms.bias, Bias) and terms.bias.has_value_term:
+                out = out + terms.bias.value_term(weights, *terms.positions(q, k))
+            return out.to(dtype)
