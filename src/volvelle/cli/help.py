@@ -34,10 +34,9 @@ def verb_page(verb: Verb, options: type, examples: Iterable[str], *, width: int 
     lines = [f"{usage} [key=value …]", "", f"{verb.help[:1].upper()}{verb.help[1:]}.", ""]
     heads = {key: key.upper() if field.positional else f"{key}={metavar(field)}" for key, field in fields.items()}
     indent = min(max(max((len(head) for head in heads.values()), default=0), len("config=FILE")) + 4, 30)
-    for positional in (True, False):
-        for key, field in fields.items():
-            if field.positional is positional:
-                lines += _entry(heads[key], _describe(field), indent, width)
+    # Positional first, then what must be given; the rest keeps the order of the class.
+    for key, field in sorted(fields.items(), key=lambda item: (not item[1].positional, not item[1].required)):
+        lines += _entry(heads[key], _describe(field), indent, width)
     lines += _entry("config=FILE", "options from a run's config.yaml; what is typed here wins", indent, width)
     lines += _entry("--json", "one JSON object on stdout, everything else on stderr", indent, width)
     lines += ["", "examples:", *(f"  {example}" for example in examples)]

@@ -127,8 +127,7 @@ def _walk(cls: type, prefix: str, instance: Any) -> typing.Iterator[Field]:
 
     marker = typing.get_args(tyro.conf.Positional[int])[1]
     hints = typing.get_type_hints(cls, include_extras=True)
-    docs = _field_docs(cls)
-    for field in dataclasses.fields(cls):
+    for field in _own_first(cls):
         kind, markers = hints[field.name], ()
         if hasattr(kind, "__metadata__"):
             kind, markers = kind.__origin__, kind.__metadata__
@@ -142,9 +141,27 @@ def _walk(cls: type, prefix: str, instance: Any) -> typing.Iterator[Field]:
             yield from _walk(kind, f"{prefix}{field.name}.", None if default is MISSING else default)
         else:
             name = prefix + field.name
-            yield Field(name.rstrip("_"), name, kind, default, docs.get(field.name, ""), marker in markers)
+            yield Field(name.rstrip("_"), name, kind, default, _field_doc(cls, field.name), marker in markers)
 
 
+def _own_first(cls: type) -> list[dataclasses.Field]:
+    """Return the fields, those that the class itself declares before those of its bases.
+
+    So the special comes before the general, which is the order in which people look.
+    """
+    depth: dict[str, int] = {}
+    for i, kind in enumerate(cls.__mro__):
+        for name in vars(kind).get("__annotations__", ()):
+            depth.setdefault(name, i)
+    return sorted(dataclasses.fields(cls), key=lambda field: depth[field.name])
+
+
+def _field_doc(cls: type, name: str) -> str:
+    """Return what is written under the field, in the class or the nearest base that says something."""
+    return next((docs[name] for kind in cls.__mro__ if name in (docs := _field_docs(kind))), "")
+
+
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """Return the string literal under each field of the class."""
     try:

@@ -1,0 +1,94 @@
+"""`volvelle eval`: measure a model or a run on held-out data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from volvelle.cli.console import result, say
+from volvelle.cli.models import Precision, open_language_model
+
+EXAMPLES = (
+    "volvelle eval smollm2 data=dev.jsonl",
+    "volvelle eval runs/adapt-smollm2-lora-1 data=dev.jsonl outputs=100",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and on what."""
+
+    model: Positional[str]
+    """A known model, a Hugging Face repo id, a folder, or a run."""
+    data: str
+    """A .txt or .jsonl file, as for adapt."""
+    prompt: str | None = None
+    """Template of the prompt; a run's own when left out."""
+    completion: str | None = None
+    """Template of the completion; a run's own when left out. An expression giving a list: several right answers."""
+    outputs: int | None = None
+    """Prompts to answer and score by BLEU, from the first on; all when left out, 0 for none."""
+    max_tokens: int = 64
+    """The longest answer, in tokens."""
+    batch: int = 16
+    """Samples measured at once."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware multiplies it, else fp32."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do with lines that are broken, or longer than the context."""
+    show: int = 3
+    """Answers to print."""
+
+
+def main(options: Options) -> int:
+    """Print loss, perplexity and BLEU, with a few answers beside their references."""
+    from volvelle.data.text import read_corpus
+
+    templates = _templates(options)
+    corpus = read_corpus(options.data, on_bad=options.on_bad, **templates)
+    say(str(corpus))
+    model = open_language_model(options.model, options.precision)
+    from volvelle.cli.training import console
+    from volvelle.train.evaluate import evaluate_language
+
+    with console() as observer:
+        found = evaluate_language(
+            model,
+            corpus,
+            batch=options.batch,
+            outputs=options.outputs,
+            max_tokens=options.max_tokens,
+            on_bad=options.on_bad,
+            progress=lambda done, total: observer.work("answers", done, total),
+        )
+    for prompt, output in list(zip(found.prompts, found.outputs, strict=True))[: options.show]:
+        say("", f"prompt     {_line(prompt.example.prompt)}", f"answer     {_line(output)}")
+        say(*(f"reference  {_line(text)}" for text in prompt.references))
+    say()
+    for name, value in found.metrics.items():
+        say(f"{name:<11} {value:.4f}")
+    result({"model": options.model, "data": options.data, **found.metrics, "outputs": found.outputs})
+    return 0
+
+
+def _templates(options: Options) -> dict[str, Any]:
+    """The templates that were typed, else those that the run was trained with."""
+    from volvelle.runs import RunFolder
+
+    given = {"prompt": options.prompt, "completion": options.completion}
+    folder = Path(options.model)
+    if any(given.values()) or not (folder / "manifest.json").is_file():
+        return given
+    config = RunFolder.open(folder).config()
+    found = {name: config.get(name) for name in given}
+    if any(found.values()):
+        say(f"templates from {folder / 'config.yaml'}: {json.dumps(found, ensure_ascii=False)}")
+    return found
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
