@@ -20,7 +20,7 @@ from volvelle.parts.position.learned import LearnedPositions
 from volvelle.parts.position.rope import RotaryEmbedding
 from volvelle.parts.position.sinusoidal import SinusoidalPositions
 from volvelle.systems.language import config as c
-from volvelle.systems.language.projections import JoinsLayers, is_plain, linear_row
+from volvelle.systems.language.projections import JoinsLayers, apply_linear
 
 
 class Step(NamedTuple):
@@ -98,13 +98,6 @@ def _scaling(spec: c.RopeScaling | None, context: int) -> rope_scaling.Scaling |
             return rope_scaling.Llama3Scaling(
                 spec.factor, spec.original_context, spec.low_frequency_factor, spec.high_frequency_factor
             )
-
-
-def apply_linear(layer: nn.Module, x: Tensor, row: bool) -> Tensor:
-    """layer(x), as a matrix-vector product when `row` is set and the layer is a plain linear one."""
-    if row and isinstance(layer, nn.Linear) and is_plain(layer):
-        return linear_row(x, layer.weight, layer.bias)
-    return layer(x)
 
 
 class GatedMLP(JoinsLayers):

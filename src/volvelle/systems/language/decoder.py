@@ -20,13 +20,12 @@ from volvelle.systems.language.components import (
     PostNormBlock,
     PreNormBlock,
     Step,
-    apply_linear,
     build_norm,
     build_position,
     drop,
 )
 from volvelle.systems.language.config import LanguageConfig
-from volvelle.systems.language.projections import one_row
+from volvelle.systems.language.projections import apply_linear, one_row
 
 if TYPE_CHECKING:
     from volvelle.systems.language.tokenizer import TextTokenizer

@@ -45,6 +45,13 @@ def linear_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(1, 1, -1)
 
 
+def apply_linear(layer: nn.Module, x: Tensor, row: bool) -> Tensor:
+    """layer(x), as a matrix-vector product when `row` is set and the layer is a plain linear one."""
+    if row and isinstance(layer, nn.Linear) and is_plain(layer):
+        return linear_row(x, layer.weight, layer.bias)
+    return layer(x)
+
+
 class Joined:
     """The parameters of several linear layers, one below the other in one storage."""
 

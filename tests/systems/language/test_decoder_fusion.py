@@ -1,0 +1,142 @@
+"""Joined projections: same names, same values, one storage, and never a stale result."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.systems.language.test_decoder import GPT2, LLAMA, build, some_ids
+
+from volvelle.parts.lowrank.lora import LoRALinear
+from volvelle.systems.language.projections import apply_linear, fuse_projections, unfuse_projections
+
+
+def storages(model):
+    return {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+
+def taken(model):
+    """How many groups of layers are computed as one."""
+    with torch.no_grad():
+        return sum(module.joined() is not None for module in model.modules() if hasattr(module, "joined"))
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_fusing_keeps_names_values_and_results_and_can_be_undone(config, dtype):
+    model, ids = build(config).to(dtype), some_ids()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    identity, separate, expected = list(model.parameters()), storages(model), model(ids).logits
+    single = model(ids[:1, :1]).logits
+    groups = 4 if config is LLAMA else 2  # qkv and gate-up; GPT-2 has no gate
+    assert fuse_projections(model) == groups
+    assert fuse_projections(model) == groups  # again is harmless
+    assert taken(model) == groups
+    assert all(a is b for a, b in zip(model.parameters(), identity, strict=True))
+    assert len(storages(model)) < len(separate)
+    sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(sizes.values()) == sum(p.nbytes for p in model.parameters())
+    assert list(model.state_dict()) == list(before)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(model(ids).logits, expected, **tolerance)
+    torch.testing.assert_close(model(ids[:1, :1]).logits, single, **tolerance)
+    unfuse_projections(model)
+    assert taken(model) == 0
+    assert len(storages(model)) == len(separate)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_training_a_fused_model_equals_training_a_separate_one():
+    ids, losses = some_ids(), []
+    for fuse in (False, True):
+        model = build().train()
+        if fuse:
+            fuse_projections(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        history = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(ids).logits.square().mean()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        with torch.no_grad():
+            history.append(model(ids).logits.square().mean().item())
+        losses.append(history)
+        assert taken(model) == (4 if fuse else 0)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_cast_separates_the_layers_and_keeps_no_copy():
+    model, ids = build(), some_ids()
+    fuse_projections(model)
+    model.to(torch.float64)
+    assert taken(model) == 0
+    assert torch.equal(model(ids).logits, build().to(torch.float64)(ids).logits)
+    assert all(module._joined is None for module in model.modules() if hasattr(module, "joined"))
+    assert fuse_projections(model) == 4
+    assert taken(model) == 4
+
+
+@torch.no_grad()
+def test_new_weights_are_seen_however_they_come():
+    other, ids = build(seed=5), some_ids()
+    expected = other(ids).logits
+    for assign in (False, True):
+        model = build()
+        fuse_projections(model)
+        model.load_state_dict(other.state_dict(), assign=assign)
+        model.tie()
+        torch.testing.assert_close(model(ids).logits, expected)
+    model = build()
+    fuse_projections(model)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data = theirs.data.clone()
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_adapters_and_hooks_are_never_bypassed():
+    model, ids = build(), some_ids()
+    fuse_projections(model)
+    plain = model(ids).logits
+    layer = model.model.layers[0].self_attn
+    adapted = LoRALinear(layer.v_proj, rank=2)
+    torch.nn.init.normal_(adapted.b)
+    original, layer.v_proj = layer.v_proj, adapted
+    assert taken(model) == 3
+    assert not torch.allclose(model(ids).logits, plain)
+    assert fuse_projections(model) == 3
+    layer.v_proj = original
+    seen = []
+    handle = layer.k_proj.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(ids).logits, plain)
+    handle.remove()
+    assert seen
+
+
+@torch.no_grad()
+def test_a_copy_of_a_fused_model_stands_alone():
+    model, ids = build(), some_ids()
+    fuse_projections(model)
+    expected = model(ids).logits
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert not storages(twin) & storages(model)
+    torch.testing.assert_close(twin(ids).logits, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_one_row_as_a_matrix_vector_product_equals_the_layer(bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(96, 200, bias=bias).bfloat16(), torch.randn(1, 1, 96).bfloat16()
+    ours, theirs = apply_linear(layer, x, True), layer(x)
+    assert ours.shape == theirs.shape
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
