@@ -42,6 +42,7 @@ ROFORMER = dataclasses.replace(
     position=c.Rope(layout="interleaved"),
     segments=2,
     embedding_width=16,
+    mlp=c.MLP(40, "gelu"),
     head=c.Head(bias=True, transform="gelu"),
     causal=False,
 )

@@ -2,7 +2,7 @@
 
 A rule says `theirs = concat(ours...)`, transposed for GPT-2's (in, out) matrices. Both directions are derived from it:
 `Binding.split` reads, `Binding.join` writes, and one undoes the other bit by bit. Placeholders: `{i}` a layer number,
-`{p}` a parameter name ("weight", "bias").
+`{p}` "weight" or "bias".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from volvelle.errors import VolvelleError
 from volvelle.systems.language.config import Family
 
-_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>\w+)"}
+_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)"}
 
 
 @dataclass(frozen=True)
