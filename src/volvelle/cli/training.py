@@ -1,4 +1,4 @@
-"""What the training verbs share: the observer that draws progress, starting and resuming runs, the last lines."""
+"""What the training verbs share: the observer that draws progress, starting a run, the last lines."""
 
 from __future__ import annotations
 
@@ -6,57 +6,23 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from volvelle.cli.console import duration, result, say, warn
-from volvelle.errors import UsageError
 from volvelle.runs import RunFolder
 from volvelle.train.observer import Observer, Progress
-from volvelle.train.options import FitOptions, from_dict, to_dict
+from volvelle.train.options import FitOptions, to_dict
 
 if TYPE_CHECKING:
     from volvelle.train.outcome import Outcome
 
 INTERVAL = 5.0
 """Seconds between two progress lines in a pipe."""
+INTERRUPTED = 130
+"""Exit code of a run that was stopped and can be resumed."""
 
 T = TypeVar("T", bound=FitOptions)
-Runner = Callable[..., "Outcome"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A kind of run: its options, and the function that runs them."""
-
-    options: type[FitOptions]
-    run: Callable[[], Runner]
-
-
-def _adapt() -> Recipe:
-    from volvelle.train.recipes.adapt import AdaptLanguage
-
-    def function() -> Runner:
-        from volvelle.train.adapt_language import adapt_language
-
-        return adapt_language
-
-    return Recipe(AdaptLanguage, function)
-
-
-def _train_language() -> Recipe:
-    from volvelle.train.recipes.language import TrainLanguage
-
-    def function() -> Runner:
-        from volvelle.train.train_language import train_language
-
-        return train_language
-
-    return Recipe(TrainLanguage, function)
-
-
-KINDS: Mapping[str, Callable[[], Recipe]] = {"adapt": _adapt, "train-language": _train_language}
 
 
 class Console(Observer):
@@ -112,29 +78,22 @@ def recipe_of(kind: type[T], options: FitOptions) -> T:
 
 
 def start(kind: str, recipe: FitOptions, name: str | None) -> int:
-    """Make a run folder, run the recipe in it, and print the result."""
+    """Make a run folder, run the recipe of that kind in it, and print the result."""
+    from volvelle.train.resume import KINDS
+
     run = RunFolder.create(name, kind=kind, config=to_dict(recipe))
     say(f"run {run.path}")
-    return _finish(kind, recipe, run, resume=False)
-
-
-def resume(run: RunFolder) -> int:
-    """Continue an interrupted run with the options it began with."""
-    kind = run.manifest["kind"]
-    if kind not in KINDS:
-        raise UsageError(f"{run.path}: a run of kind {kind!r} cannot be resumed", tip=f"kinds: {', '.join(KINDS)}")
-    if run.status == "finished":
-        raise UsageError(f"{run.path}: this run is finished", tip=f"volvelle generate {run.path}")
-    return _finish(kind, from_dict(KINDS[kind]().options, run.config()), run, resume=True)
-
-
-def _finish(kind: str, recipe: FitOptions, run: RunFolder, *, resume: bool) -> int:
-    function = KINDS[kind]().run()
+    _, function = KINDS[kind]()
     with console() as observer:
-        outcome = function(recipe, run, observer=observer, resume=resume)
+        outcome = function(recipe, run, observer=observer)
+    return closing_lines(outcome)
+
+
+def closing_lines(outcome: Outcome) -> int:
+    """Print what came out, where it is and what to do next; the exit code."""
     _say_outcome(outcome)
     result(outcome.record())
-    return 0 if outcome.interrupted is None else 130
+    return 0 if outcome.interrupted is None else INTERRUPTED
 
 
 def _say_outcome(outcome: Outcome) -> None:

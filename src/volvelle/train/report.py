@@ -99,6 +99,10 @@ class Report:
         self._blocks.append(markup)
         return self
 
+    def body(self) -> str:
+        """The blocks so far, to be put into another page."""
+        return "\n".join(self._blocks)
+
     def render(self) -> str:
         """The page."""
         style = resources.files("volvelle.train").joinpath("report.css").read_text(encoding="utf-8")
@@ -108,7 +112,7 @@ class Report:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{_escape(self.title)}</title><style>{style}</style></head>\n"
             f"<body><main><header><h1>{_escape(self.title)}</h1>{subtitle}</header>\n"
-            + "\n".join(self._blocks)
+            + self.body()
             + "\n</main></body></html>\n"
         )
 

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 EXAMPLES = (
     "volvelle resume runs/adapt-smollm2-lora-1",
-    "volvelle resume runs/train-language-1 --json",
+    "volvelle resume runs/language-1 --json",
 )
 
 
@@ -23,7 +23,9 @@ class Options:
 
 def main(options: Options) -> int:
     """Continue from the newest sound checkpoint with the options of the run's config.yaml."""
-    from volvelle.cli.training import resume
-    from volvelle.runs import RunFolder
+    from volvelle.cli.training import closing_lines, console
+    from volvelle.train.resume import resume_run
 
-    return resume(RunFolder.open(options.run))
+    with console() as observer:
+        outcome = resume_run(options.run, observer=observer)
+    return closing_lines(outcome)

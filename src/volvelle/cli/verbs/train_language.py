@@ -24,4 +24,4 @@ def main(options: Options) -> int:
     """Run the recipe in a new run folder."""
     from volvelle.cli.training import recipe_of, start
 
-    return start("train-language", recipe_of(TrainLanguage, options), options.run)
+    return start("language", recipe_of(TrainLanguage, options), options.run)

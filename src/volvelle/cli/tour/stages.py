@@ -1,0 +1,12 @@
+"""The stages in their order: a family joins with one row."""
+
+from __future__ import annotations
+
+from volvelle.cli.tour import claims, language
+from volvelle.cli.tour.frame import Stage
+
+STAGES: tuple[tuple[str, Stage], ...] = (
+    ("A chat answer from a real model", language.chat),
+    ("Adapting it with LoRA, on a table-to-text task", language.adapt),
+    ("Claims of papers, measured here", claims.claims),
+)
