@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from volvelle.train.adapt_language import adapt_language as adapt_language
+    from volvelle.train.adaptation import adapt_language as adapt_language
     from volvelle.train.evaluate import evaluate_language as evaluate_language
     from volvelle.train.language import LanguageObjective as LanguageObjective
     from volvelle.train.loop import FitResult as FitResult
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from volvelle.train.phase import Objective as Objective
     from volvelle.train.phase import Phase as Phase
     from volvelle.train.resume import resume_run as resume_run
-    from volvelle.train.train_language import train_language as train_language
+    from volvelle.train.scratch import train_language as train_language
 
 _HOMES = {
     "FitOptions": "options",
@@ -27,11 +27,11 @@ _HOMES = {
     "Objective": "phase",
     "Observer": "observer",
     "Phase": "phase",
-    "adapt_language": "adapt_language",
+    "adapt_language": "adaptation",
     "evaluate_language": "evaluate",
     "fit": "loop",
     "resume_run": "resume",
-    "train_language": "train_language",
+    "train_language": "scratch",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
 

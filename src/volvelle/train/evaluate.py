@@ -73,13 +73,14 @@ def write(
 ) -> list[str]:
     """What the model writes to each prompt, greedily unless `sampling` is given.
 
-    Surrounding space is dropped; where no reference has several lines, only the first line written counts.
+    Surrounding space is dropped; where references exist and all are one line, only the first line counts.
     """
     from volvelle.decode import Sampling, generate_batch
 
     tokenizer = model.tokenizer
     ids = [prompt_ids(tokenizer, p.example) for p in prompts]
-    one_line = not any("\n" in text.strip() for p in prompts for text in p.references)
+    answers = [text.strip() for p in prompts for text in p.references]
+    one_line = bool(answers) and not any("\n" in text for text in answers)
     outputs = [""] * len(prompts)
     # Similar lengths together: less padding, and rows of a batch end closer to each other.
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))

@@ -15,7 +15,7 @@ from volvelle.train.outcome import Outcome
 
 
 def _adapt() -> tuple[type, Callable[..., Outcome]]:
-    from volvelle.train.adapt_language import adapt_language
+    from volvelle.train.adaptation import adapt_language
     from volvelle.train.recipes.adapt import AdaptLanguage
 
     return AdaptLanguage, adapt_language
@@ -23,7 +23,7 @@ def _adapt() -> tuple[type, Callable[..., Outcome]]:
 
 def _language() -> tuple[type, Callable[..., Outcome]]:
     from volvelle.train.recipes.language import TrainLanguage
-    from volvelle.train.train_language import train_language
+    from volvelle.train.scratch import train_language
 
     return TrainLanguage, train_language
 

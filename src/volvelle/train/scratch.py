@@ -112,7 +112,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> TextTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    end = tokenizer.token_to_id(END)
+    end = tokenizer.get_vocab()[END]
     return TextTokenizer(tokenizer, eos_ids=(end,), pad_id=end)
 
 
@@ -199,9 +199,7 @@ def _samples(recipe: TrainLanguage, model: Decoder, held: Corpus, observer: Obse
     if held.documents:
         lines = [line for text in held.documents for line in text.splitlines() if len(line.split()) >= 4]
         stride = max(1, len(lines) // max(1, recipe.samples))
-        prompts = [
-            Prompted(Example(" ".join(line.split()[:4]), ("\n",)), ()) for line in lines[::stride][: recipe.samples]
-        ]
+        prompts = [Prompted(Example(" ".join(line.split()[:4]), ()), ()) for line in lines[::stride][: recipe.samples]]
 
     def progress(done: int, total: int) -> None:
         observer.work("samples", done, total)
