@@ -1,1 +1,27 @@
 """Look inside a module or a process."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from volvelle.inspect.threads import LiveThread as LiveThread
+    from volvelle.inspect.threads import ThreadReport as ThreadReport
+    from volvelle.inspect.threads import live_threads as live_threads
+    from volvelle.inspect.threads_peek import answer_threads as answer_threads
+
+_HOMES = {
+    "LiveThread": "threads",
+    "ThreadReport": "threads",
+    "answer_threads": "threads_peek",
+    "live_threads": "threads",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that looking at threads does not import torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
