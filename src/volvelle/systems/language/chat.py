@@ -27,6 +27,7 @@ from jinja2.utils import Namespace
 from volvelle.errors import VolvelleError
 
 _STEPS = 2_000_000  # loop turns and calls, one more for every 256 characters built
+_CALL_STEPS = 16  # a macro call takes about as long as that many loop turns
 _LARGEST = 1 << 24  # characters in one text, items in one list
 _LARGEST_TEMPLATE = 1 << 20
 _CHARACTERS_A_STEP = 256
@@ -146,8 +147,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return not (isinstance(obj, str) and attr in _DROPPED_METHODS) and super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        budget, owner = _budget.get(), getattr(__obj, "__self__", None)
-        budget.spend(1 + sum(len(a) for a in args if isinstance(a, (list, tuple, dict))))
+        # jinja2 wraps str.format in a function of its own; the text it belongs to is one step further.
+        budget, owner = _budget.get(), getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
+        budget.spend(_CALL_STEPS + sum(len(a) for a in args if isinstance(a, (list, tuple, dict))))
         name = getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "join" and args:
             return _bounded_join(args[0], owner)

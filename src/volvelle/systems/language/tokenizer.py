@@ -152,8 +152,16 @@ class TextTokenizer:
     def _encode(self, tokenizer: Tokenizer, text: str, special_tokens: bool) -> Encoding:
         try:
             return tokenizer.encode(text, add_special_tokens=special_tokens)
-        except UnicodeEncodeError as error:
-            raise VolvelleError(f"text is not valid Unicode: {error.reason} at character {error.start}") from error
+        except (TypeError, UnicodeEncodeError) as error:
+            # `tokenizers` says "must be str" of a str that UTF-8 cannot hold.
+            bad = (
+                next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+                if isinstance(text, str)
+                else None
+            )
+            if bad is None:
+                raise
+            raise VolvelleError(f"text is not valid Unicode: a lone surrogate at character {bad}") from error
 
     @functools.cached_property
     def _parsing(self) -> Tokenizer:
