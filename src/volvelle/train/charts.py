@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 640, 260
+HEIGHT = 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 36
 
 
@@ -21,8 +21,13 @@ class Series:
     dots: bool = False
 
 
-def line_chart(series: Sequence[Series], *, x_label: str = "step", y_label: str = "", log_y: bool = False) -> str:
-    """An SVG with axes, a legend, and the finite points of each series; an empty string when there are none."""
+def line_chart(
+    series: Sequence[Series], *, x_label: str = "step", y_label: str = "", log_y: bool = False, width: int = 640
+) -> str:
+    """An SVG with axes, a legend, and the finite points of each series; an empty string when there are none.
+
+    `width` is that of the drawing, against a height of 260: text keeps its size when the page shows it at that width.
+    """
     drawn = [Series(s.name, _finite(s.points, log_y), s.smooth, s.dots) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
@@ -31,13 +36,13 @@ def line_chart(series: Sequence[Series], *, x_label: str = "step", y_label: str 
     ys = sorted(y for s in drawn for _, y in s.points)
     # One early outlier (the first loss) must not flatten everything that follows.
     low, high = ys[0], ys[min(len(ys) - 1, math.ceil(0.995 * len(ys)))]
-    scale = _Scale(min(xs), max(xs), *_padded(low, high, log_y), log_y)
+    scale = _Scale(min(xs), max(xs), *_padded(low, high, log_y), log_y, width)
     parts = [_grid(scale, x_label, y_label)]
     for number, s in enumerate(drawn):
         parts.append(_curve(s, scale, number))
-    parts.append(_legend(drawn))
+    parts.append(_legend(drawn, scale.right))
     title = html.escape(", ".join(s.name for s in drawn) + (f" by {x_label}" if x_label else ""))
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    return f'<svg class="chart" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,15 @@ class _Scale:
     y_low: float
     y_high: float
     log: bool
+    width: int
+
+    @property
+    def right(self) -> int:
+        return self.width - RIGHT
 
     def x(self, value: float) -> float:
         span = self.x_high - self.x_low or 1.0
-        return LEFT + (value - self.x_low) / span * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - self.x_low) / span * (self.right - LEFT)
 
     def y(self, value: float) -> float:
         low, high, at = self.y_low, self.y_high, min(max(value, self.y_low), self.y_high)
@@ -87,27 +97,29 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    if len(found) < 3:
+        return ticks(low, high)
     return found if len(found) <= 7 else [t for t in found if math.log10(t).is_integer()]
 
 
 def _number(value: float) -> str:
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+    if value and (abs(value) < 1e-4 or abs(value) >= 1e6):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def _grid(scale: _Scale, x_label: str, y_label: str) -> str:
     parts = []
-    for value in _log_ticks(scale.y_low, scale.y_high) if scale.log else ticks(scale.y_low, scale.y_high):
+    for value in _log_ticks(scale.y_low, scale.y_high) if scale.log else ticks(scale.y_low, scale.y_high, 6):
         y = scale.y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{scale.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in ticks(scale.x_low, scale.x_high, 6):
+    for value in ticks(scale.x_low, scale.x_high, scale.width // 100):
         x = scale.x(value)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_number(value)}</text>')
     base = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{scale.right}" y1="{base}" y2="{base}"/>')
+    middle = (LEFT + scale.right) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{html.escape(x_label)}</text>')
     if y_label:
         at = (TOP + base) / 2
@@ -155,8 +167,8 @@ def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
     return smooth
 
 
-def _legend(series: Sequence[Series]) -> str:
-    parts, x = [], WIDTH - RIGHT
+def _legend(series: Sequence[Series], right: int) -> str:
+    parts, x = [], float(right)
     for number, s in reversed(list(enumerate(series))):
         width = 26 + 6.6 * len(s.name)
         x -= width

@@ -132,7 +132,7 @@ def training_curves(report: Report, records: Sequence[Mapping[str, Any]]) -> Rep
     report.figure(line_chart(losses, y_label="loss"), "Loss. The faint trace is every logged step.")
     rates = [_series(train, name) for name in _names(train, "learning_rate")]
     norms = [_series(train, name, smooth=True) for name in _names(train, "gradient_norm")]
-    pair = line_chart(norms, y_label="gradient norm", log_y=True), line_chart(rates, y_label="learning rate")
+    pair = line_chart(norms, y_label="gradient norm", log_y=True, width=380), line_chart(rates, width=380)
     if all(pair):
         report.html(f'<div class="pair"><figure>{pair[0]}</figure><figure>{pair[1]}</figure></div>')
     return report

@@ -224,7 +224,7 @@ def _report(
 
 def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) -> list[tuple[str, str, str]]:
     """The main figures with what they were before."""
-    names = {"loss": "held-out loss a token", "perplexity": "held-out perplexity", "bleu": "BLEU"}
+    names = {"loss": "held-out loss", "perplexity": "held-out perplexity", "bleu": "BLEU"}
     found = after or before
     shown = []
     for name, label in names.items():
@@ -234,5 +234,5 @@ def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) 
         shown.append((label, f"{found[name]:.4g}", note))
     shown.append(("steps", f"{result.step:,}", f"of {result.steps:,}" if result.interrupted else ""))
     minutes, seconds = divmod(round(result.seconds), 60)
-    shown.append(("time", f"{minutes}:{seconds:02d}", "training and evaluation"))
+    shown.append(("time", f"{minutes}:{seconds:02d}", ""))
     return shown
