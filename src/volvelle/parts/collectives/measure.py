@@ -1,0 +1,182 @@
+"""Timing collectives on this machine: ranks as processes over gloo on loopback, variants in turn, rounds interleaved.
+
+`compare` times all-reduces against `torch.distributed.all_reduce`; `calibrate` fits model.py, checks it on sizes and
+world sizes it has not seen, and only then extrapolates. A script that calls them needs the usual `__main__` guard.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from volvelle.parts.collectives.collectives import AlgorithmName, all_reduce
+from volvelle.parts.collectives.model import Error, Fit, Timing, error_of, fit
+from volvelle.parts.collectives.wire import Traffic
+
+GLOO = "gloo"
+"""The name under which torch.distributed's own all_reduce is timed."""
+LIMIT = 600.0
+
+
+class Case(NamedTuple):
+    """One thing to time: an algorithm's name or `GLOO`, and the bytes of the fp32 vector."""
+
+    algorithm: str
+    size: int
+
+
+class Rounds(NamedTuple):
+    """Seconds of one case, a number a round: the slowest rank's mean; CPU seconds summed over ranks; bytes sent."""
+
+    wall: list[float]
+    cpu: list[float]
+    sent: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted model with what it was fitted on, and its error on runs it had not seen: sizes, and world sizes."""
+
+    fit: Fit
+    fitted: Error
+    held_out_sizes: Error
+    held_out_ranks: Error
+    timings: list[Timing]
+
+    def extrapolate(self, ranks: Sequence[int], size: int, algorithms: Sequence[str]) -> list[dict[str, Any]]:
+        """Seconds for more ranks, each beside the held-out error; without contention, and with all on this machine."""
+        return [
+            {
+                "algorithm": algorithm,
+                "ranks": p,
+                "bytes": size,
+                "own_link": self.fit.seconds(algorithm, p, size, shared=False),
+                "all_shared": self.fit.seconds(algorithm, p, size),
+                "held_out_error": max(self.held_out_sizes.median, self.held_out_ranks.median),
+                "held_out_worst": max(self.held_out_sizes.worst, self.held_out_ranks.worst),
+            }
+            for p in ranks
+            for algorithm in algorithms
+        ]
+
+
+def time_cases(ranks: int, cases: Sequence[Case], *, rounds: int, threads: int = 1) -> dict[Case, Rounds]:
+    """Time every case on `ranks` processes of `threads` threads, one warm-up, then `rounds` interleaved rounds.
+
+    Raises:
+        RuntimeError: a rank ended or did not answer; every process is ended first.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, and forked before any thread
+    context.set_forkserver_preload(["volvelle.parts.collectives.measure"])
+    pipes, processes = [], []
+    try:
+        for rank in range(ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (theirs, store.port, rank, ranks, list(cases), rounds, threads)
+            processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        answers = [_answer(pipe, rank) for rank, pipe in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return {
+        case: Rounds(
+            [max(seconds) for seconds in zip(*(answer[i][0] for answer in answers), strict=True)],
+            [sum(seconds) for seconds in zip(*(answer[i][1] for answer in answers), strict=True)],
+            sum(answer[i][2] for answer in answers),
+        )
+        for i, case in enumerate(cases)
+    }
+
+
+def _answer(pipe: Any, rank: int) -> Any:
+    try:
+        if pipe.poll(LIMIT):
+            return pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"time_cases: rank {rank} ended without a result") from None
+    raise RuntimeError(f"time_cases: rank {rank} did not answer within {LIMIT:.0f} s")
+
+
+def _rank(pipe: Any, port: int, rank: int, ranks: int, cases: list[Case], rounds: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    vectors = {case.size: torch.ones(max(case.size // 4, 1)) for case in cases}
+    taken: list[tuple[list[float], list[float], int]] = [([], [], 0) for _ in cases]
+    gc.disable()
+    for number in range(-1, rounds):  # the first warms up
+        for step in range(len(cases)):
+            i = (step + max(number, 0)) % len(cases)
+            wall, cpu, sent = _time(cases[i], vectors[cases[i].size])
+            if number >= 0:
+                taken[i][0].append(wall)
+                taken[i][1].append(cpu)
+                taken[i] = (*taken[i][:2], sent)
+    pipe.send(taken)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _time(case: Case, x: torch.Tensor) -> tuple[float, float, int]:
+    """Mean seconds, CPU seconds and bytes sent of one call; short ones are repeated."""
+    repeats = max(1, min(200, (4 << 20) // max(case.size, 1)))
+    traffic = Traffic()
+    algorithm: Any = case.algorithm
+    x.fill_(1.0)
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        if algorithm == GLOO:
+            dist.all_reduce(x)
+        else:
+            all_reduce(x, algorithm=algorithm, traffic=traffic)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / repeats, cpu / repeats, traffic.sent // repeats
+
+
+def compare(
+    ranks: int, sizes: Sequence[int], algorithms: Sequence[AlgorithmName], *, rounds: int = 7
+) -> dict[Case, Rounds]:
+    """Time the algorithms and torch.distributed's own all-reduce in one run, at every size."""
+    names = [GLOO, *algorithms]
+    return time_cases(ranks, [Case(name, size) for size in sizes for name in names], rounds=rounds)
+
+
+def calibrate(
+    *,
+    ranks: Sequence[int] = (2, 4),
+    sizes: Sequence[int] = (1 << 10, 16 << 10, 256 << 10, 4 << 20, 32 << 20),
+    held_out_ranks: Sequence[int] = (3,),
+    held_out_sizes: Sequence[int] = (4 << 10, 64 << 10, 1 << 20, 16 << 20),
+    algorithms: Sequence[AlgorithmName] = ("ring", "halving-doubling", "recursive-doubling", "tree"),
+    rounds: int = 5,
+) -> Calibration:
+    """Fit latency, bandwidth and contention on `ranks` x `sizes`; measure the error elsewhere."""
+    cases = [Case(name, size) for size in sorted({*sizes, *held_out_sizes}) for name in algorithms]
+    timings = []
+    for p in (*ranks, *held_out_ranks):
+        for case, found in time_cases(p, cases, rounds=rounds).items():
+            timings.append(Timing(case.algorithm, p, case.size, statistics.median(found.wall)))
+    seen = [t for t in timings if t.ranks in ranks and t.size in sizes]
+    found = fit(seen)
+    return Calibration(
+        found,
+        error_of(found, seen),
+        error_of(found, [t for t in timings if t.ranks in ranks and t.size in held_out_sizes]),
+        error_of(found, [t for t in timings if t.ranks in held_out_ranks]),
+        timings,
+    )

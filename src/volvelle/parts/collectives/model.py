@@ -1,0 +1,122 @@
+"""Seconds of an all-reduce from latency, bandwidth and contention, fitted on one machine and checked on held-out runs.
+
+Thakur, Rabenseifner and Gropp 2005, section 3, have T = a alpha + b beta + c gamma along the critical path. Ranks that
+share cores and memory also wait for each other's work, which the path does not see, so two terms of the total are
+added: T = rounds alpha + path beta + messages alpha_c + total beta_c, all coefficients >= 0. (gamma goes into beta.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Work(NamedTuple):
+    """What an all-reduce does: messages and bytes along the longest path, and messages and bytes of all ranks."""
+
+    rounds: float
+    path: float
+    messages: float
+    total: float
+
+
+class Timing(NamedTuple):
+    """One measured all-reduce: algorithm, ranks, bytes of the vector, seconds."""
+
+    algorithm: str
+    ranks: int
+    size: int
+    seconds: float
+
+
+class Fit(NamedTuple):
+    """The coefficients, in seconds a message and seconds a byte: own path, and what all ranks share."""
+
+    alpha: float
+    beta: float
+    alpha_shared: float
+    beta_shared: float
+
+    def seconds(self, algorithm: str, p: int, size: int, *, shared: bool = True) -> float:
+        """Predicted seconds; `shared=False` drops contention: every rank with cores and a link of its own."""
+        work = work_of(algorithm, p, size)
+        own = self.alpha * work.rounds + self.beta * work.path
+        return own + (self.alpha_shared * work.messages + self.beta_shared * work.total if shared else 0.0)
+
+
+class Error(NamedTuple):
+    """Relative error of predictions, |predicted - measured| / measured: median and worst."""
+
+    median: float
+    worst: float
+    count: int
+
+
+def work_of(algorithm: str, p: int, size: int) -> Work:
+    """The formulas at the heads of the algorithms' files, for an all-reduce of `size` bytes on p ranks.
+
+    >>> work_of("ring", 4, 1024)
+    Work(rounds=6, path=1536.0, messages=24, total=6144)
+    >>> work_of("recursive-doubling", 4, 1024)
+    Work(rounds=2, path=2048, messages=8, total=8192)
+    """
+    power = 1 << (p.bit_length() - 1)
+    levels, folded = power.bit_length() - 1, p - power
+    edge = 2 if folded else 0  # one message in, one back
+    match algorithm:
+        case "ring":
+            return Work(2 * (p - 1), 2 * (p - 1) / p * size, 2 * p * (p - 1), 2 * (p - 1) * size)
+        case "halving-doubling":
+            path = 2 * (power - 1) / power * size + edge * size
+            return Work(2 * levels + edge, path, 2 * levels * power + 2 * folded, 2 * (p - 1) * size)
+        case "recursive-doubling":
+            total = (levels * power + 2 * folded) * size
+            return Work(levels + edge, (levels + edge) * size, levels * power + 2 * folded, total)
+        case "tree":
+            depth = math.ceil(math.log2(p)) if p > 1 else 0
+            return Work(2 * depth, 2 * depth * size, 2 * (p - 1), 2 * (p - 1) * size)
+        case "star":
+            return Work(2 * (p - 1), 2 * (p - 1) * size, 2 * (p - 1), 2 * (p - 1) * size)
+    raise ValueError(f"work_of: algorithm has no formula: {algorithm!r}")
+
+
+def fit(timings: Sequence[Timing]) -> Fit:
+    """Non-negative least squares of the relative error, exact: the best over all subsets of coefficients.
+
+    >>> truth = Fit(2e-5, 1e-9, 1e-6, 3e-10)
+    >>> runs = [Timing(a, p, n, truth.seconds(a, p, n))
+    ...         for a in ("ring", "tree", "star") for p in (2, 3, 4) for n in (100, 10**5, 10**7)]
+    >>> found = fit(runs)
+    >>> all(abs(x - y) <= 1e-6 * y for x, y in zip(found, truth))
+    True
+
+    Raises:
+        ValueError: fewer timings than coefficients.
+    """
+    if len(timings) < len(Fit._fields):
+        raise ValueError(f"fit: needs at least {len(Fit._fields)} timings, got {len(timings)}")
+    measured = torch.tensor([t.seconds for t in timings], dtype=torch.float64)
+    works = [work_of(t.algorithm, t.ranks, t.size) for t in timings]
+    rows = torch.tensor(works, dtype=torch.float64) / measured[:, None]
+    ones = torch.ones(len(timings), 1, dtype=torch.float64)
+    best, least = torch.zeros(rows.shape[1], dtype=torch.float64), math.inf
+    for count in range(1, rows.shape[1] + 1):
+        for chosen in map(list, itertools.combinations(range(rows.shape[1]), count)):
+            scale = rows[:, chosen].norm(dim=0).clamp_min(1e-300)
+            solution = torch.linalg.lstsq(rows[:, chosen] / scale, ones, driver="gelsd").solution[:, 0] / scale
+            error = float((rows[:, chosen] @ solution - 1).square().sum())
+            if bool((solution >= 0).all()) and error < least:
+                best = torch.zeros_like(best)
+                best[chosen] = solution
+                least = error
+    return Fit(*best.tolist())
+
+
+def error_of(found: Fit, timings: Sequence[Timing]) -> Error:
+    """How far the predictions are from timings that the fit has, or better has not, seen."""
+    errors = sorted(abs(found.seconds(t.algorithm, t.ranks, t.size) / t.seconds - 1) for t in timings)
+    return Error(errors[len(errors) // 2], errors[-1], len(errors))
