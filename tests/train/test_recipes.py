@@ -255,3 +255,37 @@ def test_a_run_of_another_kind_or_one_still_running_is_not_resumed(tmp_path):
     run.update_manifest(pid=os.getppid())
     with pytest.raises(VolvelleError, match="still running"):
         resume_run(run.path)
+
+
+def test_answers_before_and_after_are_kept_and_shown(tmp_path, base):
+    recipe = adaptation(tmp_path, base, samples=3, max_tokens=5, steps=4)
+    run = folder(tmp_path, "run", "adapt", recipe)
+    stopped = adapt_language(recipe, run, observer=Ear(2))
+    assert [s.after for s in stopped.samples] == [None] * len(stopped.samples)
+    outcome = resume_run(run.path, observer=Quiet())
+    assert len(outcome.samples) == min(3, len({s.prompt for s in outcome.samples}))
+    assert [s.before for s in outcome.samples] == [s.before for s in stopped.samples]
+    assert all(len(s.references) == 2 and s.after is not None for s in outcome.samples)
+    assert outcome.after.keys() == outcome.before.keys() == {"loss", "perplexity", "bleu"}
+    page = outcome.report.read_text()
+    assert "What it writes" in page
+    assert outcome.samples[0].references[0] in page
+    assert json.loads((run.path / "samples.json").read_text())[0]["prompt"] == outcome.samples[0].prompt
+
+
+def test_evaluation_writes_what_greedy_decoding_writes_one_by_one(base):
+    from volvelle.decode import generate
+    from volvelle.systems.language.load import load_language_model
+    from volvelle.train.evaluate import evaluate_language
+
+    model = load_language_model(base)
+    examples = [Example(f"{n} lives", (f" in {c}.",)) for n, c, _ in FACTS] + [
+        Example("A much longer beginning", ("x",))
+    ]
+    found = evaluate_language(model, Corpus("f", examples), max_tokens=6, batch=2)
+    alone = [
+        generate(model, model.tokenizer.encode_prompt(e.prompt), max_tokens=6).text.strip().split("\n")[0].rstrip()
+        for e in examples
+    ]
+    assert found.outputs == alone
+    assert found.metrics["bleu"] == bleu(alone, [e.completions for e in examples])
