@@ -1,0 +1,175 @@
+"""How every benchmark here measures: interleaved rounds, a ratio per round, and no ratio when the machine was restless.
+
+Variants run in turn inside one process, so that a slow minute slows all of them; the order turns with every round. A
+ratio is baseline / ours in the same round; its median and range are published. When the baseline itself drifted by more
+than 15 % between rounds the ratio is refused. A lock file keeps two benchmarks from running together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from volvelle.files import write_atomic
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MAX_DRIFT = 0.15
+
+
+@dataclass
+class Series:
+    """Seconds of one variant, a number a round: wall clock, and CPU time of the whole process."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    @property
+    def drift(self) -> float:
+        """How far the slowest round lies above the fastest."""
+        return max(self.wall) / min(self.wall) - 1
+
+    def summary(self) -> dict[str, Any]:
+        """Median and range, in seconds."""
+        return {
+            "wall_median": statistics.median(self.wall),
+            "wall_range": [min(self.wall), max(self.wall)],
+            "cpu_median": statistics.median(self.cpu),
+            "rounds": len(self.wall),
+            "drift": self.drift,
+        }
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1) -> dict[str, Series]:
+    """Run every variant `warmup` times, then once a round in turning order; returns the seconds of each."""
+    names = list(variants)
+    for _ in range(warmup):
+        for name in names:
+            variants[name]()
+    series = {name: Series() for name in names}
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            variants[name]()
+            series[name].wall.append(time.perf_counter() - wall)
+            series[name].cpu.append(time.process_time() - cpu)
+    return series
+
+
+def compare(series: Mapping[str, Series], ours: str, baseline: str) -> dict[str, Any]:
+    """The speed ratio baseline / ours: its median and range over the rounds, or why there is none."""
+    theirs = series[baseline]
+    if theirs.drift > MAX_DRIFT:
+        return {"ratio": None, "refused": f"{baseline} drifted by {theirs.drift:.0%} between rounds (limit 15 %)"}
+    ratios = [b / o for b, o in zip(theirs.wall, series[ours].wall, strict=True)]
+    return {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)], "rounds": ratios}
+
+
+def shown(comparison: Mapping[str, Any]) -> str:
+    """A comparison as one phrase.
+
+    >>> shown({"ratio": 1.5, "range": [1.4, 1.6]})
+    '1.50x (1.40 to 1.60)'
+    """
+    if comparison["ratio"] is None:
+        return f"no ratio: {comparison['refused']}"
+    low, high = comparison["range"]
+    return f"{comparison['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Hold the machine-wide benchmark lock; waits, and says so, while another benchmark runs."""
+    with open(Path(tempfile.gettempdir()) / "volvelle-benchmark.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another benchmark is running; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """What the figures were measured on, and with which versions."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def write(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write one benchmark's JSON and return its path."""
+    path = folder / f"{name}.json"
+    write_atomic(path, json.dumps(payload, indent=2) + "\n")
+    return path
+
+
+def in_subprocess(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run `script` with `arguments` in a process of its own; its last line of output is JSON."""
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def peak_memory(work: Callable[[], object]) -> dict[str, int]:
+    """Bytes that `work` needs above what was there before: peak of live tensors, and of the process (RSS).
+
+    It runs twice: once plainly for the RSS, once under the profiler for the tensors, whose bookkeeping takes memory
+    itself. Call it in a process that does nothing else.
+    """
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present RSS
+    before = _status("VmRSS")
+    work()
+    peak = _status("VmHWM")
+    return {"rss_before": before, "rss_peak": peak, "rss_growth": peak - before, "tensor_growth": _tensor_peak(work)}
+
+
+def _tensor_peak(work: Callable[[], object]) -> int:
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    assert profile.profiler is not None
+    results: Any = profile.profiler.kineto_results
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    live = peak = 0
+    for _, size in events:
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

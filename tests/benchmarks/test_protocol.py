@@ -1,0 +1,52 @@
+"""The measuring protocol: rounds are interleaved, and a restless baseline gives no ratio."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "protocol.py"
+
+
+@pytest.fixture(scope="module")
+def protocol():
+    spec = importlib.util.spec_from_file_location("benchmark_protocol", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rounds_are_interleaved_in_turning_order(protocol):
+    calls = []
+    series = protocol.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert len(series["a"].wall) == len(series["b"].cpu) == 3
+
+
+def test_ratios(protocol):
+    series = {"ours": protocol.Series([1.0, 2.0, 1.0], []), "theirs": protocol.Series([3.0, 3.0, 3.3], [])}
+    result = protocol.compare(series, "ours", "theirs")
+    assert result["ratio"] == 3.0
+    assert result["range"] == [1.5, 3.3]
+    assert protocol.shown(result) == "3.00x (1.50 to 3.30)"
+
+
+def test_a_restless_baseline_gives_no_ratio(protocol):
+    series = {"ours": protocol.Series([1.0, 1.0], []), "theirs": protocol.Series([1.0, 1.2], [])}
+    result = protocol.compare(series, "ours", "theirs")
+    assert result["ratio"] is None
+    assert protocol.shown(result) == "no ratio: theirs drifted by 20% between rounds (limit 15 %)"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_tensor_peak_counts_what_lives_at_once(protocol):
+    def work():
+        for _ in range(3):
+            torch.ones(2**18).add_(1)
+
+    peak = protocol.peak_memory(work)
+    assert 2**20 <= peak["tensor_growth"] < 1.5 * 2**20
+    assert peak["rss_peak"] >= peak["rss_before"] > 0
