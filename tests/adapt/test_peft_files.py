@@ -116,6 +116,11 @@ def test_damaged_files_are_named(tmp_path):
         adapt.load(plain(), tmp_path)
 
 
+def test_both_files_have_ordinary_permissions(tmp_path):
+    adapt.save(tuned(plain()), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_half_a_pair_is_named(tmp_path):
     adapt.save(tuned(plain()), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -137,7 +142,7 @@ def test_a_full_disk_leaves_the_previous_adapter(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("volvelle.adapt.peft_files.save_file", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(VolvelleError, match="No space left on device"):
             adapt.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

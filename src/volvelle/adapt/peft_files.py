@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from volvelle.adapt import names
@@ -67,7 +67,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None =
     settings = _peft_config(model, record, method, base)
     try:
         with atomic_path(folder / CONFIG) as config, atomic_path(folder / WEIGHTS) as weights:
-            save_file(_peft_tensors(layers), weights, metadata=metadata)
+            # Not save_file: it puts a file of its own, private to the user, in the place of ours.
+            weights.write_bytes(to_bytes(_peft_tensors(layers), metadata=metadata))
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise VolvelleError(
