@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
+
+from volvelle.data.worker_process import Task
+from volvelle.data.workers import Kind, Pool, ProcessPool, ThreadPool, ahead
+from volvelle.errors import VolvelleError
 
 
 class Dataset(Protocol):
-    """Anything with a length and items by number; `source(i)`, when present, names sample i in messages."""
+    """Anything with a length and items by number.
+
+    Two methods are used when present: `source(i)` names sample i in messages, and `draw(i, generator)` is asked for the
+    item instead of `dataset[i]`, with a `random.Random` that depends on (seed, epoch, i) only. Augmentation that takes
+    its random numbers from there is the same for any number of workers and after any resume.
+    """
 
     def __len__(self) -> int: ...
 
@@ -22,12 +33,42 @@ class Batch(NamedTuple):
     value: Any
 
 
+class Reader:
+    """Reads and collates the samples of one batch; the result depends on nothing but the arguments."""
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]):
+        self.dataset, self.collate = dataset, collate
+
+    def __call__(self, task: Task, begin: Callable[[int], None]) -> Any:
+        """Read the samples of `task`; an error names the sample. `begin(i)` is called before sample i is read."""
+        items, draw = [], getattr(self.dataset, "draw", None)
+        for i in task.ids:
+            begin(i)
+            try:
+                items.append(draw(i, random.Random(f"{task.key}/{i}")) if draw else self.dataset[i])
+            except VolvelleError:
+                raise  # says already which file it is about
+            except Exception as error:
+                message = f"cannot read {self.describe([i])}: {type(error).__name__}: {error}"
+                raise VolvelleError(message) from error
+        return self.collate(items)
+
+    def describe(self, ids: Sequence[int]) -> str:
+        """Where these samples come from."""
+        source = getattr(self.dataset, "source", None)
+        return ", ".join(source(i) if source else f"sample {i}" for i in ids)
+
+
 class Loader:
     """Batches of a dataset in a seeded order, with a cursor that can be saved and restored mid-epoch.
 
     `collate(list of items)` makes the value of a batch. `lengths`, one number a sample, groups samples of similar
     length into a batch (less padding) without touching the rule that the order depends on (seed, epoch) only. Each
     iteration continues at the cursor and ends with the epoch.
+
+    With `num_workers` threads or processes batches are read ahead, at most `prefetch` a worker; order, content and
+    cursor stay the same. Workers live until `close()`, or until the loader is gone; leaving an epoch early ends them
+    too. docs/training.md says when which kind wins.
 
     >>> loader = Loader(range(5), 2, seed=0, collate=list, shuffle=False)
     >>> [batch.value for batch in loader]
@@ -44,6 +85,9 @@ class Loader:
         shuffle: bool = True,
         drop_last: bool = False,
         lengths: Sequence[int] | None = None,
+        workers: Kind = "threads",
+        num_workers: int = 0,
+        prefetch: int = 2,
     ):
         if batch_size < 1:
             raise ValueError(f"Loader: batch_size must be at least 1, got {batch_size}")
@@ -51,7 +95,16 @@ class Loader:
             raise ValueError("Loader: the dataset is empty")
         if drop_last and len(dataset) < batch_size:
             raise ValueError(f"Loader: drop_last leaves no batch: {len(dataset)} samples, batch_size {batch_size}")
+        if num_workers < 0 or prefetch < 1:
+            raise ValueError(f"Loader: needs num_workers >= 0 and prefetch >= 1, got {num_workers} and {prefetch}")
+        if workers not in {"threads", "processes"}:
+            raise ValueError(f"Loader: workers must be threads or processes, got {workers!r}")
         self.dataset, self.batch_size, self.seed, self.collate = dataset, batch_size, seed, collate
+        self.workers: Kind = workers
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self._reader = Reader(dataset, collate)
+        self._pool: Pool | None = None
+        self._end: weakref.finalize | None = None
         self.shuffle, self.drop_last, self.lengths = shuffle, drop_last, lengths
         self.epoch = 0
         self.position = 0
@@ -63,19 +116,51 @@ class Loader:
         return whole + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        plan = self.plan(self.epoch)
-        while self.position < len(plan):
-            ids = plan[self.position]
-            batch = Batch(ids, self.load(ids))
-            # The cursor moves before the batch is handed over: a checkpoint taken while the caller works on it
-            # counts it as given.
-            self.position += 1
-            yield batch
+        plan = self.plan(self.epoch)[self.position :]
+        with contextlib.closing(self._values(plan)) as values:
+            for ids, value in zip(plan, values, strict=True):
+                # The cursor moves before the batch is handed over: a checkpoint taken while the caller works on it
+                # counts it as given. What workers have read ahead is not counted.
+                self.position += 1
+                yield Batch(ids, value)
         self.epoch, self.position = self.epoch + 1, 0
 
+    def _values(self, plan: list[list[int]]) -> Generator[Any, None, None]:
+        """The value of every batch of `plan`, read here or ahead of time by workers."""
+        key = self._key()
+        if not self.num_workers:
+            for ids in plan:
+                yield self._reader(Task(0, key, ids), lambda _: None)
+            return
+        pool = self._pool = self._pool or self._start()
+        finished = False
+        try:
+            yield from ahead(pool, ((key, ids) for ids in plan), self.num_workers * self.prefetch)
+            finished = True
+        finally:
+            if not finished:  # left early, by an error or by the caller: nobody will take what is being read
+                self.close()
+
+    def _start(self) -> Pool:
+        if self.workers == "threads":
+            pool = ThreadPool(self._reader, self.num_workers)
+        else:
+            pool = ProcessPool(self._reader, self.num_workers, self._reader.describe)
+        self._end = weakref.finalize(self, pool.close)
+        return pool
+
+    def close(self) -> None:
+        """End the workers; the next iteration starts new ones."""
+        self._pool = None
+        if self._end:
+            self._end()
+
     def load(self, ids: Sequence[int]) -> Any:
-        """Read and collate these samples. Workers will call this; it depends on nothing but its argument."""
-        return self.collate([self.dataset[i] for i in ids])
+        """Read and collate these samples here, as this epoch has them."""
+        return self._reader(Task(0, self._key(), ids), lambda _: None)
+
+    def _key(self) -> str:
+        return f"{self.seed}/{self.epoch}"
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The sample numbers of every batch of an epoch, in order."""
