@@ -1,0 +1,121 @@
+"""The adaptation methods whose memory can be planned.
+
+LoRA is the library's own. The bottleneck adapter and prefix tuning are written here in the shape of PEFT's: the same
+trained tensors in the same places, so that their memory is right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from volvelle.errors import VolvelleError
+
+REDUCTION = 16  # bottleneck width = width / 16 (Houlsby et al. 2019 use 8 to 256 of 1024)
+PREFIX_LENGTH = 20
+
+
+def adapt(model: nn.Module, method: Any) -> nn.Module:
+    """Rewrite `model` for `method` (a name, a method of volvelle.adapt, or a function) and freeze what it freezes."""
+    if method == "full":
+        return model
+    if method == "lora":
+        from volvelle.adapt.methods import LoRA
+
+        return adapt(model, LoRA(targets="all-linear"))
+    if method == "adapter":
+        return add_bottlenecks(model)
+    if method == "prefix":
+        return PrefixModel(model)
+    if hasattr(method, "install"):
+        from volvelle.adapt.model import apply
+
+        return apply(model, method).model
+    rewritten = method(model)
+    return model if rewritten is None else rewritten
+
+
+class Bottleneck(nn.Module):
+    """x + up(relu(down(x))) after a block (Houlsby et al. 2019, section 2.1)."""
+
+    def __init__(self, block: nn.Module, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.block = block
+        inner = max(1, width // REDUCTION)
+        self.down, self.up = nn.Linear(width, inner, dtype=dtype), nn.Linear(inner, width, dtype=dtype)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's result with the bottleneck's correction added to its first tensor."""
+        result = self.block(*args, **kwargs)
+        if isinstance(result, tuple):
+            return (self._correct(result[0]), *result[1:])
+        return self._correct(result)
+
+    def _correct(self, x: Tensor) -> Tensor:
+        return x + self.up(torch.relu(self.down(x)))
+
+
+def add_bottlenecks(model: nn.Module) -> nn.Module:
+    """Put a `Bottleneck` behind every feed-forward network and every attention, and freeze the rest.
+
+    Raises VolvelleError when the model has no submodule that is called so.
+    """
+    names = ("mlp", "self_attn", "attn", "attention", "output", "ffn", "feed_forward")
+    found = [(path, m) for path, m in model.named_modules() if path.rpartition(".")[2] in names]
+    # Of nested matches only the outermost is wrapped.
+    outer = [(path, m) for path, m in found if not any(path.startswith(f"{other}.") for other, _ in found)]
+    widths = {path: _width(module) for path, module in outer}
+    if not any(widths.values()):
+        raise VolvelleError(
+            f"adapter: {type(model).__name__} has no attention or MLP submodule",
+            tip="pass a function as method= that inserts the adapters",
+        )
+    model.requires_grad_(False)
+    for path, module in outer:
+        width = widths[path]
+        if width:
+            model.set_submodule(path, Bottleneck(module, width, next(module.parameters()).dtype))
+    return model
+
+
+def _width(module: nn.Module) -> int:
+    """Features of the module's result: those of its last linear layer."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    return layers[-1].out_features if layers else 0
+
+
+class PrefixModel(nn.Module):
+    """Prefix tuning (Li & Liang 2021) around a transformers causal language model: trained keys and values that every
+    layer sees before the text. `prefix` has shape (layers, 2, 1, kv_heads, m, head_width).
+
+    Raises VolvelleError for a model that takes no past_key_values.
+    """
+
+    def __init__(self, model: nn.Module, length: int = PREFIX_LENGTH):
+        super().__init__()
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "num_hidden_layers") or not hasattr(model, "prepare_inputs_for_generation"):
+            raise VolvelleError(
+                f"prefix: {type(model).__name__} does not take past keys and values as transformers models do",
+                tip="plan method=lora or method=adapter, or pass a function as method=",
+            )
+        self.model = model.requires_grad_(False)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = (config.num_hidden_layers, 2, 1, getattr(config, "num_key_value_heads", None) or heads, length, width)
+        self.prefix = nn.Parameter(torch.zeros(shape, dtype=next(model.parameters()).dtype))
+        self.config = config
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model with the prefix as its past."""
+        from transformers import DynamicCache
+
+        rows = next(value for value in inputs.values() if isinstance(value, Tensor)).shape[0]
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.prefix.expand(-1, -1, rows, -1, -1, -1)):
+            cache.update(keys, values, index)
+        return self.model(**inputs, past_key_values=cache)

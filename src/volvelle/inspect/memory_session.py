@@ -1,0 +1,142 @@
+"""Trace training steps under fake tensors: one model built, steps at any batch size, each with its peak."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
+
+from volvelle.inspect.memory_branches import eager_branches
+from volvelle.inspect.memory_cuda import CUBLAS_WORKSPACE, GRAIN, CudaForm
+from volvelle.inspect.memory_inputs import Inputs
+from volvelle.inspect.memory_kernels import Kernels
+from volvelle.inspect.memory_ledger import Block, Ledger
+from volvelle.inspect.memory_options import StepOptions
+from volvelle.inspect.memory_step import TrainingStep
+from volvelle.inspect.memory_tracker import StorageTracker
+from volvelle.inspect.memory_values import Assumption, KnownValues
+
+
+@dataclass
+class Trace:
+    """One traced stretch: the ledger's entries [start, stop), its peak in bytes, and the entry where it is reached."""
+
+    ledger: Ledger
+    start: int
+    stop: int
+    peak: int
+    at: int
+
+    @property
+    def composition(self) -> dict[str, int]:
+        """Bytes of each category at the peak."""
+        return self.ledger.composition(self.at)
+
+
+class Session:
+    """Fake mode, tracker and patches, entered together; `trace` then runs steps inside.
+
+    >>> with Session() as session, session.tracker.during("forward"):
+    ...     start = session.position
+    ...     x = torch.ones(256, 256)
+    >>> session.trace_since(start).peak
+    262144
+    """
+
+    def __init__(self, options: StepOptions | None = None, *, threads: int | None = None, eager: bool = True):
+        options = options or StepOptions()
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self.values = KnownValues()
+        cuda = options.device == "cuda"
+        kernels = Kernels(options.device, self.threads)
+        self.tracker = StorageTracker(workspace=kernels, values=self.values, grain=GRAIN if cuda else 1)
+        # Constants that a module made before the session (masks kept as plain attributes) are real: they are taken in.
+        self._modes = [FakeTensorMode(allow_non_fake_inputs=True), self.tracker, *([CudaForm()] if cuda else [])]
+        self._eager, self._cuda = eager, cuda
+        self._stack = contextlib.ExitStack()
+        self._named: dict[str, set[int]] = {}
+
+    def __enter__(self) -> Session:
+        for mode in self._modes:
+            self._stack.enter_context(mode)
+        if self._cuda:
+            self.tracker.ledger.allocate(Block(CUBLAS_WORKSPACE, "cuBLAS workspace", "setup", "", category="temporaries"))
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._stack.close()
+
+    @property
+    def position(self) -> int:
+        """The ledger's next entry."""
+        return len(self.tracker.ledger.entries)
+
+    @property
+    def assumptions(self) -> list[Assumption]:
+        """What had to be assumed so far."""
+        return self.values.assumptions
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, code that asks for fake tensors takes its eager branch."""
+        with eager_branches(self.values, eager=self._eager):
+            yield
+
+    def name(self, category: str, value: Any) -> None:
+        """Say that the tensors in `value` (nested as you like) belong to `category`."""
+        for tensor in tree_iter(value):
+            index = self.tracker.block_of(tensor) if isinstance(tensor, Tensor) else None
+            if index is not None:
+                self._named.setdefault(category, set()).add(index)
+
+    def trace_since(self, start: int) -> Trace:
+        """Settle the categories and find the peak since `start`."""
+        ledger = self.tracker.ledger
+        ledger.settle(self._named)
+        peak, at = ledger.peak(start)
+        return Trace(ledger, start, len(ledger.entries), peak, at)
+
+
+class StepSession(Session):
+    """A session that holds one `TrainingStep`."""
+
+    def __init__(self, build: Callable[..., Any], inputs: Inputs, options: StepOptions, **settings: Any):
+        self._loss = settings.pop("loss")
+        super().__init__(options, **settings)
+        self._build, self._inputs, self._options = build, inputs, options
+        self._warm = False
+
+    def __enter__(self) -> StepSession:
+        super().__enter__()
+        try:
+            self.step = TrainingStep(self._build, self._options, self._loss)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.values.clear()  # what building assumed (initialisation draws) says nothing about the step
+        return self
+
+    def trace(self, size: int) -> Trace:
+        """Trace the second step at this batch size; the first, which creates the optimiser's state, runs once."""
+        if not self._warm:
+            self._run(size)
+            self._warm = True
+        # Its gradients are gone before the traced step's forward pass begins, as `run` clears them first.
+        return self._run(size)
+
+    def _run(self, size: int) -> Trace:
+        start = self.position
+        with self.eager(), self.tracker.watching(self.step.model):
+            with self.tracker.during("inputs"):
+                inputs = self._inputs.fake(size, self.values)
+            self.name("inputs", inputs)
+            self.step.run(inputs, self.tracker.during)
+        for category, tensors in self.step.named_tensors().items():
+            self.name(category, tensors)
+        return self.trace_since(start)

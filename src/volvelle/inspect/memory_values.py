@@ -1,0 +1,170 @@
+"""The few values that a program without data still has, and the assumptions made for the others.
+
+Models branch on values: `if mask.all()`, `rates = torch.linspace(0, p, depth).tolist()`. A fake tensor has no values.
+Small tensors that follow from constants alone (ranges, filled tensors, arithmetic on them) are computed beside their
+fake twins. Any other true-or-false question is answered as for ordinary data and written down: `any` finds nothing
+(no NaN, no padding), everything else holds. Any other number is an error that names the line.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from volvelle.errors import VolvelleError
+
+LARGEST = 1 << 20  # elements: a mask of 64 x 16384 tokens still counts as small
+MOST_QUESTIONS = 10_000  # at one line: more is a loop that waits for a value
+_VALUE, _FROM_ANY = "_volvelle_value", "_volvelle_from_any"
+_ATEN = torch.ops.aten
+_FACTORIES = {_ATEN.ones, _ATEN.zeros, _ATEN.full, _ATEN.arange, _ATEN.linspace, _ATEN.scalar_tensor}
+
+
+@dataclass(frozen=True, order=True)
+class Assumption:
+    """A question about values that the plan answered: where it was asked, and what was taken to hold."""
+
+    where: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.answer}"
+
+
+class KnownValues:
+    """Follow constants through a traced program. `assumptions` lists what had to be assumed, without repetition."""
+
+    def __init__(self) -> None:
+        self._assumed: dict[Assumption, None] = {}
+        self._asked: dict[str, int] = {}
+
+    @property
+    def assumptions(self) -> list[Assumption]:
+        """The assumptions, in the order in which they were made."""
+        return list(self._assumed)
+
+    def assume(self, where: str, answer: str) -> None:
+        """Write one down."""
+        self._assumed[Assumption(where, answer)] = None
+
+    def clear(self) -> None:
+        """Forget the assumptions made so far."""
+        self._assumed.clear()
+        self._asked.clear()
+
+    def give(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Attach a real value to a fake tensor of the same shape, when it is small; returns the fake one."""
+        if value.numel() <= LARGEST:
+            setattr(tensor, _VALUE, value)
+        return tensor
+
+    def answer(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """The number behind `.item()` and `bool(tensor)`; None when `func` is another operation.
+
+        Raises VolvelleError when a number is asked for that does not follow from constants.
+        """
+        if func is not _ATEN._local_scalar_dense.default:
+            return None
+        tensor = args[0]
+        value = getattr(tensor, _VALUE, None)
+        if value is None:
+            value = getattr(tensor, "constant", None)
+        if value is not None:
+            with unset_fake_temporarily():
+                return value.item()
+        if tensor.dtype == torch.bool:
+            return self._decide(not hasattr(tensor, _FROM_ANY))
+        raise VolvelleError(
+            f"plan_memory: {caller()} reads a number out of a {str(tensor.dtype).removeprefix('torch.')} tensor, "
+            "and a plan has no values",
+            tip="take the number from shapes or from the configuration, or measure with measure_memory",
+        )
+
+    def _decide(self, truth: bool) -> bool:
+        where = caller()
+        self._asked[where] = self._asked.get(where, 0) + 1
+        if self._asked[where] > MOST_QUESTIONS:
+            raise VolvelleError(
+                f"plan_memory: {where} asks a tensor's value again and again, and a plan has no values",
+                tip="bound the loop by a number, or measure with measure_memory",
+            )
+        self.assume(where, f"took the branch for {truth} (the tensor's value is not known without data)")
+        return truth
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `func` on fake tensors, and on the known values beside them when every input has one."""
+        try:
+            result = func(*args, **kwargs)
+        except DynamicOutputShapeException as error:
+            values = _compute(func, args, kwargs)
+            if not isinstance(values, Tensor):
+                raise VolvelleError(
+                    f"plan_memory: {caller()} calls {func}, whose result's shape depends on values",
+                    tip="replace it by torch.where or a mask, or measure with measure_memory",
+                ) from error
+            result = torch.empty(values.shape, dtype=values.dtype)
+        else:
+            small = all(t.numel() <= LARGEST for t in tree_iter(result) if isinstance(t, Tensor))
+            values = _compute(func, args, kwargs) if small else None
+        if func.overloadpacket is _ATEN.any and isinstance(result, FakeTensor):
+            setattr(result, _FROM_ANY, True)
+        if values is None and func._schema.is_mutable:
+            _forget_changed(func, args)
+        if values is not None:
+            fakes = [result] if isinstance(result, Tensor) else list(result)
+            for fake, value in zip(fakes, [values] if isinstance(values, Tensor) else values, strict=True):
+                if isinstance(fake, FakeTensor) and isinstance(value, Tensor):
+                    setattr(fake, _VALUE, value)
+        return result
+
+
+def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The real tensor or tensors when they follow from constants; None otherwise. The fake run checked the size."""
+    tensors = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
+    if any(not hasattr(tensor, _VALUE) and getattr(tensor, "constant", None) is None for tensor in tensors):
+        return None
+    if (not tensors and func.overloadpacket not in _FACTORIES) or torch.Tag.nondeterministic_seeded in func.tags:
+        return None
+    with unset_fake_temporarily(), torch.no_grad():
+        result = func(*tree_map_only(Tensor, _known, args), **tree_map_only(Tensor, _known, kwargs))
+    return result if isinstance(result, Tensor | tuple | list) else None
+
+
+def _known(tensor: Tensor) -> Tensor:
+    value = getattr(tensor, _VALUE, None)
+    return getattr(tensor, "constant", tensor) if value is None else value
+
+
+def _forget_changed(func: Any, args: tuple[Any, ...]) -> None:
+    """A tensor that was overwritten with something unknown has no known value any more."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write and position < len(args):
+            for tensor in tree_iter(args[position]):
+                if hasattr(tensor, _VALUE):
+                    delattr(tensor, _VALUE)
+
+
+def caller(skip: str = "") -> str:
+    """File and line that led here, outside torch, this package and the module called `skip`."""
+    here, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
+    passed = sys.modules[skip].__file__ if skip else None
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        outside = torch_folder not in path.parents and path.parent != here and str(path) != passed
+        if outside and not path.name.startswith("<"):
+            # One folder above the file is enough to recognise it; a machine's own path would say too much.
+            return f"{'/'.join(path.parts[-2:])}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "the step"
