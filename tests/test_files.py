@@ -136,3 +136,13 @@ def test_sha256(tmp_path):
     first = sha256(path)
     path.write_bytes(b"a" * 2_999_999 + b"b")
     assert sha256(path) != first
+
+
+def test_a_writer_that_puts_its_own_private_file_there_does_not_make_the_result_private(tmp_path):
+    """As safetensors' save_file does."""
+    usual = tmp_path / "usual"
+    usual.touch()
+    with atomic_path(tmp_path / "new") as temporary:
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "new").stat().st_mode == usual.stat().st_mode

@@ -28,11 +28,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _new_file_beside(path)
+    mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
     try:
         yield temporary
+        # Not left to the writer: safetensors puts a file of its own, readable by the owner alone, in this place.
+        os.chmod(temporary, mode)
         sync(temporary)
-        if path.exists():
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
         sync(path.parent)
     finally:

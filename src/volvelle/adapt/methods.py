@@ -50,14 +50,23 @@ class LoRA:
     """
 
     rank: int = 8
+    """Rank of the update: rows of A, columns of B."""
     alpha: float = 16.0
+    """Numerator of the scale; doubling it doubles the update."""
     targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    """Layers to adapt: ends of their names, a regular expression, or all-linear."""
     dropout: float = 0.0
+    """Share of the low-rank path's inputs dropped while training."""
     rslora: bool = False
+    """Scale by alpha / √rank, which keeps large ranks stable."""
     exclude: tuple[str, ...] | str = ()
+    """Layers to leave out, by the same rules."""
     layers: tuple[int, ...] | None = None
+    """Block indices to adapt; None: all."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some layers, by the end of their name."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas for some layers."""
 
     def __post_init__(self) -> None:
         ranks = {"rank": self.rank, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
