@@ -1,4 +1,4 @@
-"""Look inside a module or a process."""
+"""Look inside a module or a process. Names are resolved on first use, so importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volvelle.inspect.memory_measure import Measurement as Measurement
+    from volvelle.inspect.memory_measure import measure_memory as measure_memory
+    from volvelle.inspect.memory_measure import measure_peak as measure_peak
+    from volvelle.inspect.memory_plan import MemoryPlan as MemoryPlan
+    from volvelle.inspect.memory_plan import plan_memory as plan_memory
+    from volvelle.inspect.memory_plan import plan_program as plan_program
     from volvelle.inspect.threads import LiveThread as LiveThread
     from volvelle.inspect.threads import ThreadReport as ThreadReport
     from volvelle.inspect.threads import live_threads as live_threads
@@ -13,9 +19,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LiveThread": "threads",
+    "Measurement": "memory_measure",
+    "MemoryPlan": "memory_plan",
     "ThreadReport": "threads",
     "answer_threads": "threads_peek",
     "live_threads": "threads",
+    "measure_memory": "memory_measure",
+    "measure_peak": "memory_measure",
+    "plan_memory": "memory_plan",
+    "plan_program": "memory_plan",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
 

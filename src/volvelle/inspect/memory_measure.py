@@ -71,8 +71,9 @@ def measure_peak(setup: Callable[[], Callable[[], Any]]) -> Measurement:
         with record_function(_MARK):
             run()
         del run
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events: list[Any] = list(profiler.profiler.kineto_results.events())
     window = next(e for e in events if e.name() == _MARK)
     start, stop = window.start_ns(), window.start_ns() + window.duration_ns()
     # The events come in the order in which they happened; a stable sort keeps those of the same nanosecond so.

@@ -66,7 +66,9 @@ class Session:
         for mode in self._modes:
             self._stack.enter_context(mode)
         if self._cuda:
-            self.tracker.ledger.allocate(Block(CUBLAS_WORKSPACE, "cuBLAS workspace", "setup", "", category="temporaries"))
+            self.tracker.ledger.allocate(
+                Block(CUBLAS_WORKSPACE, "cuBLAS workspace", "setup", "", category="temporaries")
+            )
         return self
 
     def __exit__(self, *details: Any) -> None:

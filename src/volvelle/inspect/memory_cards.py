@@ -1,0 +1,129 @@
+"""From one card's timeline to many: what DDP and FSDP change, whether a plan fits, and the figures people quote.
+
+DDP keeps everything on every card and adds the buckets in which gradients travel. FSDP (fully sharded, ZeRO-3) splits
+weights, gradients and optimiser by the number of cards N and gathers one block at a time:
+
+    peak = max over t of  (weights + gradients + optimiser)(t) / N + activations(t) + temporaries(t) + gathered
+
+`gathered` is two blocks' full weights (the current and the prefetched one) and one block's full gradients. The batch
+is the one card's own: N cards train N times as many samples a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from volvelle.inspect.memory_ledger import CATEGORIES
+from volvelle.inspect.memory_options import Cards, Shard
+from volvelle.inspect.memory_session import Trace
+from volvelle.inspect.memory_step import TrainingStep, blocks_of
+
+_SPLIT = ("weights", "gradients", "optimiser")
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """One card of `cards` under `shard`: its peak in bytes, what of it is communication, and whether it fits."""
+
+    cards: Cards
+    shard: Shard
+    peak: int
+    communication: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the card's capacity."""
+        return self.peak <= self.cards.capacity
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        name = "" if self.cards.count == 1 else f", {self.shard} over {self.cards.count}"
+        share = 100 * self.peak / self.cards.capacity
+        need = f"{gigabytes(self.peak)} of {self.cards.gigabytes:g} GB on each card{name} ({share:.0f} %)"
+        return f"fits: {need}" if self.fits else f"does not fit: {need}"
+
+
+def gigabytes(number: float) -> str:
+    """Bytes as decimal gigabytes or megabytes.
+
+    >>> gigabytes(64.3e9), gigabytes(1.5e6)
+    ('64.3 GB', '1.5 MB')
+    """
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> CardPlan:
+    """What one card holds at its peak."""
+    n = cards.count
+    if n == 1:
+        return CardPlan(cards, shard, trace.peak, 0)
+    if shard == "ddp":
+        # One bucket a group of parameters, together as large as the gradients.
+        buckets = sum(p.numel() * p.element_size() for p in step.trainable)
+        return CardPlan(cards, shard, trace.peak + buckets, buckets)
+    gathered = _gathered(step.model)
+    best = 0
+    for _, phase, sums in trace.ledger.rows(trace.start, trace.stop):
+        split = sum(sums[name] for name in _SPLIT)
+        rest = sum(sums[name] for name in CATEGORIES if name not in _SPLIT)
+        # The optimiser works on shards alone, and needs no block gathered.
+        total = (split + rest) / n if phase == "optimiser" else split / n + rest + gathered
+        best = max(best, math.ceil(total))
+    return CardPlan(cards, shard, best, gathered)
+
+
+def _gathered(model: nn.Module) -> int:
+    """Two blocks' weights and one block's gradients, unsharded; outside blocks, the largest single module counts."""
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(model)]
+    inside = {id(p) for block in blocks_of(model) for p in block.parameters()}
+    outside = [p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside]
+    largest = max([*blocks, *outside], default=0)
+    trains = any(p.requires_grad for p in model.parameters())
+    return largest * (3 if trains else 2)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A rule of thumb for full fine-tuning with Adam: bytes for each parameter, without activations."""
+
+    name: str
+    parts: str
+    bytes_each: int
+
+
+FORMULAS = (
+    Formula("pure bf16", "bf16 weights 2 + gradients 2 + Adam 4", 8),
+    Formula("fp32, or bf16 autocast", "fp32 weights 4 + gradients 4 + Adam 8", 16),
+    Formula("bf16 with fp32 masters", "bf16 weights 2 + gradients 2, fp32 master 4 + gradients 4 + Adam 8", 20),
+)
+
+
+def quoted_figures(parameters: int, card: float = 80.0) -> str:
+    """Explain how figures such as "7B needs 2 x 80 GB, 72B needs 20 x 80 GB" come about, as a table.
+
+    The rules count weights, gradients and optimiser, no activations; the quotes round up to whole cards.
+
+    >>> print(quoted_figures(7_721_324_544).splitlines()[-1])
+    bf16 with fp32 masters   20 B x 7.72e9 =   154.4 GB -> 2 x 80 GB = 160 GB   (bf16 weights 2 + gradients 2, ...
+    """
+    lines = ["full fine-tuning with Adam, without activations:"]
+    for formula in FORMULAS:
+        total = formula.bytes_each * parameters / 1e9
+        cards = math.ceil(total / card)
+        lines.append(
+            f"{formula.name:<24} {formula.bytes_each:>2} B x {parameters / 1e9:.2f}e9 = {total:>7.1f} GB "
+            f"-> {cards} x {card:g} GB = {cards * card:g} GB   ({formula.parts})"
+        )
+    return "\n".join(lines)
+
+
+QUOTE = (
+    "Often quoted for full fine-tuning: 7B about 160 GB (2 x 80), 72B about 1600 GB (20 x 80). Both follow from 20 "
+    "bytes a parameter: 7.72e9 x 20 = 154 GB, rounded up to 2 cards = 160 GB; 72.29e9 x 20 = 1446 GB, which is 19 "
+    "cards, and with activations and buffers of about 8 GB a card, 20 cards = 1600 GB. With 16 bytes a parameter "
+    "they would be 124 GB (2 cards) and 1157 GB (15 cards)."
+)

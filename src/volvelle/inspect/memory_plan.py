@@ -1,0 +1,253 @@
+"""Know a training step's memory before running it: `plan_memory`.
+
+The step runs under fake tensors: shapes and lifetimes are real, nothing is allocated. The plan promises the peak of
+tensor allocations; a process's resident set is larger, by the interpreter, libraries and the allocator's slack.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from volvelle.errors import VolvelleError
+from volvelle.inspect.memory_cards import CardPlan, card_plan
+from volvelle.inspect.memory_inputs import Inputs
+from volvelle.inspect.memory_ledger import CATEGORIES, Ledger
+from volvelle.inspect.memory_options import Cards, Shard, StepOptions
+from volvelle.inspect.memory_session import Session, StepSession, Trace
+from volvelle.inspect.memory_step import Loss, model_loss
+
+POINTS = 600  # of a timeline
+
+
+@dataclass(frozen=True)
+class Point:
+    """The memory at one moment of a timeline: ledger position, phase, bytes in the order of CATEGORIES."""
+
+    position: int
+    phase: str
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Alike blocks that live at the peak: how many, what they are, and their bytes together."""
+
+    category: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    module: str
+    size: int
+
+
+@dataclass
+class MemoryPlan:
+    """The memory of one training step. Sizes are bytes.
+
+    `composition` splits `peak` by category; `phase`, `op` and `module` say where it is reached. `branches` lists what
+    was assumed where the model asks about its tensors. `card` is set when cards were given. `print(plan)` shows the
+    table, `plan.svg()` draws the timeline.
+    """
+
+    label: str
+    batch: int
+    peak: int
+    composition: dict[str, int]
+    phase: str
+    op: str
+    module: str
+    device: str = "cpu"
+    threads: int = 1
+    parameters: int = 0
+    trainable: int = 0
+    timeline: list[Point] = field(default_factory=list)
+    holdings: list[Holding] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
+    card: CardPlan | None = None
+    largest_batch: int | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        from volvelle.inspect.memory_report import text
+
+        return text(self)
+
+    def svg(self) -> str:
+        """The timeline as a self-contained SVG."""
+        from volvelle.inspect.memory_drawing import timeline_svg
+
+        return timeline_svg(self)
+
+
+def plan_memory(
+    build: Callable[[], nn.Module],
+    batch: Any,
+    *,
+    size: int | None = None,
+    loss: Loss = model_loss,
+    gpus: str | Cards | None = None,
+    shard: Shard = "ddp",
+    search: bool = False,
+    threads: int | None = None,
+    eager: bool = True,
+    **options: Any,
+) -> MemoryPlan:
+    """Predict the peak of tensor allocations in a training step of any module, without allocating it.
+
+    `build()` makes the module (it runs under fake tensors, so its size does not matter). `batch` is an example whose
+    first dimension is the batch, or a function `size -> inputs`; `size` overrides the example's. `loss(model, inputs)`
+    defaults to the model's own. `options` are the fields of `StepOptions`: method ("full", "lora", "adapter",
+    "prefix", a method of volvelle.adapt, or a function), precision, checkpointing, optimizer, device.
+
+    `gpus` ("2x80") adds a verdict under `shard`, and with `search` the largest batch a card holds. `threads` is the
+    number of CPU threads whose buffers count (default: torch's). `eager=False` lets code that asks for fake tensors
+    take its tracing branch. Two steps are traced, and the second is reported: the optimiser's state then exists.
+
+    Raises VolvelleError when the step needs values that a plan does not have, with the line that asked.
+
+    >>> def step_loss(model, x):
+    ...     return model(x).square().mean()
+    >>> import torch
+    >>> plan = plan_memory(lambda: nn.Linear(1000, 1000, bias=False), torch.zeros(8, 1000), loss=step_loss)
+    >>> plan.composition["weights"], plan.composition["optimiser"]
+    (4000000, 8000004)
+    """
+    began = time.perf_counter()
+    step_options, inputs = StepOptions(**options), Inputs(batch, size)
+    cards = Cards.parse(gpus) if isinstance(gpus, str) else gpus
+    if search and cards is None:
+        raise VolvelleError("plan_memory: search=True needs gpus", tip='for example gpus="1x80"')
+    with StepSession(build, inputs, step_options, loss=loss, threads=threads, eager=eager) as session:
+        trace = session.trace(inputs.size)
+        plan = describe(session, trace, label=step_options.label, batch=inputs.size)
+        model = session.step.model
+        plan.device = step_options.device
+        plan.parameters = sum(p.numel() for p in model.parameters())
+        plan.trainable = sum(p.numel() for p in session.step.trainable)
+        if cards is not None:
+            plan.card = card_plan(trace, session.step, cards, shard)
+        if cards is not None and search:
+            plan.largest_batch = _largest(session, inputs.size, plan.card, cards, shard)
+    plan.seconds = time.perf_counter() - began
+    return plan
+
+
+def plan_program(setup: Callable[[Session], Callable[[], Any]], *, threads: int | None = None) -> MemoryPlan:
+    """Plan any program, such as a step with several players and optimisers.
+
+    `setup(session)` builds everything under fake tensors and returns the function to trace; it is called twice and
+    the second call is reported. Inside, `session.name(category, tensors)` sorts tensors into categories and
+    `session.tracker.during(phase)` names phases.
+    """
+    began = time.perf_counter()
+    with Session(threads=threads) as session:
+        run = setup(session)
+        with session.eager():
+            run()
+            start = session.position
+            run()
+        trace = session.trace_since(start)
+        plan = describe(session, trace, label="program", batch=0)
+    plan.seconds = time.perf_counter() - began
+    return plan
+
+
+def describe(session: Session, trace: Trace, *, label: str, batch: int) -> MemoryPlan:
+    """Turn a trace into a plan."""
+    entry = trace.ledger.entries[trace.at]
+    block = trace.ledger.blocks[entry.block]
+    return MemoryPlan(
+        label=label,
+        batch=batch,
+        peak=trace.peak,
+        composition=trace.composition,
+        phase=entry.phase,
+        op=_short(entry.op),
+        module=block.module,
+        threads=session.threads,
+        timeline=timeline(trace),
+        holdings=holdings(trace.ledger, trace.at),
+        branches=[str(assumption) for assumption in session.assumptions],
+    )
+
+
+def timeline(trace: Trace, points: int = POINTS) -> list[Point]:
+    """Thin the ledger out to at most `points` moments; of each stretch the largest one stays, so the peak does."""
+    stretch = max(1, -(-(trace.stop - trace.start) // points))
+    chosen: list[Point] = []
+    best = -1
+    for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
+        total = sum(sums.values())
+        if (index - trace.start) % stretch == 0:
+            best = -1
+            chosen.append(Point(index, phase, ()))
+        if total > best:
+            best = total
+            chosen[-1] = Point(index, phase, tuple(sums[name] for name in CATEGORIES))
+    return chosen
+
+
+def holdings(ledger: Ledger, at: int, count: int = 12) -> list[Holding]:
+    """The largest groups of like blocks at entry `at`: same category, shape, type, operation and kind of module."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index in ledger.live(at):
+        block = ledger.blocks[index]
+        module = re.sub(r"\.\d+(?=\.|$)", ".*", block.module)
+        key = (block.category, block.shape, block.dtype, _short(block.op), module)
+        groups.setdefault(key, []).append(block.size)
+    rows = [
+        Holding(category, len(sizes), shape, dtype, op, module, sum(sizes))
+        for (category, shape, dtype, op, module), sizes in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.size)[:count]
+
+
+def _largest(session: StepSession, size: int, first: CardPlan | None, cards: Cards, shard: Shard) -> int:
+    """The largest batch whose peak fits, by secant steps on traced peaks; 0 when not even one sample fits.
+
+    The peak is piecewise linear in the batch, so a few traces bracket the answer.
+    """
+    peaks: dict[int, int] = {} if first is None else {size: first.peak}
+
+    def fits(batch: int) -> bool:
+        if batch not in peaks:
+            peaks[batch] = card_plan(session.trace(batch), session.step, cards, shard).peak
+        return peaks[batch] <= cards.capacity
+
+    if not fits(1):
+        return 0
+    low, high = 1, max(2, size)
+    while fits(high):
+        low = high
+        high = max(_extrapolate(peaks, cards.capacity), 2 * low) if len(peaks) < 4 else 2 * low
+    while high - low > 1:
+        guess = min(max(_interpolate(peaks, low, high, cards.capacity), low + 1), high - 1)
+        # From either side, so that an exact guess closes the bracket at once.
+        low, high = (guess, high) if fits(guess) else (low, guess)
+        if low == guess and low + 1 < high:
+            low, high = (low + 1, high) if fits(low + 1) else (low, low + 1)
+    return low
+
+
+def _extrapolate(peaks: dict[int, int], capacity: int) -> int:
+    (b0, p0), (b1, p1) = sorted(peaks.items())[-2:] if len(peaks) > 1 else [(0, 0), next(iter(peaks.items()))]
+    slope = max(1.0, (p1 - p0) / (b1 - b0))
+    return b1 + int((capacity - p1) / slope) + 1
+
+
+def _interpolate(peaks: dict[int, int], low: int, high: int, capacity: int) -> int:
+    share = (capacity - peaks[low]) / max(1, peaks[high] - peaks[low])
+    return low + int(share * (high - low))
+
+
+def _short(op: str) -> str:
+    """The name of an operation without namespace and overload: aten.mm.default -> mm."""
+    parts = op.split(".")
+    return parts[1] if len(parts) > 2 else op
