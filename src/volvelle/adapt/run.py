@@ -28,8 +28,8 @@ def load_run(
     """Open a run folder, an adapter folder, or anything `load_language_model` takes, as one model.
 
     A run with an adapter gives its base model with the adapter on it, or folded into the weights with `merged` (faster
-    to decode; rounded once to `dtype`); a run with weights gives those. Raises VolvelleError when the run holds neither
-    or does not say what its base model is.
+    to decode; rounded once to `dtype`); a run with weights gives those. The base may itself be a run. Raises
+    VolvelleError when the run holds neither or does not say what its base model is.
     """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
@@ -59,11 +59,11 @@ def _adapted(
             tip="write its name or path as base_model_name_or_path there",
         )
     if not merged:
-        model = load_language_model(base, dtype=dtype, device=device)
+        model = load_run(base, dtype=dtype, device=device, merged=True)
         load(model, folder)
         return model
     # Summed at the precision the base is stored in, so that the update meets one rounding and not two.
-    model = load_language_model(base, device=device)
+    model = load_run(base, device=device, merged=True)
     load(model, folder)
     merge(model, keep=False)
     return model if dtype is None else model.to(dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from volvelle.cli.console import duration, result, say, warn
+from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.observer import Observer, Progress
 from volvelle.train.options import FitOptions, to_dict
@@ -84,8 +86,14 @@ def start(kind: str, recipe: FitOptions, name: str | None) -> int:
     run = RunFolder.create(name, kind=kind, config=to_dict(recipe))
     say(f"run {run.path}")
     _, function = KINDS[kind]()
-    with console() as observer:
-        outcome = function(recipe, run, observer=observer)
+    try:
+        with console() as observer:
+            outcome = function(recipe, run, observer=observer)
+    except VolvelleError:
+        # Bad data or a wrong option: nothing was measured or trained, so nothing is worth keeping.
+        if not run.metrics():
+            shutil.rmtree(run.path)
+        raise
     return closing_lines(outcome)
 
 

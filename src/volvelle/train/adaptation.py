@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from volvelle.adapt import apply, save
+from volvelle.adapt import apply, load_run, save
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.huggingface import write_folder
-from volvelle.systems.language.load import load_language_model
 from volvelle.train.estimate import estimate_memory
 from volvelle.train.evaluate import bleu, evaluation_loader, prompted, write
 from volvelle.train.language import LanguageObjective, held_out_loss
@@ -58,7 +57,7 @@ class _Adaptation:
         # A frozen base can be stored in bf16; weights that are trained need fp32 to take small steps.
         small = recipe.precision == "bf16" and recipe.method != "full"
         dtype = torch.bfloat16 if small else torch.float32
-        self.model: Any = load_language_model(recipe.model, dtype=dtype, device=self.device)
+        self.model: Any = load_run(recipe.model, dtype=dtype, device=self.device, merged=True)
         if self.model.tokenizer is None:
             raise VolvelleError(f"{recipe.model}: has no tokenizer, so it cannot read text")
         self.context = self._context()

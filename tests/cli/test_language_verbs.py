@@ -1,0 +1,168 @@
+"""The language verbs on a model that is trained here in seconds: from text to a run, and what is done with a run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from volvelle.cli.main import main
+
+SMALL = ("model.width=32", "model.depth=1", "model.heads=2", "model.context=64", "vocabulary=300", "batch=4")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with text, examples, and a trained run `base`."""
+    folder = tmp_path_factory.mktemp("verbs")
+    (folder / "text.txt").write_text("the cat sat on the mat and the dog lay on the log. " * 60)
+    rows = [{"ask": f"number {i}", "answers": [f"it is {i}", f"that is {i}"]} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["train", "language", "data=text.txt", "steps=3", "run=base", *SMALL]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return home
+
+
+def adapt(*words):
+    templates = ("prompt={{ ask }}:", "completion={{ answers }}")
+    return main(["adapt", "runs/base", "data=rows.jsonl", *templates, "steps=2", "samples=2", "max_tokens=4", *words])
+
+
+def test_train_leaves_a_run_that_answers(here, capsys):
+    assert main(["generate", "runs/base", "the cat", "max_tokens=5", "--json"]) == 0
+    out = capsys.readouterr()
+    answer = json.loads(out.out)
+    assert answer["tokens"] <= 5
+    assert answer["prompt"] == "the cat"
+    assert re.search(r"llama, [\d.]+M parameters", out.err)
+
+
+def test_generate_is_repeatable_with_a_seed(here, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        words = ("sampling.temperature=5", f"sampling.seed={seed}", "max_tokens=12", "precision=fp32", "--json")
+        main(["generate", "runs/base", "the", *words])
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompt_from_a_pipe(here):
+    command = [sys.executable, "-m", "volvelle", "generate", "runs/base", "max_tokens=2", "--json"]
+    done = subprocess.run(command, input="the dog", capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["prompt"] == "the dog"
+
+
+def test_prompt_longer_than_the_context_is_said(here, capsys):
+    assert main(["generate", "runs/base", "cat " * 400]) == 1
+    assert re.search(r"error: the prompt has \d+ tokens, the model's context is 64", capsys.readouterr().err)
+
+
+def test_chat_without_a_template_points_to_generate(here, capsys):
+    assert main(["chat", "runs/base", "hello"]) == 2
+    assert "tip: volvelle generate runs/base" in capsys.readouterr().err
+
+
+def test_adapt_eval_export(here, capsys):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    assert adapt("run=adapted") == 0
+    said = capsys.readouterr().out
+    assert "LoRA; trains" in said
+    assert "next     volvelle eval runs/adapted" in said
+    assert (here / "runs/adapted/report.html").is_file()
+    assert main(["eval", "runs/adapted", "data=rows.jsonl", "outputs=3", "max_tokens=4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["outputs"]) == 3
+    assert found["perplexity"] > 1
+    assert main(["export", "runs/adapted", "to=hf"]) == 0
+    transformers.AutoModelForCausalLM.from_pretrained(here / "runs/adapted/export-hf")
+    assert main(["export", "runs/adapted", "to=peft", "out=mine"]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(here / "runs/base/weights")
+    peft.PeftModel.from_pretrained(base, here / "mine")
+    assert main(["export", "runs/adapted", "to=peft", "out=mine"]) == 1
+    assert "mine: already there" in capsys.readouterr().err
+
+
+def test_eval_uses_the_templates_of_the_run(here, capsys):
+    adapt("run=templated")
+    capsys.readouterr()
+    main(["eval", "runs/templated", "data=rows.jsonl", "outputs=0"])
+    assert "templates from runs/templated/config.yaml" in capsys.readouterr().out
+
+
+def test_config_of_a_run_is_accepted_back(here, capsys):
+    adapt("run=first", "lora.rank=3")
+    assert main(["adapt", "config=runs/first", "run=second"]) == 0
+    assert (
+        "r: 3" in (here / "runs/second/config.yaml").read_text()
+        or "rank: 3" in (here / "runs/second/config.yaml").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("method=lroa",), "did you mean lora?"),
+        (("lora.targets=q_porj",), "q_proj"),
+        (("data=broken.jsonl",), "broken.jsonl:2"),
+        (("data=nothing.jsonl",), "nothing.jsonl: no such file"),
+        (("prompt={{ qestion }}",), "ask"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_no_run(here, capsys, words, message):
+    (here / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
+    before = set((here / "runs").iterdir())
+    assert adapt(*words) in {1, 2}
+    assert message in capsys.readouterr().err
+    assert set((here / "runs").iterdir()) == before
+
+
+def test_control_c_saves_and_resume_finishes(here):
+    words = ["steps=4000", "checkpoint_every=none", "run=stopped", *SMALL]
+    command = [sys.executable, "-m", "volvelle", "train", "language", "data=text.txt", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = here / "runs/stopped/metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count('"train"') > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "continue with: volvelle resume runs/stopped" in out
+    manifest = json.loads((here / "runs/stopped/manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    resumed = subprocess.Popen(
+        [sys.executable, "-m", "volvelle", "resume", "runs/stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while time.monotonic() < deadline and '"resume"' not in metrics.read_text():
+        time.sleep(0.05)
+    resumed.send_signal(signal.SIGTERM)
+    out, err = resumed.communicate(timeout=120)
+    assert f"resumed from the checkpoint of step {manifest['step']}" in out, err
+
+
+@pytest.mark.slow
+def test_quick_tour(tmp_path, monkeypatch, capsys):
+    """The whole tour with the real model; needs it fetched, or a network."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["tour", "quick=true", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["missing"] == {}
+    assert record["adapt"]["fp32"]["merged"] == pytest.approx(record["adapt"]["fp32"]["beside"], rel=1e-5)
+    page = (tmp_path / "runs/tour/report.html").read_text()
+    assert "<script" not in page
+    assert "held-out loss" in page
