@@ -10,7 +10,7 @@ import gc
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -69,12 +69,55 @@ class Calibration:
         ]
 
 
+class Agreement(NamedTuple):
+    """A ring all-reduce beside gloo's: largest relative difference, ranks with other bits than rank 0, bytes.
+
+    `share` is what the formula says of each rank, 2 (p - 1) V / p, `most_sent` what the busiest rank sent.
+    """
+
+    error: float
+    differing: int
+    share: int
+    most_sent: int
+
+
+def agreement(ranks: int, *, count: int = 120_000) -> Agreement:
+    """Reduce normal numbers, `count` a rank (a multiple of the ranks), by ring and by torch.distributed."""
+    answers = _on_ranks(ranks, _agree, (count,), threads=1)
+    theirs = torch.tensor(answers[0][1], dtype=torch.float64)
+    results = [torch.tensor(ours, dtype=torch.float64) for ours, _, _ in answers]
+    error = max(float((ours - theirs).norm() / theirs.norm()) for ours in results)
+    differing = sum(not torch.equal(ours, results[0]) for ours in results)
+    return Agreement(error, differing, 2 * (ranks - 1) * 4 * count // ranks, max(sent for _, _, sent in answers))
+
+
+def _agree(rank: int, count: int) -> tuple[list[float], list[float], int]:
+    ours = torch.randn(count, generator=torch.Generator().manual_seed(rank))
+    theirs, traffic = ours.clone(), Traffic()
+    all_reduce(ours, algorithm="ring", traffic=traffic)
+    dist.all_reduce(theirs)
+    return ours.tolist(), theirs.tolist(), traffic.sent  # a tensor would have to outlive its process
+
+
 def time_cases(ranks: int, cases: Sequence[Case], *, rounds: int, threads: int = 1) -> dict[Case, Rounds]:
     """Time every case on `ranks` processes of `threads` threads, one warm-up, then `rounds` interleaved rounds.
 
     Raises:
-        RuntimeError: a rank ended or did not answer; every process is ended first.
+        RuntimeError: a rank failed or did not answer; every process is ended first.
     """
+    answers = _on_ranks(ranks, _time_all, (list(cases), rounds), threads=threads)
+    return {
+        case: Rounds(
+            [max(seconds) for seconds in zip(*(answer[i].wall for answer in answers), strict=True)],
+            [sum(seconds) for seconds in zip(*(answer[i].cpu for answer in answers), strict=True)],
+            sum(answer[i].sent for answer in answers),
+        )
+        for i, case in enumerate(cases)
+    }
+
+
+def _on_ranks(ranks: int, program: Callable[..., Any], arguments: tuple, *, threads: int) -> list[Any]:
+    """program(rank, *arguments) on every rank of a fresh gloo group; what each returned, in rank order."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
     context = multiprocessing.get_context("forkserver")  # torch is imported once, and forked before any thread
     context.set_forkserver_preload(["volvelle.parts.collectives.measure"])
@@ -82,24 +125,19 @@ def time_cases(ranks: int, cases: Sequence[Case], *, rounds: int, threads: int =
     try:
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (theirs, store.port, rank, ranks, list(cases), rounds, threads)
-            processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+            place = (theirs, store.port, rank, ranks, threads)
+            processes.append(context.Process(target=_rank, args=(place, program, arguments), daemon=True))
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
         answers = [_answer(pipe, rank) for rank, pipe in enumerate(pipes)]
-    finally:
         for process in processes:
             process.join(5)
+    finally:
+        for process in processes:
             process.kill()
-    return {
-        case: Rounds(
-            [max(seconds) for seconds in zip(*(answer[i][0] for answer in answers), strict=True)],
-            [sum(seconds) for seconds in zip(*(answer[i][1] for answer in answers), strict=True)],
-            sum(answer[i][2] for answer in answers),
-        )
-        for i, case in enumerate(cases)
-    }
+            process.join(5)
+    return answers
 
 
 def _answer(pipe: Any, rank: int) -> Any:
@@ -107,33 +145,39 @@ def _answer(pipe: Any, rank: int) -> Any:
         if pipe.poll(LIMIT):
             return pipe.recv()
     except EOFError:
-        raise RuntimeError(f"time_cases: rank {rank} ended without a result") from None
-    raise RuntimeError(f"time_cases: rank {rank} did not answer within {LIMIT:.0f} s")
+        raise RuntimeError(f"collectives.measure: rank {rank} ended without a result") from None
+    raise RuntimeError(f"collectives.measure: rank {rank} did not answer within {LIMIT:.0f} s")
 
 
-def _rank(pipe: Any, port: int, rank: int, ranks: int, cases: list[Case], rounds: int, threads: int) -> None:
+def _rank(place: tuple[Any, int, int, int, int], program: Callable[..., Any], arguments: tuple) -> None:
+    pipe, port, rank, ranks, threads = place
     torch.set_num_threads(threads)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    value = program(rank, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+    pipe.send(value)
+
+
+def _time_all(rank: int, cases: list[Case], rounds: int) -> list[Rounds]:
     vectors = {case.size: torch.ones(max(case.size // 4, 1)) for case in cases}
-    taken: list[tuple[list[float], list[float], int]] = [([], [], 0) for _ in cases]
+    taken = [Rounds([], [], 0) for _ in cases]
     gc.disable()
     for number in range(-1, rounds):  # the first warms up
         for step in range(len(cases)):
             i = (step + max(number, 0)) % len(cases)
             wall, cpu, sent = _time(cases[i], vectors[cases[i].size])
             if number >= 0:
-                taken[i][0].append(wall)
-                taken[i][1].append(cpu)
-                taken[i] = (*taken[i][:2], sent)
-    pipe.send(taken)
-    dist.barrier()
-    dist.destroy_process_group()
+                taken[i].wall.append(wall)
+                taken[i].cpu.append(cpu)
+                taken[i] = taken[i]._replace(sent=sent)
+    return taken
 
 
 def _time(case: Case, x: torch.Tensor) -> tuple[float, float, int]:
     """Mean seconds, CPU seconds and bytes sent of one call; short ones are repeated."""
-    repeats = max(1, min(200, (4 << 20) // max(case.size, 1)))
+    repeats = max(1, min(400, (32 << 20) // max(case.size, 1)))
     traffic = Traffic()
     algorithm: Any = case.algorithm
     x.fill_(1.0)

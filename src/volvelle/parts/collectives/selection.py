@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from volvelle.parts.collectives.topology import Topology
 
-SHORT = 32 << 10
+SHORT = 128 << 10
 """Bytes up to which rounds cost more than bytes: recursive doubling."""
 LONG = 1 << 20
 """Bytes from which bytes cost more than rounds: the ring, whose transfers and additions overlap in one stream."""

@@ -1,0 +1,145 @@
+"""Our collectives against gloo's own all-reduce, and a model of latency, bandwidth and contention with its error.
+
+    python -m benchmarks.collectives            # the table and the model, benchmarks/results/collectives.json
+    python -m benchmarks.collectives --quick    # a smoke run, nothing written
+
+Ranks are processes on loopback, one thread each; a round times every variant once, in turning order; a time is that of
+the slowest rank. Short vectors are reduced many times in a row. Time ratios are ours / gloo: below 1 is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from typing import Any
+
+from benchmarks import protocol
+from volvelle.parts.collectives.measure import GLOO, Calibration, Case, Rounds, calibrate, compare
+from volvelle.parts.collectives.selection import choose
+
+ALGORITHMS = ("ring", "halving-doubling", "recursive-doubling", "tree", "star")
+SIZES = (1 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20, 64 << 20)
+TARGETS = {("ring", 4, 64 << 20): 1.3, ("recursive-doubling", 4, 1 << 10): 0.85}
+MANY = (10, 100, 1000, 10_000)
+
+
+def main() -> None:
+    options = _arguments()
+    sizes = (1 << 10, 1 << 20) if options.quick else SIZES
+    rounds = 2 if options.quick else options.rounds
+    with protocol.alone():
+        machine = protocol.machine(["torch"]) | {"threads": 1, "scheduler": _scheduler()}
+        rows = [row for p in options.ranks for row in _table(p, sizes, rounds)]
+        print(_shown(rows), flush=True)
+        model = None if options.quick else calibrate(rounds=rounds)
+    if model is None:
+        return
+    print(_model_text(model))
+    payload = {
+        "machine": machine,
+        "peer": "torch.distributed.all_reduce over gloo",
+        "setting": {"dtype": "fp32", "op": "sum", "transport": "loopback", "rounds": rounds},
+        "rows": rows,
+        "model": _model_record(model),
+    }
+    print(f"wrote {protocol.write('collectives', payload)}")
+
+
+def _table(p: int, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    found = compare(p, sizes, ALGORITHMS, rounds=rounds)
+    rows = []
+    for case, ours in found.items():
+        if case.algorithm == GLOO:
+            continue
+        row = _row(p, case, ours, found[Case(GLOO, case.size)])
+        fastest = min(ALGORITHMS, key=lambda name: statistics.median(found[Case(name, case.size)].wall))
+        rows.append(row | {"chosen": choose(case.size, p).algorithm == case.algorithm, "fastest": fastest})
+    return rows
+
+
+def _row(p: int, case: Case, ours: Rounds, gloo: Rounds) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(ours.wall, gloo.wall, strict=True)]
+    drift = max(gloo.wall) / min(gloo.wall) - 1
+    ratio = statistics.median(ratios)
+    target = TARGETS.get((case.algorithm, p, case.size))
+    return {
+        "algorithm": case.algorithm,
+        "ranks": p,
+        "bytes": case.size,
+        "seconds": statistics.median(ours.wall),
+        "gloo_seconds": statistics.median(gloo.wall),
+        "cpu_seconds": statistics.median(ours.cpu),
+        "gloo_cpu_seconds": statistics.median(gloo.cpu),
+        "time_ratio": ratio if drift <= protocol.MAX_DRIFT else None,
+        "range": [min(ratios), max(ratios)],
+        "unfiltered_ratio": ratio,
+        "gloo_drift": drift,
+        "sent": ours.sent,
+        "target": target,
+        "met": None if target is None or drift > protocol.MAX_DRIFT else ratio <= target,
+    }
+
+
+def _shown(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'ranks':>5} {'bytes':>10} {'algorithm':<19}{'ms':>9} {'/ gloo':>7}  range          sent by all"]
+    for row in rows:
+        ratio = f"{row['time_ratio']:.2f}" if row["time_ratio"] is not None else "none"
+        low, high = row["range"]
+        note = f"  target <= {row['target']}: {_verdict(row)}" if row["target"] else ""
+        note += "  (selected)" if row["chosen"] else ""
+        note += f"  no ratio: gloo drifted by {row['gloo_drift']:.0%}" if row["time_ratio"] is None else ""
+        lines.append(
+            f"{row['ranks']:>5} {row['bytes']:>10} {row['algorithm']:<19}{row['seconds'] * 1e3:>9.3f} {ratio:>7}  "
+            f"{low:.2f} to {high:.2f}  {row['sent']:>11}{note}"
+        )
+    return "\n".join(lines)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return {True: "met", False: "missed", None: "refused"}[row["met"]]
+
+
+def _model_text(model: Calibration) -> str:
+    fit = model.fit
+    lines = [
+        f"model: alpha {fit.alpha * 1e6:.1f} us, beta {fit.beta * 1e9:.3f} ns/B, shared: "
+        f"{fit.alpha_shared * 1e6:.1f} us a message, {fit.beta_shared * 1e9:.3f} ns/B"
+    ]
+    errors = {"fitted": model.fitted, "held-out sizes": model.held_out_sizes, "held-out ranks": model.held_out_ranks}
+    lines += [f"  {name}: error {e.median:.0%} median, {e.worst:.0%} worst of {e.count}" for name, e in errors.items()]
+    lines.append("extrapolated, 64 MB, with the held-out error (own link: no contention; shared: all on this machine)")
+    for row in model.extrapolate(MANY, 64 << 20, ALGORITHMS[:3]):
+        lines.append(
+            f"  {row['ranks']:>6} {row['algorithm']:<19} own link {row['own_link']:>9.3g} s  shared "
+            f"{row['all_shared']:>9.3g} s  +- {row['held_out_error']:.0%} median, {row['held_out_worst']:.0%} worst"
+        )
+    return "\n".join(lines)
+
+
+def _model_record(model: Calibration) -> dict[str, Any]:
+    return {
+        "fit": model.fit._asdict(),
+        "fitted": model.fitted._asdict(),
+        "held_out_sizes": model.held_out_sizes._asdict(),
+        "held_out_ranks": model.held_out_ranks._asdict(),
+        "extrapolated": [row for size in (1 << 10, 64 << 20) for row in model.extrapolate(MANY, size, ALGORITHMS[:3])],
+        "timings": [timing._asdict() for timing in model.timings],
+    }
+
+
+def _scheduler() -> str:
+    """The scheduling class: under a real-time one (chrt) other work on the machine cannot get between."""
+    return {0: "other", 1: "fifo", 2: "round robin"}.get(os.sched_getscheduler(0), "unknown")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=7, help="at least 5 for figures to publish")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
