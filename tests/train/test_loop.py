@@ -231,6 +231,47 @@ def test_accumulation_equals_one_large_batch(sizes):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
+def test_evaluation_skipped_by_an_interrupt_is_made_up_for_once(tmp_path):
+    """Interrupted at step 5, where an evaluation is due; the resumed run is killed right after making it."""
+    whole, run = Regression(), Folder(tmp_path / "whole")
+    fit(whole, loader(), options=OPTIONS, run=run, observer=Quiet())
+    part = Folder(tmp_path / "part")
+    stopped = fit(interrupting(Regression(), 14), loader(), options=OPTIONS, run=part, observer=Quiet())
+    assert stopped.step == 5
+    assert [r["step"] for r in history(part) if r["event"] == "evaluate"] == [0]
+    broken = Regression()
+    broken.loss = lambda batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(broken, loader(), options=OPTIONS, run=part, observer=Quiet(), resume=True)
+    resumed = Regression()
+    fit(resumed, loader(), options=OPTIONS, run=part, observer=Quiet(), resume=True)
+    assert history(part) == history(run)
+    same(state(whole), state(resumed))
+
+
+def test_interrupt_in_the_last_step_is_a_finished_run(tmp_path):
+    run = Folder(tmp_path)
+    result = fit(interrupting(Regression(), 50), loader(), options=OPTIONS, run=run, observer=Quiet())
+    assert result.interrupted is None
+    assert result.step == 17
+    assert history(run)[-1] == {"event": "evaluate", "step": 17, "held_out_loss": result.held_out["loss"]}
+
+
+def test_batches_in_which_nothing_is_learnt_weigh_nothing():
+    class Sparse(Regression):
+        def phases(self, steps):
+            (phase,) = super().phases(steps)
+            return [Phase(**{**vars(phase), "optimizer": lambda p: torch.optim.SGD(p.values(), lr=0.1)})]
+
+        def loss(self, batch):
+            return Loss(super().loss(batch).value, weight=0.0)
+
+    objective = Sparse()
+    before = {name: value.clone() for name, value in state(objective).items()}
+    fit(objective, loader(), options=FitOptions(steps=2, accumulate=2), observer=Quiet())
+    same(before, state(objective))
+
+
 class Broken(Objective):
     """Loss that turns NaN at a step, or whose gradient does."""
 

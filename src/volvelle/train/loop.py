@@ -7,6 +7,7 @@ generators), so a run that was interrupted at any moment continues with the same
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import deque
@@ -20,6 +21,8 @@ import torch
 
 from volvelle.data.loader import Batch
 from volvelle.errors import VolvelleError
+from volvelle.files import write_atomic
+from volvelle.runs import plain
 from volvelle.train.checkpoint import Checkpoints
 from volvelle.train.contracts import Batches, Run
 from volvelle.train.interrupt import Interrupt
@@ -143,7 +146,10 @@ class _Fit:
             self._save()
         while cursor.step < self.steps and not self.ranks.any(interrupt.name is not None):
             self._step()
-            improved = self._evaluation_due() and not interrupt.name and self._evaluate()
+            # Who interrupts does not want to wait for an evaluation; the resumed run makes up for it. At the last
+            # step there is no resumed run.
+            wanted = not interrupt.name or cursor.step == self.steps
+            improved = self._evaluation_due() and wanted and self._evaluate()
             due = options.checkpoint_every is not None and cursor.step % options.checkpoint_every == 0
             if due or improved or cursor.step == self.steps:
                 self._save()
@@ -253,12 +259,12 @@ class _Fit:
         assert self.run is not None
         found = self.checkpoints.newest(self.observer.say)
         if found is None:
-            forget_after(self.run, -1)
+            forget_after(self.run, step=-1, evaluated=-1)
             return None
         step, state = found
         self._restore(state)
         self.saved = step
-        forget_after(self.run, step)
+        forget_after(self.run, step=step, evaluated=self.cursor.evaluated)
         self.run.log({"event": "resume", "step": step})
         self.observer.say(f"resumed from the checkpoint of step {step}")
         return step
@@ -300,11 +306,9 @@ def evaluating(isolation: Isolation) -> Iterator[None]:
                 part.training = mode
 
 
-def forget_after(run: Run, step: int) -> None:
-    """Drop metrics of steps after `step`: the resumed run will write them again."""
-    import json
-
-    from volvelle.files import write_atomic
-
-    kept = [record for record in run.metrics() if record.get("step", 0) <= step]
-    write_atomic(run.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+def forget_after(run: Run, *, step: int, evaluated: int) -> None:
+    """Drop metrics of steps after `step`, and evaluations after step `evaluated`: they will be written again."""
+    last = {"evaluate": evaluated}
+    kept = [plain(r) for r in run.metrics() if r.get("step", 0) <= last.get(str(r.get("event")), step)]
+    lines = (json.dumps(record, allow_nan=False) + "\n" for record in kept)
+    write_atomic(run.path / "metrics.jsonl", "".join(lines))

@@ -47,7 +47,8 @@ class Player:
             last = len(batches) - 1
             losses = [self._backward(batch, weighted, last=i == last) for i, batch in enumerate(batches)]
             self._check(losses, batches, describe)
-            weight = self.ranks.total(sum(loss.weight for loss in losses))
+            # A batch in which nothing is learnt weighs nothing, and its gradient is zero.
+            weight = self.ranks.total(sum(loss.weight for loss in losses)) or 1.0
             gradients = [p.grad for p in parameters if p.grad is not None]
             if not gradients:
                 raise ValueError(f"Phase {phase.name!r}: its loss reached none of its {len(parameters)} parameters")
@@ -103,7 +104,7 @@ def _where(batches: Sequence[Batch], describe: Callable[[Sequence[int]], str]) -
 
 def _average(losses: Sequence[Loss]) -> dict[str, float]:
     """Means over micro-batches, weighted as the gradient was."""
-    total = sum(loss.weight for loss in losses)
+    total = sum(loss.weight for loss in losses) or 1.0
     names = ["loss", *losses[0].metrics]
     rows = [[loss.value, *(loss.metrics[name] for name in names[1:])] for loss in losses]
     table = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
