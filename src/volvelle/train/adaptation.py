@@ -16,7 +16,7 @@ from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.huggingface import write_folder
 from volvelle.train.estimate import estimate_memory
-from volvelle.train.evaluate import bleu, evaluation_loader, prompted, write
+from volvelle.train.evaluate import bleu, evaluation_loader, prompted, spread, write
 from volvelle.train.language import LanguageObjective, held_out_loss
 from volvelle.train.loop import fit
 from volvelle.train.observer import Observer
@@ -63,7 +63,7 @@ class _Adaptation:
         self.context = self._context()
         self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context)
         self.held_loader = self._held_loader(self.held)
-        self.prompts = prompted(self.held.examples, recipe.samples)
+        self.prompts = spread(prompted(self.held.examples), recipe.samples)
         trainable, total = self._apply()
         self.model.gradient_checkpointing = recipe.checkpointing
         memory = estimate_memory(
@@ -91,11 +91,14 @@ class _Adaptation:
 
     def _held_loader(self, held: Corpus) -> Loader:
         recipe = self.recipe
-        part = replace(held, examples=held.examples[: recipe.held_out_size])
-        loader = evaluation_loader(
-            part, self.model.tokenizer, length=self.context, batch=recipe.batch, on_bad=recipe.on_bad
+        return evaluation_loader(
+            held,
+            self.model.tokenizer,
+            length=self.context,
+            batch=recipe.batch,
+            on_bad=recipe.on_bad,
+            limit=recipe.held_out_size,
         )
-        return loader
 
     def _apply(self) -> tuple[int, int]:
         """Apply the method; counts of trained and of all parameters."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from volvelle.data.loader import Loader
-from volvelle.data.packing import Windows, collate_windows
+from volvelle.data.packing import Windows, collate_windows, tokens_of
 from volvelle.data.text import Corpus, Example, OnBad
 from volvelle.data.tokens import Tokenizer, collate, encode_corpus, prompt_ids
 from volvelle.errors import VolvelleError
 from volvelle.train.language import held_out_loss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ def prompted(examples: Sequence[Example], limit: int | None = None) -> list[Prom
         for group in groups.values()
     ]
     return found[:limit]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` items at even distances: files are often sorted, and their beginning is no sample of them.
+
+    >>> spread("abcdefgh", 3)
+    ['a', 'c', 'f']
+    """
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -98,11 +110,15 @@ def write(
 def evaluation_loader(
     corpus: Corpus, tokenizer: Tokenizer, *, length: int, batch: int, on_bad: OnBad = "stop", limit: int | None = None
 ) -> Loader:
-    """The corpus in a fixed order, longest samples together, for measuring a loss."""
+    """The corpus in a fixed order, samples of similar length together, for measuring a loss.
+
+    `limit` is the most examples (at even distances) or windows of text (from its beginning) that are looked at.
+    """
     if corpus.documents:
-        windows = Windows.of(corpus.documents, tokenizer, length)
+        tokens = tokens_of(corpus.documents, tokenizer)
+        windows = Windows(tokens if limit is None else tokens[: limit * length + 1], length)
         return Loader(windows, batch, seed=0, collate=collate_windows, shuffle=False)
-    part = corpus if limit is None else Corpus(corpus.path, examples=corpus.examples[:limit])
+    part = corpus if limit is None else Corpus(corpus.path, examples=spread(corpus.examples, limit))
     dataset = encode_corpus(part, tokenizer, context=length, on_bad=on_bad)
     return Loader(dataset, batch, seed=0, collate=collate, shuffle=False, lengths=dataset.lengths)
 

@@ -193,9 +193,9 @@ def _samples(recipe: TrainLanguage, model: Decoder, held: Corpus, observer: Obse
     """Continuations of held-out beginnings, sampled at temperature 0.8 with the run's seed."""
     from volvelle.data.text import Example
     from volvelle.decode import Sampling
-    from volvelle.train.evaluate import Prompted, prompted, write
+    from volvelle.train.evaluate import Prompted, prompted, spread, write
 
-    prompts = prompted(held.examples, recipe.samples)
+    prompts = spread(prompted(held.examples), recipe.samples)
     if held.documents:
         lines = [line for text in held.documents for line in text.splitlines() if len(line.split()) >= 4]
         stride = max(1, len(lines) // max(1, recipe.samples))

@@ -20,7 +20,7 @@ class TextOptions(FitOptions):
     held_out_share: float = 0.05
     """The share of `data` set aside when `held_out` is absent."""
     held_out_size: int = 200
-    """The most held-out examples that evaluations during a run look at."""
+    """The most held-out examples (or windows of text) that evaluations of a run look at."""
     prompt: str | None = None
     """Template of the prompt over a record's fields: "{{ triples }}"."""
     completion: str | None = None
