@@ -21,6 +21,7 @@ from volvelle.parts.collectives.selection import choose
 ALGORITHMS = ("ring", "halving-doubling", "recursive-doubling", "tree", "star")
 SIZES = (1 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20, 64 << 20)
 TARGETS = {("ring", 4, 64 << 20): 1.3, ("recursive-doubling", 4, 1 << 10): 0.85}
+ATTEMPTS = 3
 MANY = (10, 100, 1000, 10_000)
 
 
@@ -47,20 +48,34 @@ def main() -> None:
 
 
 def _table(p: int, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    found = compare(p, sizes, ALGORITHMS, rounds=rounds)
+    """One row an algorithm and size. A size whose baseline was restless is measured again, and the row says so."""
+    found: dict[Case, Rounds] = {}
+    attempts: dict[int, int] = {}
+    for size in sizes:
+        for attempt in range(1, ATTEMPTS + 1):
+            latest = compare(p, [size], ALGORITHMS, rounds=rounds)
+            attempts[size] = attempt
+            if _drift(latest[Case(GLOO, size)]) <= protocol.MAX_DRIFT:
+                break
+        found |= latest
     rows = []
     for case, ours in found.items():
         if case.algorithm == GLOO:
             continue
         row = _row(p, case, ours, found[Case(GLOO, case.size)])
         fastest = min(ALGORITHMS, key=lambda name: statistics.median(found[Case(name, case.size)].wall))
-        rows.append(row | {"chosen": choose(case.size, p).algorithm == case.algorithm, "fastest": fastest})
+        chosen = choose(case.size, p).algorithm == case.algorithm
+        rows.append(row | {"chosen": chosen, "fastest": fastest, "attempts": attempts[case.size]})
     return rows
+
+
+def _drift(gloo: Rounds) -> float:
+    return max(gloo.wall) / min(gloo.wall) - 1
 
 
 def _row(p: int, case: Case, ours: Rounds, gloo: Rounds) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(ours.wall, gloo.wall, strict=True)]
-    drift = max(gloo.wall) / min(gloo.wall) - 1
+    drift = _drift(gloo)
     ratio = statistics.median(ratios)
     target = TARGETS.get((case.algorithm, p, case.size))
     return {
@@ -106,23 +121,34 @@ def _model_text(model: Calibration) -> str:
         f"model: alpha {fit.alpha * 1e6:.1f} us, beta {fit.beta * 1e9:.3f} ns/B, shared: "
         f"{fit.alpha_shared * 1e6:.1f} us a message, {fit.beta_shared * 1e9:.3f} ns/B"
     ]
-    errors = {"fitted": model.fitted, "held-out sizes": model.held_out_sizes, "held-out ranks": model.held_out_ranks}
+    errors = {
+        "fitted": model.fitted,
+        "held-out sizes": model.held_out_sizes,
+        "held-out ranks": model.held_out_ranks,
+        f"held-out sizes, apart (up to {model.cores} ranks)": model.held_out_apart,
+    }
     lines += [f"  {name}: error {e.median:.0%} median, {e.worst:.0%} worst of {e.count}" for name, e in errors.items()]
-    lines.append("extrapolated, 64 MB, with the held-out error (own link: no contention; shared: all on this machine)")
+    lines.append(
+        "extrapolated, 64 MB: all ranks on this machine; each on a core with such a link to itself (no network)"
+    )
     for row in model.extrapolate(MANY, 64 << 20, ALGORITHMS[:3]):
         lines.append(
-            f"  {row['ranks']:>6} {row['algorithm']:<19} own link {row['own_link']:>9.3g} s  shared "
-            f"{row['all_shared']:>9.3g} s  +- {row['held_out_error']:.0%} median, {row['held_out_worst']:.0%} worst"
+            f"  {row['ranks']:>6} {row['algorithm']:<19} shared {row['shared']:>9.3g} s +- {row['shared_error']:.0%} "
+            f"(worst {row['shared_worst']:.0%})   apart {row['apart']:>9.3g} s +- {row['apart_error']:.0%} "
+            f"(worst {row['apart_worst']:.0%})"
         )
+    lines.append("  the errors were seen on up to 4 ranks; so far beyond them they are a lower bound of the doubt")
     return "\n".join(lines)
 
 
 def _model_record(model: Calibration) -> dict[str, Any]:
     return {
         "fit": model.fit._asdict(),
+        "cores": model.cores,
         "fitted": model.fitted._asdict(),
         "held_out_sizes": model.held_out_sizes._asdict(),
         "held_out_ranks": model.held_out_ranks._asdict(),
+        "held_out_apart": model.held_out_apart._asdict(),
         "extrapolated": [row for size in (1 << 10, 64 << 20) for row in model.extrapolate(MANY, size, ALGORITHMS[:3])],
         "timings": [timing._asdict() for timing in model.timings],
     }

@@ -59,11 +59,18 @@ def test_too_few_timings_are_refused():
 
 
 def test_extrapolation_carries_its_error():
-    model = Calibration(Fit(1e-5, 1e-9, 1e-6, 1e-10), *(Error(e, 2 * e, 9) for e in (0.1, 0.2, 0.3)), [])
+    errors = [Error(e, 2 * e, 9) for e in (0.1, 0.2, 0.3, 0.4)]
+    model = Calibration(Fit(1e-5, 1e-9, 1e-6, 1e-10), 2, *errors, [])
     rows = model.extrapolate((10, 10_000), 1 << 20, ("ring",))
     assert [row["ranks"] for row in rows] == [10, 10_000]
-    assert all(row["held_out_error"] == 0.3 and row["held_out_worst"] == 0.6 for row in rows)
-    assert all(row["own_link"] < row["all_shared"] for row in rows)
+    assert all((row["shared_error"], row["shared_worst"], row["apart_error"]) == (0.3, 0.6, 0.4) for row in rows)
+    assert all(row["apart"] < row["shared"] for row in rows)
+
+
+def test_apart_is_shared_where_every_rank_has_a_core():
+    found = Fit(1e-5, 1e-9, 1e-6, 1e-10)
+    for name in ("ring", "halving-doubling", "recursive-doubling"):
+        assert found.apart(name, 2, 4096, cores=2) == pytest.approx(found.seconds(name, 2, 4096))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ def test_machines_with_several_ranks_get_two_levels():
 
 @pytest.mark.parametrize("nodes", [((0, 1), ()), ((0,), (2,)), ((0, 1), (1,))])
 def test_topology_holds_every_rank_once(nodes):
-    with pytest.raises(ValueError, match="every rank 0 .. p - 1 once"):
+    with pytest.raises(ValueError, match=r"every rank 0 \.\. p - 1 once"):
         Topology(nodes)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,25 +45,34 @@ class Rounds(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """A fitted model with what it was fitted on, and its error on runs it had not seen: sizes, and world sizes."""
+    """A fitted model, what it was fitted on, and its error on runs it had not seen.
+
+    Held out were sizes, and a world size; `held_out_apart` is the error of `Fit.apart` on held-out sizes of runs with
+    no more ranks than cores, the only ones that can check it here (NaN where there are none).
+    """
 
     fit: Fit
+    cores: int
     fitted: Error
     held_out_sizes: Error
     held_out_ranks: Error
+    held_out_apart: Error
     timings: list[Timing]
 
     def extrapolate(self, ranks: Sequence[int], size: int, algorithms: Sequence[str]) -> list[dict[str, Any]]:
-        """Seconds for more ranks, each beside the held-out error; without contention, and with all on this machine."""
+        """Seconds for more ranks, all on this machine and each on a core of its own, beside the held-out errors."""
+        shared = max(self.held_out_sizes, self.held_out_ranks, key=lambda error: error.median)
         return [
             {
                 "algorithm": algorithm,
                 "ranks": p,
                 "bytes": size,
-                "own_link": self.fit.seconds(algorithm, p, size, shared=False),
-                "all_shared": self.fit.seconds(algorithm, p, size),
-                "held_out_error": max(self.held_out_sizes.median, self.held_out_ranks.median),
-                "held_out_worst": max(self.held_out_sizes.worst, self.held_out_ranks.worst),
+                "shared": self.fit.seconds(algorithm, p, size),
+                "shared_error": shared.median,
+                "shared_worst": max(self.held_out_sizes.worst, self.held_out_ranks.worst),
+                "apart": self.fit.apart(algorithm, p, size, cores=self.cores),
+                "apart_error": self.held_out_apart.median,
+                "apart_worst": self.held_out_apart.worst,
             }
             for p in ranks
             for algorithm in algorithms
@@ -177,7 +187,7 @@ def _time_all(rank: int, cases: list[Case], rounds: int) -> list[Rounds]:
 
 def _time(case: Case, x: torch.Tensor) -> tuple[float, float, int]:
     """Mean seconds, CPU seconds and bytes sent of one call; short ones are repeated."""
-    repeats = max(1, min(400, (32 << 20) // max(case.size, 1)))
+    repeats = max(1, min(200, (16 << 20) // max(case.size, 1)))
     traffic = Traffic()
     algorithm: Any = case.algorithm
     x.fill_(1.0)
@@ -216,11 +226,15 @@ def calibrate(
         for case, found in time_cases(p, cases, rounds=rounds).items():
             timings.append(Timing(case.algorithm, p, case.size, statistics.median(found.wall)))
     seen = [t for t in timings if t.ranks in ranks and t.size in sizes]
+    unseen = [t for t in timings if t.ranks in ranks and t.size in held_out_sizes]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = fit(seen)
     return Calibration(
         found,
+        cores,
         error_of(found, seen),
-        error_of(found, [t for t in timings if t.ranks in ranks and t.size in held_out_sizes]),
+        error_of(found, unseen),
         error_of(found, [t for t in timings if t.ranks in held_out_ranks]),
+        error_of(found, [t for t in unseen if t.ranks <= cores], cores=cores),
         timings,
     )

@@ -41,11 +41,21 @@ class Fit(NamedTuple):
     alpha_shared: float
     beta_shared: float
 
-    def seconds(self, algorithm: str, p: int, size: int, *, shared: bool = True) -> float:
-        """Predicted seconds; `shared=False` drops contention: every rank with cores and a link of its own."""
+    def seconds(self, algorithm: str, p: int, size: int) -> float:
+        """Predicted seconds with all ranks on the machine that was measured."""
         work = work_of(algorithm, p, size)
         own = self.alpha * work.rounds + self.beta * work.path
-        return own + (self.alpha_shared * work.messages + self.beta_shared * work.total if shared else 0.0)
+        return own + self.alpha_shared * work.messages + self.beta_shared * work.total
+
+    def apart(self, algorithm: str, p: int, size: int, *, cores: int) -> float:
+        """Predicted seconds if every rank had a core of that machine, and as fast a link, to itself.
+
+        The shared terms are work that `cores` cores do side by side, so on one core a message costs alpha + cores
+        alpha_shared and a byte beta + cores beta_shared, along the path alone. A cluster's network is not in it.
+        """
+        work = work_of(algorithm, p, size)
+        message, byte = self.alpha + cores * self.alpha_shared, self.beta + cores * self.beta_shared
+        return message * work.rounds + byte * work.path
 
 
 class Error(NamedTuple):
@@ -116,7 +126,18 @@ def fit(timings: Sequence[Timing]) -> Fit:
     return Fit(*best.tolist())
 
 
-def error_of(found: Fit, timings: Sequence[Timing]) -> Error:
-    """How far the predictions are from timings that the fit has, or better has not, seen."""
-    errors = sorted(abs(found.seconds(t.algorithm, t.ranks, t.size) / t.seconds - 1) for t in timings)
+def error_of(found: Fit, timings: Sequence[Timing], *, cores: int | None = None) -> Error:
+    """How far the predictions are from timings that the fit has, or better has not, seen.
+
+    With `cores`, those of `Fit.apart`, whose timings need ranks <= cores.
+    """
+
+    def predict(t: Timing) -> float:
+        if cores is None:
+            return found.seconds(t.algorithm, t.ranks, t.size)
+        return found.apart(t.algorithm, t.ranks, t.size, cores=cores)
+
+    errors = sorted(abs(predict(t) / t.seconds - 1) for t in timings)
+    if not errors:
+        return Error(math.nan, math.nan, 0)
     return Error(errors[len(errors) // 2], errors[-1], len(errors))

@@ -24,6 +24,11 @@ class Choice(NamedTuple):
 def choose(size: int, ranks: int, topology: Topology | None = None) -> Choice:
     """The algorithm for a vector of `size` bytes on `ranks` ranks.
 
+    The crossovers are those of benchmarks/collectives.py (gloo over loopback, 2 and 4 ranks on 2 cores): recursive
+    doubling leads ring and halving-doubling up to SHORT, they lie within a fifth of each other at LONG, and ring and
+    halving-doubling within a tenth above it. Trees do well there for short vectors, as all their messages together are
+    the fewest; that is the shared machine's merit and is not used here.
+
     | bytes            | one level, p power of two | one level, other p | several ranks a machine, several machines |
     | up to SHORT      | recursive doubling        | recursive doubling | two-level                                 |
     | SHORT to LONG    | halving-doubling          | ring, or halving-doubling from MANY ranks | two-level          |
