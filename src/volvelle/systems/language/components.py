@@ -20,21 +20,18 @@ from volvelle.parts.position.learned import LearnedPositions
 from volvelle.parts.position.rope import RotaryEmbedding
 from volvelle.parts.position.sinusoidal import SinusoidalPositions
 from volvelle.systems.language import config as c
-from volvelle.systems.language.projections import JoinsLayers, apply_linear
 
 
 class Step(NamedTuple):
     """What all blocks of one forward share, prepared once.
 
-    `mask` is bool, broadcastable to (b, h, n, m), True = may attend. `row` says that linear layers see one row (see
-    `projections.one_row`).
+    `mask` is bool, broadcastable to (b, h, n, m), True = may attend.
     """
 
     rotation: Turning | None
     mask: Tensor | None
     causal: bool
     cache: KVCache | None
-    row: bool
 
 
 ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
@@ -100,7 +97,7 @@ def _scaling(spec: c.RopeScaling | None, context: int) -> rope_scaling.Scaling |
             )
 
 
-class GatedMLP(JoinsLayers):
+class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020, "GLU Variants Improve Transformer")."""
 
     def __init__(self, spec: c.GatedMLP, width: int):
@@ -110,18 +107,9 @@ class GatedMLP(JoinsLayers):
         self.down_proj = nn.Linear(spec.width, width, bias=spec.bias)
         self.activation = ACTIVATIONS[spec.activation]
 
-    def layers_to_join(self) -> tuple[nn.Module, ...]:
-        """Gate and up."""
-        return self.gate_proj, self.up_proj
-
-    def forward(self, x: Tensor, row: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
-        joined = self.joined()
-        if joined is not None:
-            gate, up = joined(x, row).chunk(2, dim=-1)
-        else:
-            gate, up = apply_linear(self.gate_proj, x, row), apply_linear(self.up_proj, x, row)
-        return apply_linear(self.down_proj, self.activation(gate) * up, row)
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MLP(nn.Module):
@@ -133,9 +121,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(spec.width, width, bias=spec.bias)
         self.activation = ACTIVATIONS[spec.activation]
 
-    def forward(self, x: Tensor, row: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
-        return apply_linear(self.down_proj, self.activation(apply_linear(self.up_proj, x, row)), row)
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 def build_mlp(spec: c.GatedMLP | c.MLP, width: int) -> nn.Module:
@@ -143,7 +131,7 @@ def build_mlp(spec: c.GatedMLP | c.MLP, width: int) -> nn.Module:
     return GatedMLP(spec, width) if isinstance(spec, c.GatedMLP) else MLP(spec, width)
 
 
-class SelfAttention(JoinsLayers):
+class SelfAttention(nn.Module):
     """Multi-head attention with grouped key/value heads, rotary positions and a cache slot for its layer."""
 
     def __init__(self, config: c.LanguageConfig, index: int):
@@ -158,45 +146,23 @@ class SelfAttention(JoinsLayers):
         self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=config.out_bias)
 
-    def layers_to_join(self) -> tuple[nn.Module, ...]:
-        """Queries, keys and values."""
-        return self.q_proj, self.k_proj, self.v_proj
-
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
         b, n, _ = x.shape
-        q, k, v = self._project(x, step)
+        q, k, v = (
+            layer(x).view(b, n, -1, self.head_width).transpose(1, 2)  # (b, h, n, d)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if step.rotation is not None:
+            q, k = step.rotation(q, k)
+            v = step.rotation.turn(v) if self.rotate_value else v
         if step.cache is not None:
             k, v = step.cache.append(self.index, k, v)
         if self.training and self.dropout:
             out = _attention_with_dropout(q, k, v, step, self.dropout)
         else:
             out = attention(q, k, v, mask=step.mask, causal=step.causal)
-        return apply_linear(self.o_proj, out.transpose(1, 2).reshape(b, n, -1), step.row)
-
-    def _project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (b, h, n, d), k and v (b, h_kv, n, d), turned to their positions."""
-        b, n, _ = x.shape
-        h, g, rotation = self.heads, self.kv_heads, step.rotation
-        joined = self.joined()
-        if joined is None:
-            q, k, v = (
-                apply_linear(layer, x, step.row).view(b, n, -1, self.head_width).transpose(1, 2)
-                for layer in self.layers_to_join()
-            )
-            if rotation is not None:
-                q, k = rotation(q, k)
-                v = rotation.turn(v) if self.rotate_value else v
-            return q, k, v
-        heads = joined(x, step.row).view(b, n, h + 2 * g, self.head_width).transpose(1, 2)
-        if rotation is None:
-            q, k, v = heads.split((h, g, g), dim=1)
-        elif self.rotate_value:
-            q, k, v = rotation.turn(heads).split((h, g, g), dim=1)
-        else:
-            q, k = rotation.turn(heads.narrow(1, 0, h + g)).split((h, g), dim=1)
-            v = heads.narrow(1, h + g, g)
-        return q, k, v
+        return self.o_proj(out.transpose(1, 2).reshape(b, n, -1))
 
 
 def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, step: Step, p: float) -> Tensor:
@@ -223,7 +189,7 @@ class PreNormBlock(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
         x = x + drop(self.self_attn(self.input_layernorm(x), step), self.dropout, self.training)
-        return x + drop(self.mlp(self.post_attention_layernorm(x), step.row), self.dropout, self.training)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
 class PostNormBlock(nn.Module):
@@ -240,7 +206,7 @@ class PostNormBlock(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
         x = self.post_attention_layernorm(x + drop(self.self_attn(x, step), self.dropout, self.training))
-        return self.post_feedforward_layernorm(x + drop(self.mlp(x, step.row), self.dropout, self.training))
+        return self.post_feedforward_layernorm(x + drop(self.mlp(x), self.dropout, self.training))
 
 
 def drop(x: Tensor, p: float, training: bool) -> Tensor:

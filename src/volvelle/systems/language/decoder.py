@@ -25,7 +25,7 @@ from volvelle.systems.language.components import (
     drop,
 )
 from volvelle.systems.language.config import LanguageConfig
-from volvelle.systems.language.projections import apply_linear, one_row
+from volvelle.systems.language.projections import Straight, apply_linear
 
 if TYPE_CHECKING:
     from volvelle.systems.language.tokenizer import TextTokenizer
@@ -54,6 +54,22 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(block(config, index) for index in range(config.depth))
         self.norm = nn.Identity() if post else build_norm(config.norm, config.width)
         self.dropout = config.dropout.embedding
+        self.straight: Straight | None = None  # the fast path through the blocks, once `fuse_projections` prepared it
+
+    def prepared(self, x: Tensor) -> Straight | None:
+        """The fast path where it is there, still true, and gradients, dropout, autocast and tracing are all off."""
+        if self.straight is None or torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        if not self.straight.watch.unchanged():
+            self.straight = None  # it would keep the old weights alive
+        return self.straight
+
+    def _apply(self, fn, recurse: bool = True):
+        # A cast or a move gives every parameter a storage of its own: let go of the joined ones.
+        self.straight = None
+        return super()._apply(fn, recurse)
 
     def embed(self, ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
         """Map ids (b, n) -> (b, n, width): tokens, segments, absolute positions; normed, projected if configured."""
@@ -157,8 +173,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., width) -> logits (..., v)."""
-        row = hidden.ndim == 3 and one_row(hidden)
-        return apply_linear(self.lm_head, self.head_transform(hidden), row)
+        return apply_linear(self.lm_head, self.head_transform(hidden))
 
     def hidden(
         self,
@@ -187,7 +202,10 @@ class Decoder(nn.Module):
         positions = where if positions is None else positions
         x = self.model.embed(ids, positions, segments)
         rotation = self.model.position.rotation(positions, x.dtype)
-        step = Step(rotation, allowed, causal, cache, one_row(x))
+        step = Step(rotation, allowed, causal, cache)
+        straight = self.model.prepared(x)
+        if straight is not None:
+            return self.model.norm(straight(x, step))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for layer in self.model.layers:
             x = checkpoint(layer, x, step, use_reentrant=False) if recompute else layer(x, step)
