@@ -69,13 +69,13 @@ class RunFolder:
             (path / sub).mkdir()
         write_atomic(path / "env.json", json.dumps(environment(), indent=2) + "\n")
         write_config(path / "config.yaml", config)
-        model = config.get("model")
+        model = _base_model(config)
         run = cls(path, {})
         run.update_manifest(
             name=path.name,
             kind=kind,
             status="running",
-            base_model=None if model is None else str(model),
+            base_model=model,
             created=_now(),
             volvelle=__version__,
             pid=os.getpid(),
@@ -235,10 +235,16 @@ def plain(value: Any) -> Any:
 _FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+def _base_model(config: Mapping[str, Any]) -> str | None:
+    """Return the model that the run starts from; training from scratch has a model's shape there instead."""
+    model = config.get("model")
+    return str(model) if isinstance(model, str | os.PathLike) else None
+
+
 def _stem(kind: str, config: Mapping[str, Any]) -> str:
     words = [kind]
-    if model := config.get("model"):
-        words.append(Path(str(model).partition("@")[0].rstrip("/")).name.removesuffix(".gguf"))
+    if model := _base_model(config):
+        words.append(Path(model.partition("@")[0].rstrip("/")).name.removesuffix(".gguf"))
     if isinstance(method := config.get("method"), str):
         words.append(method)
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(words).lower()).strip("-.")

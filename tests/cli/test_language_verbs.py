@@ -166,3 +166,9 @@ def test_quick_tour(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "runs/tour/report.html").read_text()
     assert "<script" not in page
     assert "held-out loss" in page
+
+
+def test_a_run_from_scratch_is_called_after_its_kind(here, capsys):
+    assert main(["train", "language", "data=text.txt", "steps=1", *SMALL]) == 0
+    manifest = json.loads((here / "runs/language-1/manifest.json").read_text())
+    assert manifest["base_model"] is None
