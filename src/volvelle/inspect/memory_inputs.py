@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from volvelle.errors import VolvelleError
-from volvelle.inspect.memory_values import LARGEST, KnownValues
+from volvelle.inspect.memory_values import KnownValues
 
 
 class Inputs:
@@ -52,7 +52,7 @@ class Inputs:
         def convert(example: Tensor) -> Tensor:
             shape = (size, *example.shape[1:]) if example.dim() else ()
             fake = torch.empty(shape, dtype=example.dtype)
-            if example.is_meta or fake.numel() > LARGEST:
+            if example.is_meta:
                 return fake
             with unset_fake_temporarily():
                 return values.give(fake, _rows(example, size))

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from volvelle.errors import VolvelleError
+from volvelle.inspect.memory_advice import Alternative, alternatives
 from volvelle.inspect.memory_cards import CardPlan, card_plan
 from volvelle.inspect.memory_inputs import Inputs
 from volvelle.inspect.memory_ledger import CATEGORIES, Ledger
@@ -72,6 +73,7 @@ class MemoryPlan:
     branches: list[str] = field(default_factory=list)
     card: CardPlan | None = None
     largest_batch: int | None = None
+    cheaper: list[Alternative] = field(default_factory=list)
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -95,6 +97,7 @@ def plan_memory(
     gpus: str | Cards | None = None,
     shard: Shard = "ddp",
     search: bool = False,
+    advise: bool = False,
     threads: int | None = None,
     eager: bool = True,
     **options: Any,
@@ -106,9 +109,10 @@ def plan_memory(
     defaults to the model's own. `options` are the fields of `StepOptions`: method ("full", "lora", "adapter",
     "prefix", a method of volvelle.adapt, or a function), precision, checkpointing, optimizer, device.
 
-    `gpus` ("2x80") adds a verdict under `shard`, and with `search` the largest batch a card holds. `threads` is the
-    number of CPU threads whose buffers count (default: torch's). `eager=False` lets code that asks for fake tensors
-    take its tracing branch. Two steps are traced, and the second is reported: the optimiser's state then exists.
+    `gpus` ("2x80") plans a CUDA step and adds a verdict under `shard`, with `search` also the largest batch a card
+    holds. `advise` plans cheaper alternatives, until one fits. `threads` is the number of CPU threads whose buffers
+    count (default: torch's). `eager=False` lets code that asks for fake tensors take its tracing branch. The step
+    planned is a second one: the optimiser's state exists.
 
     Raises VolvelleError when the step needs values that a plan does not have, with the line that asked.
 
@@ -120,21 +124,32 @@ def plan_memory(
     (4000000, 8000004)
     """
     began = time.perf_counter()
-    step_options, inputs = StepOptions(**options), Inputs(batch, size)
     cards = Cards.parse(gpus) if isinstance(gpus, str) else gpus
     if search and cards is None:
         raise VolvelleError("plan_memory: search=True needs gpus", tip='for example gpus="1x80"')
-    with StepSession(build, inputs, step_options, loss=loss, threads=threads, eager=eager) as session:
+    chosen: dict[str, Any] = {"device": "cuda" if cards is not None else "cpu", **options}
+    step_options = StepOptions(**chosen)
+    inputs = Inputs(batch, size)
+    settings: dict[str, Any] = {"loss": loss, "threads": threads, "eager": eager}
+    with StepSession(build, inputs, step_options, **settings) as session:
         trace = session.trace(inputs.size)
         plan = describe(session, trace, label=step_options.label, batch=inputs.size)
-        model = session.step.model
         plan.device = step_options.device
-        plan.parameters = sum(p.numel() for p in model.parameters())
+        plan.parameters = sum(p.numel() for p in session.step.model.parameters())
         plan.trainable = sum(p.numel() for p in session.step.trainable)
         if cards is not None:
             plan.card = card_plan(trace, session.step, cards, shard)
-        if cards is not None and search:
-            plan.largest_batch = _largest(session, inputs.size, plan.card, cards, shard)
+            plan.largest_batch = _largest(session, inputs.size, plan.card) if search else None
+    if advise:
+
+        def replan(changed: StepOptions, changed_shard: Shard) -> tuple[int, CardPlan | None]:
+            with StepSession(build, inputs, changed, **settings) as other:
+                peak = other.trace(inputs.size)
+                card = None if cards is None else card_plan(peak, other.step, cards, changed_shard)
+                return (peak.peak if card is None else card.peak), card
+
+        first = (plan.peak if plan.card is None else plan.card.peak), plan.card
+        plan.cheaper = alternatives(step_options, first, shard, plan.parameters, replan)
     plan.seconds = time.perf_counter() - began
     return plan
 
@@ -209,16 +224,16 @@ def holdings(ledger: Ledger, at: int, count: int = 12) -> list[Holding]:
     return sorted(rows, key=lambda row: -row.size)[:count]
 
 
-def _largest(session: StepSession, size: int, first: CardPlan | None, cards: Cards, shard: Shard) -> int:
+def _largest(session: StepSession, size: int, first: CardPlan) -> int:
     """The largest batch whose peak fits, by secant steps on traced peaks; 0 when not even one sample fits.
 
     The peak is piecewise linear in the batch, so a few traces bracket the answer.
     """
-    peaks: dict[int, int] = {} if first is None else {size: first.peak}
+    cards, peaks = first.cards, {size: first.peak}
 
     def fits(batch: int) -> bool:
         if batch not in peaks:
-            peaks[batch] = card_plan(session.trace(batch), session.step, cards, shard).peak
+            peaks[batch] = card_plan(session.trace(batch), session.step, cards, first.shard).peak
         return peaks[batch] <= cards.capacity
 
     if not fits(1):
@@ -248,6 +263,5 @@ def _interpolate(peaks: dict[int, int], low: int, high: int, capacity: int) -> i
 
 
 def _short(op: str) -> str:
-    """The name of an operation without namespace and overload: aten.mm.default -> mm."""
-    parts = op.split(".")
-    return parts[1] if len(parts) > 2 else op
+    """The name of an operation without namespace and overload: aten::mm.out -> mm."""
+    return op.partition("::")[2].partition(".")[0] or op

@@ -25,6 +25,9 @@ def text(plan: MemoryPlan) -> str:
             lines.append(f"  of it {gigabytes(plan.card.communication)} are {what}")
     if plan.largest_batch is not None:
         lines.append(_batch(plan))
+    if plan.cheaper:
+        lines += ["", "cheaper, each on top of the one before:" if len(plan.cheaper) > 1 else "cheaper:"]
+        lines += [f"  {alternative}" for alternative in plan.cheaper]
     return "\n".join(lines)
 
 

@@ -125,19 +125,29 @@ class StepSession(Session):
         return self
 
     def trace(self, size: int) -> Trace:
-        """Trace the second step at this batch size; the first, which creates the optimiser's state, runs once."""
+        """Trace a step at this batch size, with the optimiser's state in place: what a second step takes.
+
+        The state is made first, for all trained parameters. Should some of them get no gradient, they have no state
+        either; then it is built again from a step that really ran.
+        """
         if not self._warm:
-            self._run(size)
             self._warm = True
-        # Its gradients are gone before the traced step's forward pass begins, as `run` clears them first.
+            with self.tracker.during("optimiser"):
+                self.step.prepare()
+            first = self._run(size)
+            if all(p.grad is not None for p in self.step.trainable):
+                return first
+            self.step.renew_optimizer()
+            self._run(size)
         return self._run(size)
 
     def _run(self, size: int) -> Trace:
-        start = self.position
+        self.step.clear()
         with self.eager(), self.tracker.watching(self.step.model):
             with self.tracker.during("inputs"):
                 inputs = self._inputs.fake(size, self.values)
             self.name("inputs", inputs)
+            start = self.position
             self.step.run(inputs, self.tracker.during)
         for category, tensors in self.step.named_tensors().items():
             self.name(category, tensors)

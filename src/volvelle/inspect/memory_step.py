@@ -65,10 +65,28 @@ class TrainingStep:
         self.masters = [p.detach().float() for p in self.trainable] if "master" in options.precision else []
         self.optimizer = make_optimizer(self.masters or self.trainable, options)
 
-    def run(self, inputs: Any, during: During = contextlib.nullcontext) -> None:
-        """Forward, backward, update; the gradients stay until the next step begins."""
+    def prepare(self) -> None:
+        """Create the optimiser's state as a first step would, for every trained parameter.
+
+        For fake tensors: the gradients have no values.
+        """
+        for parameter in self.masters or self.trainable:
+            parameter.grad = torch.empty_like(parameter)
+        self.optimizer.step()
+        self.clear()
+
+    def renew_optimizer(self) -> None:
+        """Start with an optimiser without state."""
+        self.optimizer = make_optimizer(self.masters or self.trainable, self.options)
+
+    def clear(self) -> None:
+        """Drop the gradients, as the next step's beginning does."""
         self.optimizer.zero_grad()
         self.model.zero_grad()
+
+    def run(self, inputs: Any, during: During = contextlib.nullcontext) -> None:
+        """Forward, backward, update; the gradients stay until the next step begins."""
+        self.clear()
         with during("forward"):
             loss = self._forward(inputs)
         with during("backward"):

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from volvelle.errors import VolvelleError
 
-LARGEST = 1 << 20  # elements: a mask of 64 x 16384 tokens still counts as small
+# Elements. Masks and indices decide branches: 64 x 16384 tokens still count as small. Numbers do so rarely.
+LARGEST, LARGEST_FLOAT = 1 << 20, 4096
 MOST_QUESTIONS = 10_000  # at one line: more is a loop that waits for a value
 _VALUE, _FROM_ANY = "_volvelle_value", "_volvelle_from_any"
 _ATEN = torch.ops.aten
@@ -65,7 +66,7 @@ class KnownValues:
 
     def give(self, tensor: Tensor, value: Tensor) -> Tensor:
         """Attach a real value to a fake tensor of the same shape, when it is small; returns the fake one."""
-        if value.numel() <= LARGEST:
+        if _is_small(value):
             setattr(tensor, _VALUE, value)
         return tensor
 
@@ -104,10 +105,11 @@ class KnownValues:
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `func` on fake tensors, and on the known values beside them when every input has one."""
+        known = _all_known(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except DynamicOutputShapeException as error:
-            values = _compute(func, args, kwargs)
+            values = _compute(func, args, kwargs) if known else None
             if not isinstance(values, Tensor):
                 raise VolvelleError(
                     f"plan_memory: {caller()} calls {func}, whose result's shape depends on values",
@@ -115,30 +117,48 @@ class KnownValues:
                 ) from error
             result = torch.empty(values.shape, dtype=values.dtype)
         else:
-            small = all(t.numel() <= LARGEST for t in tree_iter(result) if isinstance(t, Tensor))
-            values = _compute(func, args, kwargs) if small else None
+            known = known and all(_is_small(t) for t in tree_iter(result) if isinstance(t, Tensor))
+            values = _compute(func, args, kwargs) if known else None
         if func.overloadpacket is _ATEN.any and isinstance(result, FakeTensor):
             setattr(result, _FROM_ANY, True)
-        if values is None and func._schema.is_mutable:
-            _forget_changed(func, args)
         if values is not None:
-            fakes = [result] if isinstance(result, Tensor) else list(result)
-            for fake, value in zip(fakes, [values] if isinstance(values, Tensor) else values, strict=True):
-                if isinstance(fake, FakeTensor) and isinstance(value, Tensor):
-                    setattr(fake, _VALUE, value)
+            _attach(result, values)
+        elif func._schema.is_mutable:
+            _forget_changed(func, args)
         return result
 
 
-def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The real tensor or tensors when they follow from constants; None otherwise. The fake run checked the size."""
+def _all_known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call's result follows from constants."""
+    # Nearly every call ends here, at its first argument: this is the planner's inner loop.
+    if args and isinstance(args[0], Tensor) and not _has_value(args[0]):
+        return False
     tensors = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
-    if any(not hasattr(tensor, _VALUE) and getattr(tensor, "constant", None) is None for tensor in tensors):
-        return None
-    if (not tensors and func.overloadpacket not in _FACTORIES) or torch.Tag.nondeterministic_seeded in func.tags:
-        return None
+    if not all(_has_value(tensor) for tensor in tensors) or torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    return bool(tensors) or func.overloadpacket in _FACTORIES
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.numel() <= (LARGEST_FLOAT if tensor.is_floating_point() else LARGEST)
+
+
+def _has_value(tensor: Tensor) -> bool:
+    return hasattr(tensor, _VALUE) or getattr(tensor, "constant", None) is not None
+
+
+def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The real tensor or tensors."""
     with unset_fake_temporarily(), torch.no_grad():
         result = func(*tree_map_only(Tensor, _known, args), **tree_map_only(Tensor, _known, kwargs))
     return result if isinstance(result, Tensor | tuple | list) else None
+
+
+def _attach(result: Any, values: Any) -> None:
+    fakes = [result] if isinstance(result, Tensor) else list(result)
+    for fake, value in zip(fakes, [values] if isinstance(values, Tensor) else values, strict=True):
+        if isinstance(fake, FakeTensor) and isinstance(value, Tensor):
+            setattr(fake, _VALUE, value)
 
 
 def _known(tensor: Tensor) -> Tensor:
