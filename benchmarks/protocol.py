@@ -129,6 +129,12 @@ def write(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path
     return path
 
 
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """What `write` stored under that name; empty when there is nothing yet."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def in_subprocess(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Run `script` with `arguments` in a process of its own; its last line of output is JSON."""
     command = [sys.executable, str(script), *arguments]
