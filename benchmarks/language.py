@@ -85,7 +85,7 @@ def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: dict[tuple, dict[str, Any]] = {}
     for row in [*protocol.read("language").get("rows", []), *rows]:
         key = (row["what"], row["dtype"], row["batch"])
-        if key not in kept or "ratio" in row["speed"] or "ratio" not in kept[key]["speed"]:
+        if key not in kept or row["speed"]["ratio"] is not None or kept[key]["speed"]["ratio"] is None:
             kept[key] = row
     return list(kept.values())
 
