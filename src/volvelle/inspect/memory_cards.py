@@ -77,13 +77,13 @@ def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> C
 
 
 def _gathered(model: nn.Module) -> int:
-    """Two blocks' weights and one block's gradients, unsharded; outside blocks, the largest single module counts."""
-    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(model)]
-    inside = {id(p) for block in blocks_of(model) for p in block.parameters()}
-    outside = [p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside]
-    largest = max([*blocks, *outside], default=0)
-    trains = any(p.requires_grad for p in model.parameters())
-    return largest * (3 if trains else 2)
+    """Two units' full weights and one unit's full gradients; a unit is a block, or a parameter outside all blocks."""
+    blocks = [list(block.parameters()) for block in blocks_of(model)]
+    inside = {id(p) for block in blocks for p in block}
+    units = [*blocks, *([p] for p in model.parameters() if id(p) not in inside)]
+    weights = max((sum(p.numel() * p.element_size() for p in unit) for unit in units), default=0)
+    trained = ([p for p in unit if p.requires_grad] for unit in units)
+    return 2 * weights + max((sum(p.numel() * p.element_size() for p in unit) for unit in trained), default=0)
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,13 @@ def _mixed_types(args: tuple[Any, ...], result: Any) -> int:
 def _convolution(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """The library oneDNN reorders a plain (b, c, y, x) convolution into blocked layouts and its result back."""
     x, weight, stride, transposed, groups = args[0], args[1], args[3], args[6], args[8]
-    if transposed or x.dim() != 4:
+    if x.dim() != 4:
         return 0
     y, packed = result, _blocked_weight(weight, groups)
+    if transposed:  # the kernel of a convolution's gradient: see there
+        copies = 2 if max(stride) > 1 else 1
+        gather = kernels.threads * (_bytes(x) // x.shape[0] + 4 * 4096)
+        return max(_blocked(x) + packed + _bytes(y) + gather, (1 + copies) * _bytes(y)) - _bytes(y)
     if _channels_last(x, weight):
         ordered = weight.is_contiguous(memory_format=torch.channels_last) or groups > 1
         return packed + (0 if ordered else _bytes(weight))
@@ -82,13 +86,14 @@ def _convolution(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _convolution_backward(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Two kernels one after the other: gradient of the input, then gradient of the weight."""
     grad, x, weight, stride, transposed, groups, mask = args[0], args[1], args[2], args[4], args[7], args[9], args[10]
-    if transposed or x.dim() != 4:
+    if x.dim() != 4:
         return 0
     dx, dw = _bytes(x) if mask[0] else 0, _bytes(weight) if mask[1] else 0
     strided, half = max(stride) > 1 and groups == 1, weight.dtype in _HALF
     # brgemm gathers one image of the gradient a thread; in half precision the weight's gradient is summed in fp32.
     gather = kernels.threads * (_bytes(grad) // grad.shape[0] + 4 * 4096) if strided else 0
-    images = (_bytes(grad) + _bytes(x)) // grad.shape[0]
+    # ... from transposed copies of one image of both operands, or of a part of large images.
+    images = min((_bytes(grad) + _bytes(x)) // grad.shape[0], 704 * 1024)
     sums = weight.numel() * 4 + kernels.threads * (images + 16 * 4096) if half and groups == 1 else 0
     packed = _blocked_weight(weight, groups)
     if _channels_last(x, weight):
@@ -99,14 +104,17 @@ def _convolution_backward(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[
         stages = [held + dx + packed + gather] * mask[0] + [held + dx + gradient + max(plain + dw, sums)] * mask[1]
         return max(stages, default=0) - dx - dw
     held = 0 if grad.is_contiguous() else _bytes(grad)
-    copies = 2 if strided or _is_brgemm(weight, groups) else 1
     stages = [0]
-    if mask[0]:
-        stages += [_blocked(grad) + packed + _blocked(x) + gather, _blocked(x) + copies * dx]
+    if mask[0] and transposed:
+        stages += [_input_copy(grad) + packed + _blocked(x), _blocked(x) + dx]
+    elif mask[0]:
+        brgemm = strided or _is_brgemm(weight, groups)
+        blocked, copies = (dx, 2) if brgemm else (_blocked(x), 1)
+        stages += [_blocked(grad) + packed + blocked + gather, blocked + copies * dx]
     if mask[1]:
         # Depthwise kernels beyond 3 x 3 read plain layouts.
         direct = groups > 1 and max(weight.shape[2:]) > 3
-        read = 0 if direct else _blocked(grad) + _input_copy(x)
+        read = 0 if direct else _input_copy(grad) + _input_copy(x)
         stages += [dx + read + packed + max(sums, _strided_copy(kernels, x, weight, grad, stride)), dx + packed + dw]
     return held + max(stages) - dx - dw
 
@@ -160,9 +168,11 @@ def _batch_norm(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def _batch_norm_backward(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """A plain layout needs one more tensor of the input's size."""
-    x = args[1]
-    return _bytes(x) if args[7] and x.is_contiguous() else 0
+    """The vectorised kernel, for operands laid out alike, needs one more tensor of the input's size."""
+    grad, x = args[0], args[1]
+    forms = (torch.contiguous_format, torch.channels_last) if x.dim() == 4 else (torch.contiguous_format,)
+    alike = any(grad.is_contiguous(memory_format=form) and x.is_contiguous(memory_format=form) for form in forms)
+    return _bytes(x) if args[7] and alike else 0
 
 
 def _layer_norm(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -189,10 +199,11 @@ def _attention(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _attention_backward(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    q, k = args[1], args[2]
+    grad, q, k = args[:3]
     rows, columns = _tile(q, k)
     sums = 4 if q.dtype in _HALF else q.element_size()
     total = kernels.threads * (2 * rows * columns + rows) * sums
+    total += 0 if grad.stride(-1) == 1 else _bytes(grad)  # an expanded gradient is written out
     if q.dtype in _HALF:
         total += kernels.threads * 2 * rows * columns * q.element_size()
     return total

@@ -52,7 +52,6 @@ def measure_memory(
 
     def setup() -> Callable[[], None]:
         step = TrainingStep(build, step_options, loss)
-        step.run(inputs.real(inputs.size))
         return lambda: step.run(inputs.real(inputs.size))
 
     return measure_peak(setup)
@@ -68,6 +67,7 @@ def measure_peak(setup: Callable[[], Callable[[], Any]]) -> Measurement:
         Path("/proc/self/clear_refs").write_text("5")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run = setup()
+        run()
         with record_function(_MARK):
             run()
         del run

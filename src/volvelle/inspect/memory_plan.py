@@ -158,7 +158,7 @@ def plan_program(setup: Callable[[Session], Callable[[], Any]], *, threads: int 
     """Plan any program, such as a step with several players and optimisers.
 
     `setup(session)` builds everything under fake tensors and returns the function to trace; it is called twice and
-    the second call is reported. Inside, `session.name(category, tensors)` sorts tensors into categories and
+    the second call is reported. Inside, `session.adopt(modules and optimisers)` sorts their tensors into categories and
     `session.tracker.during(phase)` names phases.
     """
     began = time.perf_counter()

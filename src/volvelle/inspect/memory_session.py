@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
@@ -61,6 +61,7 @@ class Session:
         self._eager, self._cuda = eager, cuda
         self._stack = contextlib.ExitStack()
         self._named: dict[str, set[int]] = {}
+        self._adopted: list[nn.Module | torch.optim.Optimizer] = []
 
     def __enter__(self) -> Session:
         for mode in self._modes:
@@ -86,9 +87,14 @@ class Session:
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        """Inside, code that asks for fake tensors takes its eager branch."""
-        with eager_branches(self.values, eager=self._eager):
-            yield
+        """Inside, code that asks for fake tensors takes its eager branch, and copies of the random state count."""
+        original = torch.get_rng_state
+        torch.get_rng_state = self.tracker.see_random_state
+        try:
+            with eager_branches(self.values, eager=self._eager):
+                yield
+        finally:
+            torch.get_rng_state = original
 
     def name(self, category: str, value: Any) -> None:
         """Say that the tensors in `value` (nested as you like) belong to `category`."""
@@ -97,12 +103,30 @@ class Session:
             if index is not None:
                 self._named.setdefault(category, set()).add(index)
 
+    def adopt(self, *parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Sort the tensors of these modules and optimisers into categories, those that they get later too."""
+        self._adopted += parts
+
+    def _name_adopted(self) -> None:
+        for part in self._adopted:
+            if isinstance(part, nn.Module):
+                self.name("weights", list(part.parameters()))
+                self.name("buffers", list(part.buffers()))
+                self.name("gradients", [p.grad for p in part.parameters() if p.grad is not None])
+            else:
+                self.name("optimiser", list(part.state.values()))
+
     def trace_since(self, start: int) -> Trace:
         """Settle the categories and find the peak since `start`."""
+        self._name_adopted()
         ledger = self.tracker.ledger
         ledger.settle(self._named)
         peak, at = ledger.peak(start)
-        return Trace(ledger, start, len(ledger.entries), peak, at)
+        # What is let go of after the last named phase is no part of the stretch.
+        stop = len(ledger.entries)
+        while stop > at + 1 and ledger.entries[stop - 1].phase == "setup":
+            stop -= 1
+        return Trace(ledger, start, stop, peak, at)
 
 
 class StepSession(Session):

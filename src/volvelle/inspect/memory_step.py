@@ -98,7 +98,11 @@ class TrainingStep:
     def _forward(self, inputs: Any) -> Tensor:
         # Autocast to bf16 in fake-CPU form stands for CUDA's too: the casts and their cache are the same.
         with torch.autocast("cpu", torch.bfloat16, enabled=self.options.precision == "amp"):
-            return self.loss(self.model, inputs)
+            loss = self.loss(self.model, inputs)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise VolvelleError(f"plan_memory: loss must give one number with a gradient, got {what}")
+        return loss
 
     def _update(self) -> None:
         for master, parameter in zip(self.masters, self.trainable, strict=False):

@@ -21,7 +21,18 @@ from torch.utils._pytree import tree_iter
 from volvelle.inspect.memory_ledger import Block, Ledger
 from volvelle.inspect.memory_values import KnownValues
 
+_random_state = torch.get_rng_state
 _DEVICE = torch.ops.prim.device.default
+_ATEN = torch.ops.aten
+# Autograd's own formulas branch on tensor subclasses, to which fake tensors belong: there they scatter a gradient into
+# a copy of fresh zeros, for plain tensors into the zeros themselves. The plan is about plain tensors.
+_IN_PLACE: dict[Any, Any] = {
+    _ATEN.index_put.default: _ATEN.index_put_.default,
+    _ATEN.index_add.default: _ATEN.index_add_.default,
+    _ATEN.scatter.src: _ATEN.scatter_.src,
+    _ATEN.scatter.value: _ATEN.scatter_.value,
+    _ATEN.scatter_add.default: _ATEN.scatter_add_.default,
+}
 Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
 """(op, args, kwargs, result) -> bytes that the kernel holds, besides its results, at its own peak."""
 
@@ -60,6 +71,8 @@ class StorageTracker(TorchDispatchMode):
         answer = self.values.answer(func, args)
         if answer is not None:
             return answer
+        if func in _IN_PLACE and self.in_engine and self._made_by(args[0], "zeros"):
+            func = _IN_PLACE[func]
         result = self.values.follow(func, args, kwargs)
         if func.is_view:
             return result
@@ -75,8 +88,14 @@ class StorageTracker(TorchDispatchMode):
     @property
     def phase(self) -> str:
         """The phase that new blocks belong to."""
-        # The engine switches gradients off in backward; a checkpointed block switches them on to run forward again.
-        return "recompute" if self._phase == "backward" and torch.is_grad_enabled() else self._phase
+        # The engine runs backward without gradients; a checkpointed block switches them on to run forward again.
+        again = self._phase == "backward" and torch.is_grad_enabled() and self.in_engine
+        return "recompute" if again else self._phase
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether autograd's engine is running."""
+        return torch._C._current_graph_task_id() != -1
 
     @property
     def module(self) -> str:
@@ -120,6 +139,17 @@ class StorageTracker(TorchDispatchMode):
     def block_of(self, tensor: Tensor) -> int | None:
         """Index of the block that holds `tensor`, or None when it is not tracked."""
         return self._blocks.get(tensor.untyped_storage()._cdata)
+
+    def _made_by(self, tensor: Tensor, name: str) -> bool:
+        index = self.block_of(tensor)
+        return index is not None and name in self.ledger.blocks[index].op
+
+    def see_random_state(self) -> Tensor:
+        """The random generator's state, counted: checkpointing keeps a copy (5 kB) for every block."""
+        state = _random_state()
+        self._op = "random state"
+        self._see(state)
+        return state
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

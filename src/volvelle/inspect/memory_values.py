@@ -3,7 +3,8 @@
 Models branch on values: `if mask.all()`, `rates = torch.linspace(0, p, depth).tolist()`. A fake tensor has no values.
 Small tensors that follow from constants alone (ranges, filled tensors, arithmetic on them) are computed beside their
 fake twins. Any other true-or-false question is answered as for ordinary data and written down: `any` finds nothing
-(no NaN, no padding), everything else holds. Any other number is an error that names the line.
+(no NaN, no padding), everything else holds. A floating-point number is taken for 1.0. Any other number, which may be
+a size, is an error that names the line.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class KnownValues:
     def answer(self, func: Any, args: tuple[Any, ...]) -> Any:
         """The number behind `.item()` and `bool(tensor)`; None when `func` is another operation.
 
-        Raises VolvelleError when a number is asked for that does not follow from constants.
+        Raises VolvelleError when an integer is asked for that does not follow from constants.
         """
         if func is not _ATEN._local_scalar_dense.default:
             return None
@@ -86,6 +87,9 @@ class KnownValues:
                 return value.item()
         if tensor.dtype == torch.bool:
             return self._decide(not hasattr(tensor, _FROM_ANY))
+        if tensor.is_floating_point():  # a norm, a loss for the log: it scales something, it sizes nothing
+            self.assume(caller(), "a number read out of a tensor was taken for 1.0")
+            return 1.0
         raise VolvelleError(
             f"plan_memory: {caller()} reads a number out of a {str(tensor.dtype).removeprefix('torch.')} tensor, "
             "and a plan has no values",
@@ -106,6 +110,8 @@ class KnownValues:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `func` on fake tensors, and on the known values beside them when every input has one."""
         known = _all_known(func, args, kwargs)
+        if func is _ATEN.index.Tensor:
+            args = (args[0], self._as_indices(args[1]))
         try:
             result = func(*args, **kwargs)
         except DynamicOutputShapeException as error:
@@ -126,6 +132,18 @@ class KnownValues:
         elif func._schema.is_mutable:
             _forget_changed(func, args)
         return result
+
+    def _as_indices(self, masks: Any) -> list[Any]:
+        """Replace known boolean masks by the indices they choose: their number is then a shape, not a value."""
+        indices: list[Any] = []
+        for mask in masks:
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool and _has_value(mask):
+                with unset_fake_temporarily():
+                    chosen = _known(mask).nonzero(as_tuple=True)
+                indices += [self.give(torch.empty(rows.shape, dtype=rows.dtype), rows) for rows in chosen]
+            else:
+                indices.append(mask)
+        return indices
 
 
 def _all_known(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
