@@ -48,13 +48,17 @@ class Size:
     """How much work a measurement is."""
 
     rounds: int
+    most: int  # rounds until as many in a row as `rounds` were calm
     new_tokens: int
     batch: int
     length: int
     batches: tuple[int, ...] = (1, 8)
 
 
-FULL, QUICK = Size(rounds=5, new_tokens=128, batch=4, length=256), Size(rounds=2, new_tokens=4, batch=1, length=32)
+FULL, QUICK = (
+    Size(rounds=5, most=20, new_tokens=128, batch=4, length=256),
+    Size(rounds=2, most=2, new_tokens=4, batch=1, length=32),
+)
 
 
 def main() -> None:
@@ -117,7 +121,7 @@ def _race(
     def run_theirs() -> None:
         answers["transformers"] = _their_answers(theirs, prompts, size.new_tokens)
 
-    series = protocol.interleave({"ours": run_ours, "transformers": run_theirs}, rounds=size.rounds)
+    series = protocol.interleave({"ours": run_ours, "transformers": run_theirs}, rounds=size.rounds, most=size.most)
     same = sum(a == b for a, b in zip(answers["ours"], answers["transformers"], strict=True))
     row["identical_answers"] = f"{same}/{len(prompts)}"
     tokens = len(prompts) * size.new_tokens
@@ -131,7 +135,9 @@ def lora_rows(folder: Path, size: Size) -> list[dict[str, Any]]:
     for name, dtype in DTYPES.items():
         batch = _batch(size)
         series = protocol.interleave(
-            {"ours": _our_step(folder, dtype, batch), "peft": _peft_step(folder, dtype, batch)}, rounds=size.rounds
+            {"ours": _our_step(folder, dtype, batch), "peft": _peft_step(folder, dtype, batch)},
+            rounds=size.rounds,
+            most=size.most,
         )
         row = {"what": "lora step", "dtype": name, "batch": size.batch, "length": size.length, "rank": 8}
         rows.append(_finish(row, series, "peft", folder, size))
@@ -277,7 +283,7 @@ def _arguments() -> argparse.Namespace:
     options.size = QUICK if options.quick else FULL
     options.size = dataclasses.replace(options.size, batches=tuple(options.batches))
     if options.rounds:
-        options.size = Size(**{**vars(options.size), "rounds": options.rounds})
+        options.size = dataclasses.replace(options.size, rounds=options.rounds)
     return options
 
 

@@ -2,7 +2,9 @@
 
 Variants run in turn inside one process, so that a slow minute slows all of them; the order turns with every round. A
 ratio is baseline / ours in the same round; its median and range are published. When the baseline itself drifted by more
-than 15 % between rounds the ratio is refused. A lock file keeps two benchmarks from running together.
+than 15 % between rounds the ratio is refused. On a machine that other people's work slows down now and then, rounds are
+added until that many in a row were calm for the baseline and for us alike; which rounds count is decided by each
+variant's own steadiness alone, never by the ratio. A lock file keeps two benchmarks from running together.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Series:
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    dropped: list[float] = field(default_factory=list)  # wall seconds of rounds before the calm ones
 
     @property
     def drift(self) -> float:
@@ -53,17 +56,24 @@ class Series:
             "cpu_median": statistics.median(self.cpu),
             "rounds": len(self.wall),
             "drift": self.drift,
+            "dropped": self.dropped,
         }
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1) -> dict[str, Series]:
-    """Run every variant `warmup` times, then once a round in turning order; returns the seconds of each."""
+def interleave(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1, most: int = 0
+) -> dict[str, Series]:
+    """Run every variant `warmup` times, then once a round in turning order; returns the seconds of each.
+
+    With `most` above `rounds`, rounds are added, up to `most`, until the last `rounds` of every variant lie within the
+    limit of drift; the earlier ones are kept as `dropped`.
+    """
     names = list(variants)
     for _ in range(warmup):
         for name in names:
             variants[name]()
     series = {name: Series() for name in names}
-    for number in range(rounds):
+    for number in range(max(rounds, most)):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             gc.collect()
@@ -71,6 +81,13 @@ def interleave(variants: Mapping[str, Callable[[], object]], *, rounds: int = 5,
             variants[name]()
             series[name].wall.append(time.perf_counter() - wall)
             series[name].cpu.append(time.process_time() - cpu)
+        if number + 1 < rounds:
+            continue
+        for one in series.values():
+            one.dropped += one.wall[:-rounds]
+            one.wall, one.cpu = one.wall[-rounds:], one.cpu[-rounds:]
+        if all(one.drift <= MAX_DRIFT for one in series.values()):
+            break
     return series
 
 

@@ -50,3 +50,32 @@ def test_the_tensor_peak_counts_what_lives_at_once(protocol):
     peak = protocol.peak_memory(work)
     assert 2**20 <= peak["tensor_growth"] < 1.5 * 2**20
     assert peak["rss_peak"] >= peak["rss_before"] > 0
+
+
+def test_rounds_are_added_until_enough_in_a_row_were_calm(protocol, monkeypatch):
+    taken = {"ours": iter([1.0, 1.0, 3.0, 1.0, 1.1]), "theirs": iter([2.0, 4.0, 2.0, 2.1, 2.0])}
+    now = [0.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+
+    def work(name):
+        now[0] += next(taken[name])
+
+    variants = {"ours": lambda: work("ours"), "theirs": lambda: work("theirs")}
+    series = protocol.interleave(variants, rounds=2, warmup=0, most=9)
+    assert series["ours"].wall == pytest.approx([1.0, 1.1])
+    assert series["theirs"].wall == pytest.approx([2.1, 2.0])
+    assert series["ours"].dropped == pytest.approx([1.0, 1.0, 3.0])
+    assert series["theirs"].summary()["dropped"] == pytest.approx([2.0, 4.0, 2.0])
+
+
+def test_a_machine_that_never_calms_down_ends_and_gives_no_ratio(protocol, monkeypatch):
+    now, step = [0.0], [1.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+
+    def work():
+        step[0] *= 1.3
+        now[0] += step[0]
+
+    series = protocol.interleave({"ours": work, "theirs": work}, rounds=2, warmup=0, most=4)
+    assert [len(one.wall) + len(one.dropped) for one in series.values()] == [4, 4]
+    assert protocol.compare(series, "ours", "theirs")["ratio"] is None

@@ -12,7 +12,7 @@ from tests.systems.language.test_decoder import GPT2, LLAMA, ROFORMER, build, so
 
 from volvelle.parts.lowrank.lora import LoRALinear
 from volvelle.systems.language import config as c
-from volvelle.systems.language.projections import apply_linear, fuse_projections, unfuse_projections
+from volvelle.systems.language.projections import _norm, apply_linear, fuse_projections, unfuse_projections
 
 ROFORMER_CAUSAL = dataclasses.replace(ROFORMER, causal=True, position=c.Rope(layout="interleaved", rotate_value=True))
 BIASED = dataclasses.replace(LLAMA, qkv_bias=True, out_bias=True, mlp=c.GatedMLP(40, bias=True), position=c.Rope(dim=4))
@@ -188,3 +188,20 @@ def test_the_prepared_path_equals_the_modules_with_a_cache(config, dtype, batch)
         outputs.append(torch.cat(out, dim=1))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
     torch.testing.assert_close(outputs[1], outputs[0], **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-6, None, 0.0])
+@torch.no_grad()
+def test_norm_of_one_row_is_torchs(dtype, eps):
+    layer = torch.nn.RMSNorm(48, eps=eps).to(dtype)
+    layer.weight.normal_()
+    norm = _norm(layer)
+    x = torch.randn(48).to(dtype)
+    nan, inf = x.clone(), x.clone()
+    nan[3], inf[5] = torch.nan, -torch.inf
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.01, "atol": 0.01}
+    for row in (x, 1e-4 * x, 1e25 * x, 0 * x, nan, inf):
+        torch.testing.assert_close(norm(row), layer(row), equal_nan=True, **tolerance)
+    layer.weight.mul_(2)  # the weight is the layer's own memory
+    torch.testing.assert_close(norm(x), layer(x), **tolerance)
