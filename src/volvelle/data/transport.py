@@ -24,7 +24,8 @@ from volvelle.errors import VolvelleError
 _SMALL = 1024  # bytes; below, a buffer travels inside the pickle
 _ALIGN = 64  # bytes; start of every buffer in the shared memory
 _MOST_MAPPED = 64  # blocks mapped at once; each holds a file descriptor, and those are scarce
-_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+# References without callbacks: Python code that runs while a block is freed would swallow a Ctrl-C that arrives there.
+_mapped: list[weakref.ref[mmap.mmap]] = []
 
 
 class Head(NamedTuple):
@@ -171,6 +172,8 @@ def _mapped_views(file: int, sizes: Sequence[int]) -> list[memoryview]:
     try:
         begins = _begins(sizes)
         if len(_mapped) >= _MOST_MAPPED:
+            _mapped[:] = [block for block in _mapped if block() is not None]
+        if len(_mapped) >= _MOST_MAPPED:
             # The caller keeps many batches: copy this one, or file descriptors run out.
             views = [memoryview(bytearray(size)) for size in sizes]
             for view, begin in zip(views, begins, strict=True):
@@ -180,7 +183,7 @@ def _mapped_views(file: int, sizes: Sequence[int]) -> list[memoryview]:
             return views
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         block = mmap.mmap(file, begins[-1] + sizes[-1], flags=flags)
-        _mapped.add(block)
+        _mapped.append(weakref.ref(block))
         return [memoryview(block)[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
     finally:
         os.close(file)
