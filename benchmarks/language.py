@@ -22,7 +22,7 @@ import torch
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import protocol
+from benchmarks import protocol, tables
 from volvelle import adapt, decode
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import write_folder
@@ -79,6 +79,7 @@ def main() -> None:
             payload = {"model": MODEL, "size": vars(options.size), "machine": facts, "rows": rows}
             if not options.quick:
                 print(protocol.write("language", payload))
+                tables.write("language")
 
 
 def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,7 +170,7 @@ def _finish(
 ) -> dict[str, Any]:
     row["seconds"] = {who: one.summary() for who, one in series.items()}
     row["speed"] = protocol.compare(series, "ours", baseline)
-    script, quick = Path(__file__).resolve(), ["--quick"] if size is QUICK else []
+    script, quick = Path(__file__).resolve(), ["--quick"] if size.new_tokens == QUICK.new_tokens else []
     kind, threads = row["what"].split()[0], str(torch.get_num_threads())
     row["memory"] = {
         who: protocol.in_subprocess(

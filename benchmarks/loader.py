@@ -1,7 +1,6 @@
 """The loader with threads and with processes against torch's DataLoader: decoding images, and work bound to Python.
 
     python -m benchmarks.loader [--quick] [--only jpeg camvid python] [--rounds 5] [--workers 2]
-    python -m benchmarks.loader --docs        write the figures of results/loader.json into docs/training.md
 
 Every variant reads the same samples with the same collate; workers are started before the clock. Writes
 results/loader.json; --quick reads little, and prints only.
@@ -10,7 +9,6 @@ results/loader.json; --quick reads little, and prints only.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -25,11 +23,10 @@ from torch.utils.data import DataLoader
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import protocol
+from benchmarks import protocol, tables
 from volvelle.data.loader import Loader
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, BEGIN, END = ROOT / "docs" / "training.md", "<!-- loader figures -->", "<!-- end of loader figures -->"
 BATCH = 16
 SIZE = 224
 TITLES = {
@@ -72,9 +69,6 @@ class Numbers:
 
 def main() -> None:
     options = _arguments()
-    if options.docs:
-        document()
-        return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch, protocol.alone():
         facts = protocol.machine(("torch", "pillow", "numpy"))
@@ -87,7 +81,7 @@ def main() -> None:
             rows.append(measure(name, dataset, options.workers, options.rounds))
         if not options.quick:
             print(protocol.write("loader", {"batch": BATCH, "machine": facts, "rows": rows}))
-            document()
+            tables.write("loader")
 
 
 def measure(name: str, dataset: Any, workers: int, rounds: int) -> dict[str, Any]:
@@ -101,7 +95,9 @@ def measure(name: str, dataset: Any, workers: int, rounds: int) -> dict[str, Any
             dataset, BATCH, collate_fn=torch.stack, num_workers=workers, persistent_workers=True
         ),
     }
-    series = protocol.interleave({who: partial(_epoch, one) for who, one in loaders.items()}, rounds=rounds)
+    series = protocol.interleave(
+        {who: partial(_epoch, one) for who, one in loaders.items()}, rounds=rounds, most=3 * rounds
+    )
     for loader in loaders.values():
         if isinstance(loader, Loader):
             loader.close()
@@ -112,7 +108,7 @@ def measure(name: str, dataset: Any, workers: int, rounds: int) -> dict[str, Any
         print(f"  {who}: {protocol.shown(found)} of torch", flush=True)
     seconds = {who: one.summary() for who, one in series.items()}
     return {
-        "what": name, "samples": len(dataset), "workers": workers, "samples_per_second": rate,
+        "what": name, "title": TITLES[name], "samples": len(dataset), "workers": workers, "samples_per_second": rate,
         "seconds": seconds, "speed_against_torch": speed,
     }  # fmt: skip
 
@@ -144,39 +140,12 @@ def _numbers(_: Path, quick: bool) -> Numbers:
 DATASETS: dict[str, Callable[[Path, bool], Any]] = {"jpeg": _jpeg, "camvid": _camvid, "python": _numbers}
 
 
-def document() -> None:
-    """Write the table into docs/training.md, between the two marks."""
-    record = json.loads((protocol.RESULTS / "loader.json").read_text())
-    machine = record["machine"]
-    lines = [
-        "| work | ours, no workers | threads | processes | torch DataLoader | threads : torch | processes : torch |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for row in record["rows"]:
-        rates = " | ".join(f"{value:.0f}/s" for value in row["samples_per_second"].values())
-        speeds = " | ".join(protocol.shown(row["speed_against_torch"][f"ours, {k}"]) for k in ("threads", "processes"))
-        lines.append(f"| {TITLES[row['what']]} | {rates} | {speeds} |")
-    lines += [
-        "",
-        f"Samples a second, medians of {record['rows'][0]['seconds']['torch, processes']['rounds']} rounds, "
-        f"{record['rows'][0]['workers']} workers, batches of {record['batch']}, {machine['cpus']} cores of "
-        f"{machine['cpu']}, Python {machine['python']}, torch {machine['packages']['torch']}, {machine['date'][:10]}. "
-        "A ratio above 1 means that ours is faster; its range over the rounds stands in parentheses. Made by "
-        "`python -m benchmarks.loader`.",
-    ]
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
     parser.add_argument("--only", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--rounds", type=int, default=5, help="at least 5 for figures to publish")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--docs", action="store_true", help="only write the figures into the page")
     return parser.parse_args()
 
 

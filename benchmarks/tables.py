@@ -1,0 +1,97 @@
+"""Writes the figures in results/*.json into the pages that quote them: python -m benchmarks.tables
+
+A page marks the place with `<!-- figures: NAME -->` and `<!-- end of figures -->`; a test compares page and JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"language": "docs/language.md", "loader": "docs/training.md"}
+NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
+
+
+def language(record: Mapping[str, Any]) -> list[str]:
+    """Decoding and LoRA steps: rates, ratio, peak of the process."""
+    lines = [
+        "| work | dtype | batch | ours | peer | ours : peer | peak RSS, ours and peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        peer = next(who for who in row["seconds"] if who != "ours")
+        rates = row.get("tokens_per_second")
+        shown = {
+            who: f"{rates[who]:.1f} tokens/s" if rates else f"{one['wall_median']:.2f} s"
+            for who, one in row["seconds"].items()
+        }
+        rss = " and ".join(f"{row['memory'][who]['rss_peak'] / 2**20:.0f}" for who in ("ours", peer))
+        lines.append(
+            f"| {row['what']} | {row['dtype']} | {row['batch']} | {shown['ours']} | {peer} {shown[peer]} | "
+            f"{protocol.shown(row['speed'])} | {rss} MiB |"
+        )
+    size, machine = record["size"], record["machine"]
+    return [
+        *lines,
+        "",
+        f"Greedy, {size['new_tokens']} new tokens; LoRA of rank 8 on q and v, {size['length']} tokens a row, AdamW. "
+        + _footer("language", machine),
+    ]
+
+
+def loader(record: Mapping[str, Any]) -> list[str]:
+    """Samples a second of every kind of worker, and the ratios against torch's DataLoader."""
+    lines = [
+        "| work | ours, no workers | threads | processes | torch DataLoader | threads : torch | processes : torch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        rates = " | ".join(f"{value:.0f}/s" for value in row["samples_per_second"].values())
+        speeds = " | ".join(protocol.shown(row["speed_against_torch"][f"ours, {k}"]) for k in ("threads", "processes"))
+        lines.append(f"| {row['title']} | {rates} | {speeds} |")
+    workers, batch = record["rows"][0]["workers"], record["batch"]
+    return [
+        *lines,
+        "",
+        f"Samples a second, {workers} workers, batches of {batch}. " + _footer("loader", record["machine"]),
+    ]
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {"language": language, "loader": loader}
+
+
+def _footer(name: str, machine: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
+    return (
+        f"Medians of at least 5 interleaved rounds; a ratio above 1 means that ours is faster, its range over the "
+        f"rounds stands in parentheses. {machine['cpus']} cores of {machine['cpu']}, {machine['threads']} threads, "
+        f"Python {machine['python']}, {packages}, {machine['date'][:10]}. Made by `python -m benchmarks.{name}`."
+    )
+
+
+def rendered(name: str) -> str:
+    """What stands between the marks of `name`: its table, or that there is none yet."""
+    record = protocol.read(name)
+    return "\n".join(TABLES[name](record)) if record else NOTHING.format(name=name)
+
+
+def place(name: str) -> re.Pattern[str]:
+    """Finds the marks of `name` in a page, and what stands between them as group 2."""
+    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)(\n<!-- end of figures -->)", re.DOTALL)
+
+
+def write(name: str) -> None:
+    """Bring the page of `name` up to date."""
+    page = ROOT / PAGES[name]
+    text = page.read_text(encoding="utf-8")
+    page.write_text(place(name).sub(lambda m: m[1] + rendered(name) + m[3], text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for one in TABLES:
+        write(one)
