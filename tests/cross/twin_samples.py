@@ -59,10 +59,143 @@ def learned_positions(dtype: torch.dtype) -> Sample:
     return Sample(layer, (positions,), lambda: functional.learned_positions(positions, layer.weight))
 
 
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4], [7, 3, 3, 9, 30]])
+
+
+def heads(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 6, 5, 8, dtype=dtype), torch.randn(2, 2, 5, 8, dtype=dtype)
+
+
+def hierarchical_positions(dtype: torch.dtype) -> Sample:
+    layer = parts.HierarchicalPositions(7, 5, alpha=0.3).to(dtype)
+    options = {"alpha": 0.3}
+    return Sample(layer, (POSITIONS,), lambda: functional.hierarchical_positions(POSITIONS, layer.weight, **options))
+
+
+def multiplicative_positions(dtype: torch.dtype) -> Sample:
+    layer, x = parts.MultiplicativePositions(31, 4).to(dtype), torch.randn(2, 5, 4, dtype=dtype)
+    return Sample(layer, (x, POSITIONS), lambda: functional.multiplicative_positions(x, POSITIONS, layer.weight))
+
+
+def complex_positions(dtype: torch.dtype) -> Sample:
+    layer, x = parts.ComplexPositions(6, vocabulary=9).to(dtype), torch.randn(2, 5, 6, dtype=dtype)
+    nn.init.normal_(layer.weight)
+    ids = torch.tensor([[0, 1, 8, 3, 4], [7, 3, 3, 1, 5]])
+    return Sample(layer, (x, POSITIONS, ids), lambda: functional.complex_positions(x, POSITIONS, layer.weight[ids]))
+
+
+def recurrent_positions(dtype: torch.dtype) -> Sample:
+    layer = parts.RecurrentPositions(4, hidden=3, delta=0.2, solver="euler").to(dtype)
+    options = {"delta": 0.2, "solver": "euler"}
+    return Sample(
+        layer,
+        (POSITIONS,),
+        lambda: functional.recurrent_positions(POSITIONS, layer.start, layer.dynamics, **options),
+    )
+
+
+def conv_positions(dtype: torch.dtype) -> Sample:
+    layer = parts.ConvPositions(4, width=5, layers=3).to(dtype)
+    return Sample(layer, (POSITIONS,), lambda: functional.conv_positions(POSITIONS, layer.kernels, layer.biases))
+
+
+def alibi(dtype: torch.dtype) -> Sample:
+    layer = parts.ALiBi(3, right_slopes=(1.0, 2.0, 3.0))
+    slopes = functional.alibi_slopes(3, dtype=torch.float64)
+    right = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    return Sample(
+        layer,
+        (POSITIONS, POSITIONS[0]),
+        lambda: functional.alibi_bias(POSITIONS, POSITIONS[0], slopes, right_slopes=right),
+    )
+
+
+def t5_bias(dtype: torch.dtype) -> Sample:
+    layer = parts.T5Bias(3, buckets=8, max_distance=20, bidirectional=False).to(dtype)
+    options = {"max_distance": 20, "bidirectional": False}
+    return Sample(
+        layer,
+        (POSITIONS, POSITIONS[0]),
+        lambda: functional.t5_bias(POSITIONS, POSITIONS[0], layer.weight, **options),
+    )
+
+
+def shaw_bias(dtype: torch.dtype) -> Sample:
+    layer, (q, _) = parts.ShawBias(8, k=3, right=1, scale=0.3).to(dtype), heads(dtype)
+    options = {"left": 3, "scale": 0.3}
+    return Sample(
+        layer,
+        (q, POSITIONS, POSITIONS[0]),
+        lambda: functional.shaw_key_bias(q, POSITIONS, POSITIONS[0], layer.key, **options),
+    )
+
+
+def transformer_xl_bias(dtype: torch.dtype) -> Sample:
+    layer, (q, k) = parts.TransformerXLBias(6, 8, width=10, scale=0.3, base=50.0).to(dtype), heads(dtype)
+    options = {"u": layer.u, "v": layer.v, "weight": layer.weight, "scale": 0.3, "base": 50.0}
+    return Sample(
+        layer,
+        (q, k, POSITIONS, POSITIONS[0]),
+        lambda: functional.transformer_xl_bias(q, k, POSITIONS, POSITIONS[0], **options),
+    )
+
+
+def disentangled_bias(dtype: torch.dtype) -> Sample:
+    (q, k), key, query = heads(dtype), nn.Linear(10, 48, dtype=dtype), nn.Linear(10, 48, dtype=dtype)
+    layer = parts.DisentangledBias(6, key, query, k=8, max_position=20).to(dtype)
+
+    def table(projection: nn.Linear) -> torch.Tensor:
+        return projection(layer.table).view(16, 6, 8).transpose(0, 1)
+
+    return Sample(
+        layer,
+        (q, k, POSITIONS, POSITIONS[0]),
+        lambda: functional.disentangled_bias(
+            q, k, POSITIONS, POSITIONS[0], pos_key=table(key), pos_query=table(query), max_position=20
+        ),
+    )
+
+
+def axial_rotary_embedding(dtype: torch.dtype) -> Sample:
+    (q, k), positions = heads(dtype), torch.stack((POSITIONS, POSITIONS.flip(0)), dim=-1)
+    layer = parts.AxialRotaryEmbedding(8, base=50.0, layout="interleaved")
+    options = {"base": 50.0, "layout": "interleaved"}
+    return Sample(layer, (q, k, positions), lambda: functional.apply_axial_rope(q, k, positions, **options))
+
+
+def axial_positions(dtype: torch.dtype) -> Sample:
+    layer = parts.AxialPositions((31, 40), 5, join="concat").to(dtype)
+    positions = torch.stack((POSITIONS, POSITIONS.flip(0)), dim=-1)
+    return Sample(
+        layer, (positions,), lambda: functional.axial_positions(positions, tuple(layer.weights), join="concat")
+    )
+
+
+def multimodal_rotary_embedding(dtype: torch.dtype) -> Sample:
+    q, k = heads(dtype)
+    positions = torch.stack((POSITIONS, POSITIONS.flip(0), POSITIONS + 1), dim=-1)
+    options = {"sections": (2, 1, 1), "interleaved": True, "base": 50.0}
+    layer = parts.MultimodalRotaryEmbedding(**options)
+    return Sample(layer, (q, k, positions), lambda: functional.apply_mrope(q, k, positions, **options))
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
+    "nn.ALiBi": alibi,
     "nn.Attention": attention,
+    "nn.AxialPositions": axial_positions,
+    "nn.AxialRotaryEmbedding": axial_rotary_embedding,
+    "nn.ComplexPositions": complex_positions,
+    "nn.ConvPositions": conv_positions,
+    "nn.DisentangledBias": disentangled_bias,
+    "nn.HierarchicalPositions": hierarchical_positions,
     "nn.LearnedPositions": learned_positions,
     "nn.LoRALinear": lora_linear,
+    "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
+    "nn.MultiplicativePositions": multiplicative_positions,
+    "nn.RecurrentPositions": recurrent_positions,
     "nn.RotaryEmbedding": rotary_embedding,
+    "nn.ShawBias": shaw_bias,
     "nn.SinusoidalPositions": sinusoidal_positions,
+    "nn.T5Bias": t5_bias,
+    "nn.TransformerXLBias": transformer_xl_bias,
 }

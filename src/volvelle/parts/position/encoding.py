@@ -5,15 +5,42 @@ An encoding uses the hooks it needs:
     rotation  turns queries and keys in every layer (RoPE); prepared once a step
     bias      adds to the attention scores in every layer (Shaw, Transformer-XL, T5, DeBERTa, ALiBi)
 Positions are always explicit: int64 of shape (n,) or (b, n). A cache, a packed row or a token tree gives its own.
+Encodings of several axes (axial.py, multimodal_rope.py) take (n, axes) or (b, n, axes).
 
 Shapes: b batch, h heads, n tokens, d features a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor, dtype, nn
+
+
+def distances(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """Return i - j for each query position i and key position j, (1, 1, n_q, n_k) or (b, 1, n_q, n_k), int64.
+
+    >>> distances(torch.tensor([3]), torch.tensor([0, 3, 5]))
+    tensor([[[[ 3,  0, -2]]]])
+    """
+    distance = q_positions.unsqueeze(-1) - k_positions.unsqueeze(-2)
+    return distance[None, None] if distance.dim() == 2 else distance.unsqueeze(1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in fp32 when it is fp16 or bf16, else as it is: score terms are added before the last rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def moved(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return x on the device that `fn` (of nn.Module._apply) moves to, in its own dtype.
+
+    For constants that follow their module to its device, never to its dtype; meta and mps cannot hold fp64 values.
+    """
+    device = fn(torch.empty(0)).device
+    return x if device.type in {"meta", "mps"} else x.to(device)
 
 
 class Turning(Protocol):
@@ -45,12 +72,17 @@ class Bias:
     """
 
     has_value_term: bool = False
+    """Whether `value_term` adds to the output."""
     learnable: bool = True
+    """Whether a gradient flows through the block, to parameters or to q and k."""
+    scale: float | None = None
+    """The factor of q k^T that goes with this term, where the encoding fixes one (DeBERTa); None: 1 / sqrt(d)."""
 
     def tile(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """Return the block (b or 1, h or 1, n_q, n_k) that is added to the scaled scores.
 
-        q is (b, h, n_q, d), k is (b, h_kv, n_k, d); the positions are (n_q,) or (b, n_q), and (n_k,) or (b, n_k).
+        q is (b, h, n_q, d), k is (b, h_kv, n_k, d); the positions are (n_q,) or (b, n_q), and (n_k,) or (b, n_k). The
+        block has the dtype of q or, where that has 16 bits, fp32; back ends cast it as they need.
         """
         raise NotImplementedError
 
@@ -61,6 +93,31 @@ class Bias:
         (Shaw et al. 2018, equation 3).
         """
         raise NotImplementedError
+
+
+class DistanceBias(Bias):
+    """A bias that is a function of the distance i - j alone (T5, ALiBi): a block is constant along its diagonals.
+
+    A back end may ask for the n_q + n_k - 1 values of a whole block instead of the block.
+
+    >>> class Near(DistanceBias):
+    ...     def at(self, distance, dtype):
+    ...         return (distance.abs() <= 1).to(dtype)[None]
+    >>> q = k = torch.zeros(1, 1, 3, 4)
+    >>> Near().tile(q, k, torch.arange(3), torch.arange(3))
+    tensor([[[[1., 1., 0.],
+              [1., 1., 1.],
+              [0., 1., 1.]]]])
+    """
+
+    def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the bias (h, ...) at integer distances (...), in `dtype`."""
+        raise NotImplementedError
+
+    def tile(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        """Return the block (b or 1, h, n_q, n_k): `at` of all distances."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return self.at(distances(q_positions, k_positions)[:, 0], dtype).transpose(0, 1)
 
 
 class PositionEncoding(nn.Module):

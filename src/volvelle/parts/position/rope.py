@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from volvelle.export import export
-from volvelle.parts.position.encoding import PositionEncoding
+from volvelle.parts.position.encoding import PositionEncoding, moved
 from volvelle.parts.position.rope_scaling import Scaling, plain_frequencies
 
 Layout = Literal["half", "interleaved"]
@@ -93,8 +93,6 @@ def rope_rotation(
     tensor([[1.0000, 1.0000],
             [0.5403, 0.5403]], dtype=torch.float64)
     """
-    if layout not in {"half", "interleaved"}:
-        raise ValueError(f"rope_rotation: layout must be 'half' or 'interleaved', got {layout!r}")
     if positions.dim() not in {1, 2} or positions.is_floating_point():
         raise ValueError(
             "rope_rotation: positions must be integers of shape (n,) or (b, n), "
@@ -104,6 +102,19 @@ def rope_rotation(
     if home.type == "mps":  # has no fp64: the small table is made on the CPU
         positions, frequencies = positions.cpu(), frequencies.cpu()
     angle = positions.unsqueeze(-1) * frequencies.to(positions.device)  # (n, r/2) or (b, n, r/2)
+    return rope_rotation_of_angles(angle, dtype, home, layout=layout, factor=factor)
+
+
+def rope_rotation_of_angles(
+    angle: Tensor, dtype: torch.dtype, device: torch.device, *, layout: Layout = "half", factor: float = 1.0
+) -> Rotation:
+    """Prepare the turning of each pair by its fp64 angle, (n, r / 2) or (b, n, r / 2), on `device` in `dtype`.
+
+    >>> rope_rotation_of_angles(torch.zeros(1, 1).double(), torch.float32, torch.device("cpu")).cos
+    tensor([[1., 1.]])
+    """
+    if layout not in {"half", "interleaved"}:
+        raise ValueError(f"rope_rotation: layout must be 'half' or 'interleaved', got {layout!r}")
     cos, sin = angle.cos(), angle.sin()
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
@@ -111,9 +122,9 @@ def rope_rotation(
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     else:
         cos, sin = torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
-    if positions.dim() == 2:
+    if angle.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (b, 1, n, r)
-    return Rotation(cos.to(home, dtype), sin.to(home, dtype), layout)
+    return Rotation(cos.to(device, dtype), sin.to(device, dtype), layout)
 
 
 def _check(q: Tensor, k: Tensor, positions: Tensor, dim: int | None) -> None:
@@ -213,10 +224,7 @@ class RotaryEmbedding(PositionEncoding):
 
     def _apply(self, fn, recurse: bool = True):
         module = super()._apply(fn, recurse)
-        # follow the model to its device, never to its dtype; meta and mps cannot hold the values
-        device = fn(torch.empty(0)).device
-        if device.type not in {"meta", "mps"}:
-            self.frequencies = self.frequencies.to(device)
+        self.frequencies = moved(self.frequencies, fn)
         return module
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:

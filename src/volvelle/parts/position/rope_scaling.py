@@ -81,6 +81,26 @@ class ProportionalScaling:
 
 
 @dataclass(frozen=True)
+class NTKScaling:
+    """base' = base * factor^(dim / (dim - 2)): the slowest pair is stretched by `factor`, the fastest stays.
+
+    "NTK-aware" interpolation (bloc97 2023; Peng et al. 2023, section 3.1). Each pair between is stretched by
+    factor^(2i / (dim - 2)).
+
+    >>> NTKScaling(8.0).frequencies(8, 10000.0)
+    tensor([1.0000e+00, 5.0000e-02, 2.5000e-03, 1.2500e-04], dtype=torch.float64)
+    """
+
+    factor: float
+    attention_factor = 1.0
+    needs_length = False
+
+    def frequencies(self, dim: int, base: float, length: Tensor | None = None) -> Tensor:
+        """Return the frequencies of the larger base."""
+        return plain_frequencies(dim, base * self.factor ** (dim / (dim - 2)))
+
+
+@dataclass(frozen=True)
 class DynamicNTKScaling:
     """base' = base * (factor L / L_0 - (factor - 1))^(dim / (dim - 2)) for a text of length L beyond L_0.
 
