@@ -68,6 +68,9 @@ class _LinearBias(DistanceBias):
         self.slopes, self.right_slopes = slopes, right_slopes
         self.learnable = slopes.requires_grad
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.slopes,) if self.right_slopes is None else (self.slopes, self.right_slopes)
+
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         right = None if self.right_slopes is None else self.right_slopes.to(distance.device, dtype)
         return _linear(distance, self.slopes.to(distance.device, dtype), right)

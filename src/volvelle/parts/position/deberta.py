@@ -134,6 +134,9 @@ class _DisentangledTerms(Bias):
         self.pos_key, self.pos_query, self.max_position, self.scale = pos_key, pos_query, max_position, scale
         self.p2c: P2C = p2c
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(table for table in (self.pos_key, self.pos_query) if table is not None)
+
     def tile(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         return disentangled_bias(
             q,

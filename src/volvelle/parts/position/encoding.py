@@ -86,6 +86,13 @@ class Bias:
         """
         raise NotImplementedError
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors besides q and k that the block and the value term are made of.
+
+        A back end that recomputes blocks in its backward asks for the gradients of these.
+        """
+        return ()
+
     def value_term(self, weights: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """Return what the attention weights (b, h, n_q, n_k) add to the output besides weights @ v: (b, h, n_q, d).
 

@@ -81,6 +81,9 @@ class _ShawTerms(Bias):
         self.key, self.value, self.left, self.given_scale = key, value, left, scale
         self.has_value_term = value is not None
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.key,) if self.value is None else (self.key, self.value)
+
     def tile(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         return shaw_key_bias(q, q_positions, k_positions, self.key, left=self.left, scale=self.given_scale)
 

@@ -6,7 +6,7 @@ Small distances have a bucket each; larger ones share buckets whose width grows 
 and everything beyond shares the last. In both directions half of the buckets serve keys after the query. T5 does not
 scale q · k: attend with scale=1.0 to run its checkpoints.
 
-Bucket edges are found in integers: a logarithm in fp32 may put a distance that lies on an edge on either side of it.
+Bucket edges are found in integers, so that no rounding of a logarithm decides where a distance on an edge belongs.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def t5_relative_buckets(
 class _BucketBias(DistanceBias):
     def __init__(self, weight: Tensor, bidirectional: bool, max_distance: int) -> None:
         self.weight, self.bidirectional, self.max_distance = weight, bidirectional, max_distance
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
 
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         bucket = t5_relative_buckets(-distance, self.bidirectional, self.weight.shape[0], self.max_distance)

@@ -96,6 +96,9 @@ class _TransformerXLBias(Bias):
     def __init__(self, u: Tensor, v: Tensor, weight: Tensor, scale: float | None, base: float) -> None:
         self.u, self.v, self.weight, self.given_scale, self.base = u, v, weight, scale, base
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.u, self.v, self.weight
+
     def tile(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         return transformer_xl_bias(
             q,
