@@ -7,18 +7,64 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import attention as attention
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
+from volvelle.parts.position.alibi import alibi_bias as alibi_bias
+from volvelle.parts.position.alibi import alibi_slopes as alibi_slopes
+from volvelle.parts.position.axial import apply_axial_rope as apply_axial_rope
+from volvelle.parts.position.axial import axial_positions as axial_positions
+from volvelle.parts.position.axial import grid_positions as grid_positions
+from volvelle.parts.position.complex_order import complex_positions as complex_positions
+from volvelle.parts.position.convolutional import conv_positions as conv_positions
+from volvelle.parts.position.convolutional import position_readout as position_readout
+from volvelle.parts.position.deberta import deberta_log_buckets as deberta_log_buckets
+from volvelle.parts.position.deberta import disentangled_bias as disentangled_bias
+from volvelle.parts.position.hierarchical import hierarchical_positions as hierarchical_positions
 from volvelle.parts.position.learned import learned_positions as learned_positions
+from volvelle.parts.position.multimodal_rope import apply_mrope as apply_mrope
+from volvelle.parts.position.multiplicative import multiplicative_positions as multiplicative_positions
+from volvelle.parts.position.recurrent import recurrent_positions as recurrent_positions
 from volvelle.parts.position.rope import apply_rope as apply_rope
 from volvelle.parts.position.rope import convert_rope_layout as convert_rope_layout
 from volvelle.parts.position.rope import rope_frequencies as rope_frequencies
+from volvelle.parts.position.shaw import shaw_key_bias as shaw_key_bias
+from volvelle.parts.position.shaw import shaw_value_term as shaw_value_term
 from volvelle.parts.position.sinusoidal import sinusoidal_positions as sinusoidal_positions
+from volvelle.parts.position.t5 import t5_bias as t5_bias
+from volvelle.parts.position.t5 import t5_relative_buckets as t5_relative_buckets
+from volvelle.parts.position.transformer_xl import transformer_xl_bias as transformer_xl_bias
+from volvelle.parts.precision.formats import number_format as number_format
+from volvelle.parts.precision.loss_scale import unscale_gradients as unscale_gradients
+from volvelle.parts.precision.loss_scale import update_loss_scale as update_loss_scale
+from volvelle.parts.precision.master_weights import master_weight_update as master_weight_update
 
 __all__ = [
+    "alibi_bias",
+    "alibi_slopes",
+    "apply_axial_rope",
+    "apply_mrope",
     "apply_rope",
     "attention",
+    "axial_positions",
+    "complex_positions",
+    "conv_positions",
     "convert_rope_layout",
+    "deberta_log_buckets",
+    "disentangled_bias",
+    "grid_positions",
+    "hierarchical_positions",
     "learned_positions",
     "lora_linear",
+    "master_weight_update",
+    "multiplicative_positions",
+    "number_format",
+    "position_readout",
+    "recurrent_positions",
     "rope_frequencies",
+    "shaw_key_bias",
+    "shaw_value_term",
     "sinusoidal_positions",
+    "t5_bias",
+    "t5_relative_buckets",
+    "transformer_xl_bias",
+    "unscale_gradients",
+    "update_loss_scale",
 ]

@@ -7,14 +7,44 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import Attention as Attention
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
+from volvelle.parts.position.alibi import ALiBi as ALiBi
+from volvelle.parts.position.axial import AxialPositions as AxialPositions
+from volvelle.parts.position.axial import AxialRotaryEmbedding as AxialRotaryEmbedding
+from volvelle.parts.position.complex_order import ComplexPositions as ComplexPositions
+from volvelle.parts.position.convolutional import ConvPositions as ConvPositions
+from volvelle.parts.position.deberta import DisentangledBias as DisentangledBias
+from volvelle.parts.position.hierarchical import HierarchicalPositions as HierarchicalPositions
 from volvelle.parts.position.learned import LearnedPositions as LearnedPositions
+from volvelle.parts.position.multimodal_rope import MultimodalRotaryEmbedding as MultimodalRotaryEmbedding
+from volvelle.parts.position.multiplicative import MultiplicativePositions as MultiplicativePositions
+from volvelle.parts.position.recurrent import RecurrentPositions as RecurrentPositions
 from volvelle.parts.position.rope import RotaryEmbedding as RotaryEmbedding
+from volvelle.parts.position.shaw import ShawBias as ShawBias
 from volvelle.parts.position.sinusoidal import SinusoidalPositions as SinusoidalPositions
+from volvelle.parts.position.t5 import T5Bias as T5Bias
+from volvelle.parts.position.transformer_xl import TransformerXLBias as TransformerXLBias
+from volvelle.parts.precision.loss_scale import LossScaler as LossScaler
+from volvelle.parts.precision.master_weights import MasterWeights as MasterWeights
 
 __all__ = [
+    "ALiBi",
     "Attention",
+    "AxialPositions",
+    "AxialRotaryEmbedding",
+    "ComplexPositions",
+    "ConvPositions",
+    "DisentangledBias",
+    "HierarchicalPositions",
     "LearnedPositions",
     "LoRALinear",
+    "LossScaler",
+    "MasterWeights",
+    "MultimodalRotaryEmbedding",
+    "MultiplicativePositions",
+    "RecurrentPositions",
     "RotaryEmbedding",
+    "ShawBias",
     "SinusoidalPositions",
+    "T5Bias",
+    "TransformerXLBias",
 ]

@@ -21,9 +21,11 @@ from volvelle.train.language import LanguageObjective, held_out_loss
 from volvelle.train.loop import fit
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
+from volvelle.train.precision import Precision
 from volvelle.train.random_state import seed_all
 from volvelle.train.recipes.adapt import AdaptLanguage
 from volvelle.train.text_run import (
+    NUMBERS,
     choose_device,
     closing,
     finish,
@@ -54,9 +56,9 @@ class _Adaptation:
         self.train, self.held = read_split(recipe, observer)
         self.device, where = choose_device(recipe.device)
         seed_all(recipe.seed)
-        # A frozen base can be stored in bf16; weights that are trained need fp32 to take small steps.
-        small = recipe.precision == "bf16" and recipe.method != "full"
-        dtype = torch.bfloat16 if small else torch.float32
+        # A frozen base can be stored in 16 bits; weights that are trained need fp32 to take small steps.
+        small = recipe.precision != "fp32" and recipe.method != "full"
+        dtype = Precision(recipe.precision, self.device).dtype if small else torch.float32
         self.model: Any = load_run(recipe.model, dtype=dtype, device=self.device, merged=True)
         if self.model.tokenizer is None:
             raise VolvelleError(f"{recipe.model}: has no tokenizer, so it cannot read text")
@@ -72,12 +74,13 @@ class _Adaptation:
             trainable=trainable,
             weight_bytes=dtype.itemsize,
             tokens=longest_batch(self.loader),
-            activation_bytes=2 if recipe.precision == "bf16" else 4,
+            activation_bytes=4 if recipe.precision == "fp32" else 2,
             checkpointing=recipe.checkpointing,
+            average=recipe.average is not None,
         )
-        numbers = {"fp32": "fp32", "bf16": "bf16 base" if small else "bf16 autocast over fp32 weights"}
+        numbers = f"{recipe.precision} base" if small else NUMBERS[recipe.precision]
         label = "LoRA" if recipe.method == "lora" else "full fine-tuning"
-        self.subtitle = first_line(where, f"{numbers[recipe.precision]}, {label}", trainable, total, memory)
+        self.subtitle = first_line(where, f"{numbers}, {label}", trainable, total, memory)
         observer.say(self.subtitle)
 
     def _context(self) -> int:

@@ -43,6 +43,7 @@ def estimate_memory(
     tokens: int,
     activation_bytes: int = 4,
     checkpointing: bool = False,
+    average: bool = False,
 ) -> MemoryEstimate:
     """Weights, gradients and Adam's two moments (fp32), and what a block keeps for the backward pass a token.
 
@@ -51,7 +52,7 @@ def estimate_memory(
     a frozen base, whose linear layers need not remember their inputs, 6 d + 2 d_kv + 3 w. Measured peaks of a
     135M model lie within a tenth of this. With checkpointing only each block's input stays, and one block is computed
     again at a time. The loss adds two chunks of logits. `tokens` are those of one micro-batch, padding included;
-    attention is taken not to keep its n x n scores.
+    attention is taken not to keep its n x n scores. An `average` of the weights is counted with the optimiser.
     """
     kv, d, w = config.kv_heads * config.head_width, config.width, config.mlp.width
     inner = w if isinstance(config.mlp, GatedMLP) else w // 2
@@ -62,7 +63,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=total * weight_bytes + trainable * (4 - weight_bytes),
         gradients=4 * trainable,
-        optimizer=8 * trainable,
+        optimizer=(12 if average else 8) * trainable,
         activations=tokens * kept * activation_bytes + head,
     )
 

@@ -11,8 +11,8 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from volvelle.train.checkpoint import Checkpoints
 from volvelle.train.contracts import Batches, Run
 from volvelle.train.interrupt import Interrupt
 from volvelle.train.isolation import Isolation
+from volvelle.train.nonfinite import NonFinite
 from volvelle.train.observer import Observer, Progress
 from volvelle.train.options import FitOptions
 from volvelle.train.phase import Objective
-from volvelle.train.player import NonFinite, Player, device_of, to_device
+from volvelle.train.player import Player, device_of, to_device
 from volvelle.train.precision import Precision
 from volvelle.train.random_state import random_state, seed_all, set_random_state, untouched_random_state
 from volvelle.train.ranks import Ranks
@@ -49,6 +50,8 @@ class FitResult:
     checkpoint: Path | None = None
     seconds: float = 0.0
     resumed_from: int | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Updates that each phase left out, for overflow under loss scaling or as NaN."""
 
 
 @dataclass
@@ -75,7 +78,9 @@ def fit(
 
     With a `run`, metrics go to its metrics.jsonl and checkpoints to its folder `checkpoints`; `resume=True` continues
     from the newest sound one (or starts when there is none). SIGINT and SIGTERM finish the step, save, and return a
-    result with `interrupted` set. A NaN or infinite loss raises `NonFinite`, with the step, the phase and the samples.
+    result with `interrupted` set. A NaN or infinite loss or gradient raises `NonFinite`, with the step, the phase, the
+    samples and where it began, or is left out (`options.on_nan`). With `options.average` the averaged weights are
+    evaluated, and are in the modules when a run has finished; an interrupted run leaves its own.
     """
     return _Fit(objective, loader, options, run, observer or Observer(), ranks or Ranks()).run_all(resume)
 
@@ -102,7 +107,8 @@ class _Fit:
             raise ValueError(f"fit: the objective's phases need distinct names, got {[p.name for p in phases]}")
         self.isolation = Isolation(phases, modules)
         precision = Precision(options.precision, self.device)
-        self.players = [Player(phase, self.isolation, precision, ranks) for phase in phases]
+        player = {"on_nan": options.on_nan, "average": options.average, "say": self._say_skipped}
+        self.players = [Player(phase, self.isolation, precision, ranks, **player) for phase in phases]
         self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=options.keep_last) if run else None
         self.cursor = _Cursor()
         self.stream = self._stream()
@@ -120,9 +126,16 @@ class _Fit:
             with Interrupt() as interrupt:
                 self._loop(interrupt)
         finally:
+            # Ends the loader's workers; what they have read ahead is read again after a resume.
+            self.stream.close()
             for part, mode in training:
                 part.training = mode
         cursor = self.cursor
+        for player in self.players:
+            for line in player.report():
+                self.observer.say(line)
+            if player.average is not None and cursor.step == self.steps:
+                player.average.copy_to(player.phase.parameters)
         path = self.checkpoints.path(self.saved) if self.checkpoints and self.saved is not None else None
         stopped = interrupt.name if cursor.step < self.steps else None
         return FitResult(
@@ -135,6 +148,7 @@ class _Fit:
             checkpoint=path,
             seconds=time.monotonic() - began,
             resumed_from=resumed,
+            skipped={p.phase.name: p.skipped.overflow + p.skipped.nan for p in self.players},
         )
 
     def _loop(self, interrupt: Interrupt) -> None:
@@ -157,7 +171,7 @@ class _Fit:
             self.observer.say(f"{interrupt.name}: stopped after step {cursor.step} of {self.steps}")
             self._save()
 
-    def _stream(self) -> Iterator[Batch]:
+    def _stream(self) -> Generator[Batch, None, None]:
         """Batches for ever, epoch after epoch."""
         while True:
             yield from self.loader
@@ -211,7 +225,10 @@ class _Fit:
         """Measure on held-out data; True when this is the best so far and worth a checkpoint of its own."""
         cursor = self.cursor
         cursor.evaluated = cursor.step
-        with evaluating(self.isolation):
+        with ExitStack() as averages, evaluating(self.isolation):
+            for player in self.players:
+                if player.average is not None:
+                    averages.enter_context(player.average.inside(player.phase.parameters))
             found = {name: float(value) for name, value in self.objective.evaluate().items()}
         if not found:
             return False
@@ -227,6 +244,9 @@ class _Fit:
         if better:
             cursor.best = {"step": cursor.step, **found}
         return better and cursor.step > 0
+
+    def _say_skipped(self, text: str) -> None:
+        self.observer.say(f"step {self.cursor.step + 1}, {text}")
 
     def _non_finite(self, error: NonFinite) -> NonFinite:
         saved = self.checkpoints.steps() if self.checkpoints else []

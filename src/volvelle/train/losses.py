@@ -28,7 +28,8 @@ def linear_cross_entropy(
     hidden (N, d), weight (V, d), targets (N,) int64 -> a scalar in fp32 (fp64 for fp64). Positions with `ignore_index`
     are neither projected nor counted; without any other the result is 0. `chunk` positions are projected at a time
     (default: 32 MB of logits). Under autocast the products run in its dtype; softmax and sums are not. Differentiable
-    once in hidden and weight. Raises ValueError on shapes that do not fit.
+    once in hidden and weight. In fp16 each chunk's logits are computed again in the backward pass instead, where the
+    gradients are made at the loss scale that keeps them from underflow. Raises ValueError on shapes that do not fit.
 
     >>> h, w = torch.eye(2), torch.eye(2)
     >>> round(linear_cross_entropy(h, w, torch.tensor([0, 1])).item(), 4)
@@ -42,6 +43,11 @@ def linear_cross_entropy(
     hidden, targets = _kept(hidden, targets, ignore_index)
     if not len(targets):
         return hidden.sum().float() * 0
+    if _computing_in(hidden) == torch.float16:
+        # Made in the forward pass, the gradients would underflow before the loss scale has reached them.
+        return head_cross_entropy(
+            hidden, lambda h: h @ weight.T, targets, vocabulary=weight.shape[0], ignore_index=ignore_index, chunk=chunk
+        )
     return _Fused.apply(hidden, weight, targets, chunk or _rows(weight.shape[0]))  # type: ignore[return-value]
 
 
@@ -77,6 +83,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _computing_in(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _rows(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
@@ -86,8 +98,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        kind, dtype = hidden.device.type, _computing_in(hidden)
         h, w, count = hidden.to(dtype), weight.to(dtype), len(targets)
         need_h, need_w = ctx.needs_input_grad[:2]
         grad_h = torch.empty_like(h) if need_h else None

@@ -37,8 +37,12 @@ class FitOptions:
     """AdamW's decoupled decay, on matrices only."""
     clip: float | None = 1.0
     """Largest gradient norm; None leaves gradients as they are."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the forward pass under autocast; weights and optimiser stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 run the forward pass under autocast over fp32 weights; fp16 scales the loss."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """NaN or infinite loss or gradient: stop and say where it began, or leave the update out (20 in a row stop)."""
+    average: float | None = None
+    """Decay of a moving average of the weights, used for evaluation and the result (0.999); None: no average."""
     seed: int = 0
     """Seeds the order of the data, the initial weights and dropout."""
     log_every: int = 1
@@ -49,6 +53,10 @@ class FitOptions:
     """Steps between two checkpoints; None: only at the end or when interrupted."""
     keep_last: int = 2
     """Newest checkpoints kept, at least 1; the best one stays besides."""
+    workers: int = 0
+    """Workers that read batches ahead; 0 reads them in between steps."""
+    worker_kind: Literal["threads", "processes"] = "threads"
+    """threads for decoding and waiting, processes for work in Python itself."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep_last"):
@@ -62,6 +70,10 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UsageError(f"{name}: must not be negative, got {value}")
+        if self.workers < 0:
+            raise UsageError(f"workers: must not be negative, got {self.workers}")
+        if self.average is not None and not 0 < self.average < 1:
+            raise UsageError(f"average: must lie between 0 and 1, got {self.average}")
 
 
 def to_dict(options: Any) -> dict[str, Any]:

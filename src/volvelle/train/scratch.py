@@ -23,6 +23,7 @@ from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.random_state import seed_all
 from volvelle.train.recipes.language import ModelShape, TrainLanguage
 from volvelle.train.text_run import (
+    NUMBERS,
     choose_device,
     closing,
     finish,
@@ -66,11 +67,11 @@ def train_language(
             trainable=count,
             weight_bytes=4,
             tokens=longest_batch(loader),
-            activation_bytes=2 if recipe.precision == "bf16" else 4,
+            activation_bytes=4 if recipe.precision == "fp32" else 2,
             checkpointing=recipe.checkpointing,
+            average=recipe.average is not None,
         )
-        numbers = "bf16 autocast over fp32 weights" if recipe.precision == "bf16" else "fp32"
-        subtitle = first_line(where, f"{numbers}, from scratch", count, count, memory)
+        subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, from scratch", count, count, memory)
         observer.say(subtitle)
         observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {model.config.vocabulary:,}")
         objective = LanguageObjective(model, recipe, held_out=held_loader)

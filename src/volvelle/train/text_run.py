@@ -18,6 +18,7 @@ from volvelle.data.text import Corpus, read_corpus
 from volvelle.data.tokens import Tokenizer, collate, encode_corpus
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.files import write_atomic
+from volvelle.inspect.threads_peek import answer_threads
 from volvelle.runs import RunFolder, environment
 from volvelle.train.estimate import MemoryEstimate
 from volvelle.train.loop import FitResult
@@ -88,13 +89,24 @@ def _split_documents(documents: Sequence[str], share: float) -> tuple[list[str],
 
 def training_loader(corpus: Corpus, tokenizer: Tokenizer, recipe: TextOptions, context: int) -> Loader:
     """Seeded batches: windows of plain text, padded examples of similar length, or packed rows of examples."""
+    lengths = None
     if corpus.documents:
-        windows = Windows.of(corpus.documents, tokenizer, context)
-        return Loader(windows, recipe.batch, seed=recipe.seed, collate=collate_windows)
-    dataset = encode_corpus(corpus, tokenizer, context=context, on_bad=recipe.on_bad)
-    if recipe.pack:
-        return Loader(PackedExamples(dataset, context), recipe.batch, seed=recipe.seed, collate=collate_packed)
-    return Loader(dataset, recipe.batch, seed=recipe.seed, collate=collate, lengths=dataset.lengths)
+        dataset, joined = Windows.of(corpus.documents, tokenizer, context), collate_windows
+    else:
+        examples = encode_corpus(corpus, tokenizer, context=context, on_bad=recipe.on_bad)
+        if recipe.pack:
+            dataset, joined = PackedExamples(examples, context), collate_packed
+        else:
+            dataset, joined, lengths = examples, collate, examples.lengths
+    return Loader(
+        dataset,
+        recipe.batch,
+        seed=recipe.seed,
+        collate=joined,
+        lengths=lengths,
+        workers=recipe.worker_kind,
+        num_workers=recipe.workers,
+    )
 
 
 def longest_batch(loader: Loader) -> int:
@@ -123,6 +135,10 @@ def choose_device(name: str | None) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"cpu (no CUDA device), {torch.get_num_threads()} threads"
 
 
+NUMBERS = {"fp32": "fp32", "bf16": "bf16 autocast over fp32 weights", "fp16": "fp16 autocast over fp32 weights"}
+"""Number formats as the first line names them."""
+
+
 def first_line(where: str, numbers: str, trainable: int, total: int, memory: MemoryEstimate) -> str:
     """What was decided: device, number format, what is trained, memory."""
     share = f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2g} %)"
@@ -131,7 +147,8 @@ def first_line(where: str, numbers: str, trainable: int, total: int, memory: Mem
 
 @contextlib.contextmanager
 def closing(run: RunFolder) -> Iterator[None]:
-    """Mark the run failed when an error or a second Ctrl-C leaves the block."""
+    """Mark the run failed when an error or a second Ctrl-C leaves the block; `inspect threads` may look inside."""
+    answer_threads()
     run.update_manifest(status="running")
     try:
         yield
@@ -210,6 +227,9 @@ def _report(
     report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
     if result.interrupted:
         report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
+    left_out = sum(result.skipped.values())
+    if left_out:
+        report.text(f"{left_out} updates were left out: their gradients overflowed, or were NaN.")
     report.tiles(tiles(before, after, result))
     records = run.metrics()
     training_curves(report.heading("Training"), records)
