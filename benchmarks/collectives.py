@@ -15,10 +15,12 @@ import statistics
 from typing import Any
 
 from benchmarks import protocol
-from volvelle.parts.collectives.measure import GLOO, Calibration, Case, Rounds, calibrate, compare
+from volvelle.inspect import collectives
+from volvelle.inspect.collectives import FITTED, GLOO, TWO_LEVEL, Calibration, Case, Rounds, compare, time_cases
 from volvelle.parts.collectives.selection import choose
 
-ALGORITHMS = ("ring", "halving-doubling", "recursive-doubling", "tree", "star")
+ALGORITHMS = (*FITTED, "star", TWO_LEVEL)
+EXTRAPOLATED = (*FITTED[:3], TWO_LEVEL)
 SIZES = (1 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20, 64 << 20)
 TARGETS = {("ring", 4, 64 << 20): 1.3, ("recursive-doubling", 4, 1 << 10): 0.85}
 ATTEMPTS = 3
@@ -33,7 +35,7 @@ def main() -> None:
         machine = protocol.machine(["torch"]) | {"threads": 1, "scheduler": _scheduler()}
         rows = [row for p in options.ranks for row in _table(p, sizes, rounds)]
         print(_shown(rows), flush=True)
-        model = None if options.quick else calibrate(rounds=rounds)
+        model = None if options.quick else _calibrate(rounds)
     if model is None:
         return
     print(_model_text(model))
@@ -53,9 +55,9 @@ def _table(p: int, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     attempts: dict[int, int] = {}
     for size in sizes:
         for attempt in range(1, ATTEMPTS + 1):
-            latest = compare(p, [size], ALGORITHMS, rounds=rounds)
+            latest = compare(p, [size], _of(p), rounds=rounds)
             attempts[size] = attempt
-            if _drift(latest[Case(GLOO, size)]) <= protocol.MAX_DRIFT:
+            if latest[Case(GLOO, size)].drift <= protocol.MAX_DRIFT:
                 break
         found |= latest
     rows = []
@@ -63,19 +65,31 @@ def _table(p: int, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
         if case.algorithm == GLOO:
             continue
         row = _row(p, case, ours, found[Case(GLOO, case.size)])
-        fastest = min(ALGORITHMS, key=lambda name: statistics.median(found[Case(name, case.size)].wall))
+        fastest = min(_of(p), key=lambda name: statistics.median(found[Case(name, case.size)].wall))
         chosen = choose(case.size, p).algorithm == case.algorithm
         rows.append(row | {"chosen": chosen, "fastest": fastest, "attempts": attempts[case.size]})
     return rows
 
 
-def _drift(gloo: Rounds) -> float:
-    return max(gloo.wall) / min(gloo.wall) - 1
+def _of(p: int) -> tuple[str, ...]:
+    """The algorithms on p ranks: two levels need two ranks in a node."""
+    return ALGORITHMS if p > 2 else ALGORITHMS[:-1]
+
+
+def _calibrate(rounds: int) -> Calibration:
+    """Time two to four ranks, fit on two and three and on every second size, hold out the rest."""
+    groups, sizes = collectives.worlds(4), collectives.SIZES
+    names = (*FITTED, TWO_LEVEL)
+    found = {
+        p: time_cases(p, [Case(name, size) for size in sizes for name in names if name in _of(p)], rounds=rounds)
+        for p in groups
+    }
+    return collectives.calibrate(found, held_out_ranks=groups[-1:], held_out_sizes=sizes[1::2])
 
 
 def _row(p: int, case: Case, ours: Rounds, gloo: Rounds) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(ours.wall, gloo.wall, strict=True)]
-    drift = _drift(gloo)
+    drift = gloo.drift
     ratio = statistics.median(ratios)
     target = TARGETS.get((case.algorithm, p, case.size))
     return {
@@ -125,13 +139,14 @@ def _model_text(model: Calibration) -> str:
         "fitted": model.fitted,
         "held-out sizes": model.held_out_sizes,
         "held-out ranks": model.held_out_ranks,
+        "held-out algorithm (two-level)": model.held_out_algorithm,
         f"held-out sizes, apart (up to {model.cores} ranks)": model.held_out_apart,
     }
     lines += [f"  {name}: error {e.median:.0%} median, {e.worst:.0%} worst of {e.count}" for name, e in errors.items()]
     lines.append(
         "extrapolated, 64 MB: all ranks on this machine; each on a core with such a link to itself (no network)"
     )
-    for row in model.extrapolate(MANY, 64 << 20, ALGORITHMS[:3]):
+    for row in model.extrapolate(MANY, 64 << 20, EXTRAPOLATED):
         lines.append(
             f"  {row['ranks']:>6} {row['algorithm']:<19} shared {row['shared']:>9.3g} s +- {row['shared_error']:.0%} "
             f"(worst {row['shared_worst']:.0%})   apart {row['apart']:>9.3g} s +- {row['apart_error']:.0%} "
@@ -148,8 +163,9 @@ def _model_record(model: Calibration) -> dict[str, Any]:
         "fitted": model.fitted._asdict(),
         "held_out_sizes": model.held_out_sizes._asdict(),
         "held_out_ranks": model.held_out_ranks._asdict(),
+        "held_out_algorithm": model.held_out_algorithm._asdict(),
         "held_out_apart": model.held_out_apart._asdict(),
-        "extrapolated": [row for size in (1 << 10, 64 << 20) for row in model.extrapolate(MANY, size, ALGORITHMS[:3])],
+        "extrapolated": [row for size in (1 << 10, 64 << 20) for row in model.extrapolate(MANY, size, EXTRAPOLATED)],
         "timings": [timing._asdict() for timing in model.timings],
     }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least, at_most
 
 if TYPE_CHECKING:
-    from volvelle.parts.collectives.measure import Case, Rounds
+    from volvelle.inspect.collectives import Case, Rounds
 
 CLAIM = Claim(
     title="Bandwidth-optimal all-reduce on a ring",
@@ -35,7 +35,7 @@ def measure(budget: Budget) -> Measurement:
     """Count, compare and time on 2 and 4 ranks (full: also 3, and more rounds)."""
     import torch
 
-    from volvelle.parts.collectives.measure import Case, agreement, time_cases
+    from volvelle.inspect.collectives import Case, agreement, time_cases
     from volvelle.parts.collectives.model import work_of
 
     worlds = (2, 4) if budget == "quick" else (2, 3, 4)

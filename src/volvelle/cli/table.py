@@ -48,6 +48,7 @@ VERBS = (
     Verb("generate", "continue a prompt", "generate", "use"),
     Verb("chat", "talk to a model", "chat", "use"),
     Verb("claim", "measure what a paper says, on this machine", "claim", "look"),
+    Verb("bench", "how fast it is here, beside the implementation people trust", "bench", "look"),
     Verb("inspect gradients", "why a parameter learns nothing, and where a NaN began", "inspect_gradients", "look"),
     Verb("inspect threads", "every thread of a running process, Python and native", "inspect_threads", "look"),
     Verb("export", "write a run in a format other programs read", "export", "use"),

@@ -20,8 +20,9 @@ class Ranks:
 
     def __init__(self, size: int, *, timeout: float = 30.0):
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("forkserver")  # torch is imported once, and forked before any thread
-        context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+        # What is heavy is imported once (DDP needs dynamo), and forked before any thread.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", __name__])
         self.pipes, self.processes, self.broken = [], [], False
         for rank in range(size):
             ours, theirs = context.Pipe()

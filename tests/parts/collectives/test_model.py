@@ -9,7 +9,6 @@ import torch
 from tests.parts.collectives import programs
 
 from volvelle.parts.collectives import Topology, choose
-from volvelle.parts.collectives.measure import Calibration, Case, agreement, time_cases
 from volvelle.parts.collectives.model import Error, Fit, Timing, error_of, fit, work_of
 
 NAMES = ("ring", "halving-doubling", "recursive-doubling", "tree", "star")
@@ -58,15 +57,6 @@ def test_too_few_timings_are_refused():
         work_of("butterfly", 4, 8)
 
 
-def test_extrapolation_carries_its_error():
-    errors = [Error(e, 2 * e, 9) for e in (0.1, 0.2, 0.3, 0.4)]
-    model = Calibration(Fit(1e-5, 1e-9, 1e-6, 1e-10), 2, *errors, [])
-    rows = model.extrapolate((10, 10_000), 1 << 20, ("ring",))
-    assert [row["ranks"] for row in rows] == [10, 10_000]
-    assert all((row["shared_error"], row["shared_worst"], row["apart_error"]) == (0.3, 0.6, 0.4) for row in rows)
-    assert all(row["apart"] < row["shared"] for row in rows)
-
-
 def test_apart_is_shared_where_every_rank_has_a_core():
     found = Fit(1e-5, 1e-9, 1e-6, 1e-10)
     for name in ("ring", "halving-doubling", "recursive-doubling"):
@@ -100,12 +90,3 @@ def test_machines_with_several_ranks_get_two_levels():
 def test_topology_holds_every_rank_once(nodes):
     with pytest.raises(ValueError, match=r"every rank 0 \.\. p - 1 once"):
         Topology(nodes)
-
-
-def test_timing_and_agreement_on_real_ranks():
-    found = time_cases(2, [Case("gloo", 4096), Case("ring", 4096)], rounds=2)
-    assert all(len(case.wall) == len(case.cpu) == 2 and min(case.wall) > 0 for case in found.values())
-    assert found[Case("ring", 4096)].sent == 2 * 4096
-    checked = agreement(2, count=1000)
-    assert checked.error <= 1e-6
-    assert (checked.differing, checked.most_sent) == (0, checked.share)

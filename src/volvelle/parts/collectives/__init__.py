@@ -4,13 +4,14 @@ from volvelle.parts.collectives.collectives import AlgorithmName, all_gather, al
 from volvelle.parts.collectives.hook import HookState, comm_hook
 from volvelle.parts.collectives.selection import Choice, choose
 from volvelle.parts.collectives.topology import Topology
-from volvelle.parts.collectives.wire import PeerLost, Traffic
+from volvelle.parts.collectives.wire import PeerLost, RanksDisagree, Traffic
 
 __all__ = [
     "AlgorithmName",
     "Choice",
     "HookState",
     "PeerLost",
+    "RanksDisagree",
     "Topology",
     "Traffic",
     "all_gather",

@@ -7,23 +7,31 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""combine(mine, theirs) reduces in place into `mine`."""
+Combine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+"""combine(a, b, out) writes a op b into `out`, which is `a` or `b`."""
+
+
+def _add(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.add(a, b, out=out)
+
 
 _COMBINE: dict[dist.ReduceOp.RedOpType, Combine] = {
-    dist.ReduceOp.SUM: lambda mine, theirs: mine.add_(theirs),
-    dist.ReduceOp.AVG: lambda mine, theirs: mine.add_(theirs),  # divided by p at the end, in `finish`
-    dist.ReduceOp.PRODUCT: lambda mine, theirs: mine.mul_(theirs),
-    dist.ReduceOp.MAX: lambda mine, theirs: torch.maximum(mine, theirs, out=mine),
-    dist.ReduceOp.MIN: lambda mine, theirs: torch.minimum(mine, theirs, out=mine),
-    dist.ReduceOp.BAND: lambda mine, theirs: mine.bitwise_and_(theirs),
-    dist.ReduceOp.BOR: lambda mine, theirs: mine.bitwise_or_(theirs),
-    dist.ReduceOp.BXOR: lambda mine, theirs: mine.bitwise_xor_(theirs),
+    dist.ReduceOp.SUM: _add,
+    dist.ReduceOp.AVG: _add,  # divided by p at the end
+    dist.ReduceOp.PRODUCT: lambda a, b, out: torch.mul(a, b, out=out),
+    dist.ReduceOp.MAX: lambda a, b, out: torch.maximum(a, b, out=out),
+    dist.ReduceOp.MIN: lambda a, b, out: torch.minimum(a, b, out=out),
+    dist.ReduceOp.BAND: lambda a, b, out: torch.bitwise_and(a, b, out=out),
+    dist.ReduceOp.BOR: lambda a, b, out: torch.bitwise_or(a, b, out=out),
+    dist.ReduceOp.BXOR: lambda a, b, out: torch.bitwise_xor(a, b, out=out),
 }
 
 
 def combiner(call: str, op: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> Combine:
-    """The in-place reduction for `op`. Every one is commutative bit for bit, so all ranks get the same bits.
+    """The reduction for `op`.
+
+    Not every one is commutative bit for bit (the maximum of 0 and -0, two NaNs, complex products), so where two ranks
+    compute the same value both take the lower rank's operand first: all ranks get the same bits.
 
     Raises:
         ValueError: an op that torch knows and this file does not (PREMUL_SUM).

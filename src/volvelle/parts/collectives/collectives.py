@@ -48,9 +48,11 @@ def all_reduce(
     all as equal. `traffic` counts this rank's bytes. `timeout` bounds every wait, in seconds.
 
     Raises:
-        ValueError: unknown algorithm or op, "two-level" without a topology, a topology of another size.
+        ValueError: unknown algorithm or op, "two-level" without a topology, a topology of another size, a tensor whose
+            elements share memory (`expand`).
         TypeError: an op without meaning for the dtype, a sparse tensor.
         PeerLost: a peer died or was silent; its `rank` is the one that began it.
+        RanksDisagree: at the time-out all are alive, but another rank gave another count, dtype, op or algorithm.
 
     Thakur, Rabenseifner and Gropp 2005; Patarasuk and Yuan 2009.
 
@@ -63,15 +65,18 @@ def all_reduce(
     wire = _wire("all_reduce", group, traffic, timeout)
     _dense(wire.call, tensor)
     combine = combiner(wire.call, op, tensor.dtype)
+    _writable(wire.call, tensor)
     chosen = _algorithm(wire, algorithm, topology, tensor.numel() * tensor.element_size())
+    wire.means(f"{wire.call}{_over(chosen)} {_name(op)} of {tensor.numel()} x {_name(tensor.dtype)}")
     if wire.size == 1 or tensor.numel() == 0:
         return tensor
     with torch.no_grad():
-        flat = tensor.detach().contiguous().view(-1)
+        # What travels is memory, so a lazy conjugate or a stride must become real first.
+        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
         chosen.all_reduce(wire, flat, combine)
         if op == dist.ReduceOp.AVG:
             flat.div_(wire.size)
-        if not tensor.is_contiguous():
+        if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view(tensor.shape))
     return tensor
 
@@ -97,6 +102,8 @@ def reduce_scatter(
     combine = combiner(wire.call, op, output.dtype)
     chosen = _algorithm(wire, algorithm, topology, sum(sizes) * output.element_size())
     bounds = bounds_of(sizes)
+    _writable(wire.call, output)
+    wire.means(f"{wire.call}{_over(chosen)} {_name(op)} of {_name(output.dtype)} blocks {_words(sizes)}")
     with torch.no_grad():
         x = torch.cat([block.detach().reshape(-1) for block in input_list])
         if wire.size > 1 and x.numel():
@@ -127,6 +134,9 @@ def all_gather(
     sizes = _list_sizes(wire, tensor_list, tensor, "tensor_list", "tensor")
     chosen = _algorithm(wire, algorithm, topology, sum(sizes) * tensor.element_size())
     bounds = bounds_of(sizes)
+    for target in tensor_list:
+        _writable(wire.call, target)
+    wire.means(f"{wire.call}{_over(chosen)} of {_name(tensor.dtype)} blocks {_words(sizes)}")
     with torch.no_grad():
         x = tensor.new_empty(bounds[-1])
         x[bounds[wire.rank] : bounds[wire.rank + 1]] = tensor.detach().reshape(-1)
@@ -165,6 +175,24 @@ def _algorithm(wire: Wire, name: str, topology: Topology | None, size: int) -> A
 def _dense(call: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{call}: needs a dense tensor, got layout {tensor.layout}")
+
+
+def _writable(call: str, tensor: torch.Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{call}: needs a tensor of its own memory, got one of shape {tuple(tensor.shape)} by expand")
+
+
+def _over(chosen: Algorithm) -> str:
+    return f" over {chosen.topology.nodes}" if isinstance(chosen, TwoLevel) else ""
+
+
+def _name(value: object) -> str:
+    """RedOpType.SUM and torch.float32 as `sum` and `float32`."""
+    return str(value).rpartition(".")[2].lower()
+
+
+def _words(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def _list_sizes(wire: Wire, many: Sequence[torch.Tensor], one: torch.Tensor, names: str, name: str) -> list[int]:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from volvelle.parts.collectives.selection import choose
+
 
 class Work(NamedTuple):
     """What an all-reduce does: messages and bytes along the longest path, and messages and bytes of all ranks."""
@@ -25,12 +27,13 @@ class Work(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """One measured all-reduce: algorithm, ranks, bytes of the vector, seconds."""
+    """One measured all-reduce: algorithm, ranks, bytes of the vector, seconds; `nodes` of two-level."""
 
     algorithm: str
     ranks: int
     size: int
     seconds: float
+    nodes: int = 1
 
 
 class Fit(NamedTuple):
@@ -41,19 +44,19 @@ class Fit(NamedTuple):
     alpha_shared: float
     beta_shared: float
 
-    def seconds(self, algorithm: str, p: int, size: int) -> float:
+    def seconds(self, algorithm: str, p: int, size: int, *, nodes: int = 1) -> float:
         """Predicted seconds with all ranks on the machine that was measured."""
-        work = work_of(algorithm, p, size)
+        work = work_of(algorithm, p, size, nodes=nodes)
         own = self.alpha * work.rounds + self.beta * work.path
         return own + self.alpha_shared * work.messages + self.beta_shared * work.total
 
-    def apart(self, algorithm: str, p: int, size: int, *, cores: int) -> float:
+    def apart(self, algorithm: str, p: int, size: int, *, cores: int, nodes: int = 1) -> float:
         """Predicted seconds if every rank had a core of that machine, and as fast a link, to itself.
 
         The shared terms are work that `cores` cores do side by side, so on one core a message costs alpha + cores
         alpha_shared and a byte beta + cores beta_shared, along the path alone. A cluster's network is not in it.
         """
-        work = work_of(algorithm, p, size)
+        work = work_of(algorithm, p, size, nodes=nodes)
         message, byte = self.alpha + cores * self.alpha_shared, self.beta + cores * self.beta_shared
         return message * work.rounds + byte * work.path
 
@@ -66,14 +69,21 @@ class Error(NamedTuple):
     count: int
 
 
-def work_of(algorithm: str, p: int, size: int) -> Work:
+def work_of(algorithm: str, p: int, size: float, *, nodes: int = 1) -> Work:
     """The formulas at the heads of the algorithms' files, for an all-reduce of `size` bytes on p ranks.
+
+    Two-level needs `nodes`, each of p / nodes ranks.
+
+    Raises:
+        ValueError: an algorithm without a formula, or nodes that do not divide p.
 
     >>> work_of("ring", 4, 1024)
     Work(rounds=6, path=1536.0, messages=24, total=6144)
     >>> work_of("recursive-doubling", 4, 1024)
     Work(rounds=2, path=2048, messages=8, total=8192)
     """
+    if p % nodes:
+        raise ValueError(f"work_of: nodes must divide p, got {nodes} nodes and {p} ranks")
     power = 1 << (p.bit_length() - 1)
     levels, folded = power.bit_length() - 1, p - power
     edge = 2 if folded else 0  # one message in, one back
@@ -91,6 +101,16 @@ def work_of(algorithm: str, p: int, size: int) -> Work:
             return Work(2 * depth, 2 * depth * size, 2 * (p - 1), 2 * (p - 1) * size)
         case "star":
             return Work(2 * (p - 1), 2 * (p - 1) * size, 2 * (p - 1), 2 * (p - 1) * size)
+        case "two-level":
+            each = p // nodes
+            inside, share = work_of("ring", each, size), size / each
+            between = work_of(choose(int(share), nodes).algorithm, nodes, share)
+            return Work(
+                inside.rounds + between.rounds,
+                inside.path + between.path,
+                nodes * inside.messages + each * between.messages,
+                nodes * inside.total + each * between.total,
+            )
     raise ValueError(f"work_of: algorithm has no formula: {algorithm!r}")
 
 
@@ -110,7 +130,7 @@ def fit(timings: Sequence[Timing]) -> Fit:
     if len(timings) < len(Fit._fields):
         raise ValueError(f"fit: needs at least {len(Fit._fields)} timings, got {len(timings)}")
     measured = torch.tensor([t.seconds for t in timings], dtype=torch.float64)
-    works = [work_of(t.algorithm, t.ranks, t.size) for t in timings]
+    works = [work_of(t.algorithm, t.ranks, t.size, nodes=t.nodes) for t in timings]
     rows = torch.tensor(works, dtype=torch.float64) / measured[:, None]
     ones = torch.ones(len(timings), 1, dtype=torch.float64)
     best, least = torch.zeros(rows.shape[1], dtype=torch.float64), math.inf
@@ -134,8 +154,8 @@ def error_of(found: Fit, timings: Sequence[Timing], *, cores: int | None = None)
 
     def predict(t: Timing) -> float:
         if cores is None:
-            return found.seconds(t.algorithm, t.ranks, t.size)
-        return found.apart(t.algorithm, t.ranks, t.size, cores=cores)
+            return found.seconds(t.algorithm, t.ranks, t.size, nodes=t.nodes)
+        return found.apart(t.algorithm, t.ranks, t.size, cores=cores, nodes=t.nodes)
 
     errors = sorted(abs(predict(t) / t.seconds - 1) for t in timings)
     if not errors:

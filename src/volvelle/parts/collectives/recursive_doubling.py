@@ -53,7 +53,7 @@ def _scatter(wire: Wire, x: torch.Tensor, bounds: Sequence[int], combine: Combin
         transfers += [wire.send(x[i:j], peer) for i, j in mine]
         wire.wait(*transfers)
         for i, j in theirs:
-            combine(x[i:j], scratch[i:j])
+            combine(x[i:j], scratch[i:j], x[i:j])
         distance *= 2
 
 

@@ -69,7 +69,7 @@ def _stream(
         received, transfer = posted.popleft()
         wire.wait(transfer)
         if combine is not None and t < p - 1:
-            combine(piece, received)
+            combine(piece, received, piece)
         if t + 1 < last:
             sends.append(wire.send(piece, right))
     wire.wait(*sends)

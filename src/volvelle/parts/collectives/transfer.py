@@ -19,8 +19,10 @@ WINDOW = 2
 def swap_reduce(wire: Wire, give: torch.Tensor | None, keep: torch.Tensor | None, peer: int, combine: Combine) -> None:
     """Send `give` to the peer while reducing what it sends into `keep`; either may be None.
 
-    The two may be the same memory: a segment is reduced only after the same segment has left.
+    The two may be the same memory: a segment is reduced only after the same segment has left. The lower rank's operand
+    comes first, so that a pair that computes the same sums gets the same bits.
     """
+    lower = wire.rank < peer
     element = (give if give is not None else keep).element_size()  # type: ignore[union-attr]
     most = max(SEGMENT // element, 1)
     going = [] if give is None else [give[i:j] for i, j in segments(0, give.numel(), most)]
@@ -29,20 +31,22 @@ def swap_reduce(wire: Wire, give: torch.Tensor | None, keep: torch.Tensor | None
     under_way: deque = deque()
     for n in range(max(len(going), len(coming))):
         if len(under_way) == WINDOW:
-            _finish(wire, under_way, combine)
+            _finish(wire, under_way, combine, lower)
         theirs = scratch[n % WINDOW][: coming[n].numel()] if n < len(coming) else None
         mine = going[n] if n < len(going) else None
         transfer = wire.start(send=mine, to=peer, receive=theirs, source=peer)
         under_way.append((transfer, coming[n] if n < len(coming) else None, theirs))
     while under_way:
-        _finish(wire, under_way, combine)
+        _finish(wire, under_way, combine, lower)
 
 
-def _finish(wire: Wire, under_way: deque, combine: Combine) -> None:
+def _finish(wire: Wire, under_way: deque, combine: Combine, lower: bool) -> None:
     transfer, mine, theirs = under_way.popleft()
     wire.wait(transfer)
-    if mine is not None:
-        combine(mine, theirs)
+    if mine is not None and lower:
+        combine(mine, theirs, mine)
+    elif mine is not None:
+        combine(theirs, mine, mine)
 
 
 class Fold:

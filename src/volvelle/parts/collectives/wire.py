@@ -6,7 +6,10 @@ block; alpha seconds a message, beta seconds a byte, gamma seconds to reduce a b
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,17 +17,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TAG = 0x766F
 GRACE = 3.0
 """Seconds in which survivors tell each other whom they wait for, once one of them has failed."""
 
 
 class PeerLost(RuntimeError):
-    """A transfer failed because another rank died or stopped; `rank` is its global rank, as far as can be told."""
+    """A transfer failed because another rank died or was silent; `rank` is its global rank, as far as can be told."""
 
     def __init__(self, message: str, rank: int):
         super().__init__(message)
         self.rank = rank
+
+
+class RanksDisagree(RuntimeError):
+    """Ranks that are alive waited for each other: they called different collectives, or with other shapes or dtypes."""
 
 
 @dataclass
@@ -72,6 +78,9 @@ class Wire:
     `members` restricts the wire to some ranks of the group, in this order, and renumbers them from 0 (a node's ranks,
     or one rank a node), without a new process group. Blocks are contiguous tensors; an empty one is not sent, as both
     ends know its size. `timeout` in seconds bounds each wait; None leaves it to the group.
+
+    `work` says what this rank is doing. Messages carry its checksum as their tag (gloo and MPI; NCCL has no tags), so
+    ranks that do not mean the same never take each other's bytes: they wait, and the time-out says who differs.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class Wire:
         group: dist.ProcessGroup,
         *,
         call: str,
+        work: str = "",
         traffic: Traffic | None = None,
         timeout: float | None = None,
         members: Sequence[int] | None = None,
@@ -90,11 +100,18 @@ class Wire:
         self.rank = self.members.index(group.rank())
         self._limit = None if timeout is None else timedelta(seconds=timeout)
         self._plain = dist.get_backend(group) in {"gloo", "mpi"}
+        self.means(work)
+
+    def means(self, work: str) -> None:
+        """Say what this rank is about to do: everything that all ranks must agree on."""
+        self.work, self.tag = work, zlib.crc32(work.encode()) & 0x7FFFFFFF
 
     def among(self, members: Sequence[int]) -> Wire:
         """The same wire among some of its ranks only; this rank must be one of them."""
         chosen = [self.members[m] for m in members]
-        return Wire(self.group, call=self.call, traffic=self.traffic, timeout=self.timeout, members=chosen)
+        return Wire(
+            self.group, call=self.call, work=self.work, traffic=self.traffic, timeout=self.timeout, members=chosen
+        )
 
     def send(self, block: torch.Tensor, peer: int) -> Pending | None:
         """Start sending; the block must not change until the transfer was waited for."""
@@ -134,14 +151,14 @@ class Wire:
             self.traffic.note_received(receive.numel() * receive.element_size())
             peer = self.members[source]
             if self._plain:
-                works.append(self.group.recv([receive], peer, TAG))
+                works.append(self.group.recv([receive], peer, self.tag))
             else:
                 operations.append(dist.P2POp(dist.irecv, receive, group=self.group, group_peer=peer))
         if send is not None:
             peer = self.members[to]
             self.traffic.note_sent(peer, send.numel() * send.element_size())
             if self._plain:
-                works.append(self.group.send([send], peer, TAG))
+                works.append(self.group.send([send], peer, self.tag))
             else:
                 operations.append(dist.P2POp(dist.isend, send, group=self.group, group_peer=peer))
         return works if self._plain else dist.batch_isend_irecv(operations)
@@ -164,39 +181,63 @@ class Wire:
         """Send to a peer and receive from it at the same time."""
         self.wait(self.start(send=send, to=peer, receive=receive, source=peer))
 
-    def _lost(self, peer: int, error: RuntimeError) -> PeerLost:
+    def _lost(self, peer: int, error: RuntimeError) -> RuntimeError:
         """Whose silence began it: the waited-for peer may itself have been waiting for somebody else."""
-        peer, me = self._global(peer), dist.get_rank()
-        culprit = _trace(self.group, me, peer)
+        me, peer = dist.get_rank(), dist.get_global_rank(self.group, peer)
         reason = str(error).strip().splitlines()[0]
-        chain = "" if culprit == peer else f" (it was waiting for rank {culprit})"
-        text = f"{self.call}: rank {culprit} is lost; rank {me} was waiting for rank {peer}{chain}: {reason}"
+        chain, works, answered = _trace(self.group, me, peer, self.work)
+        culprit = chain[-1]
+        if culprit in chain[:-1]:  # a circle: all of them are alive
+            other = next((rank for rank in chain if works[rank] != self.work), None)
+            if other is None:
+                text = f"rank {peer} was silent; ranks {_arrows(chain)} wait for each other"
+                return PeerLost(f"{self.call}: {text}: {reason}", peer)
+            text = f"the ranks do not agree: rank {me} has {self.work}, rank {other} has {works[other]}"
+            return RanksDisagree(f"{self.call}: {text}")
+        if not answered and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            culprit = 0  # torch keeps the store there, unless torchrun does
+        more = "" if culprit == peer else f" (it was waiting for rank {culprit})"
+        if not answered:
+            more = "" if culprit == peer else " (the store does not answer, and rank 0 holds it unless you do)"
+        text = f"{self.call}: rank {culprit} is lost; rank {me} was waiting for rank {peer}{more}: {reason}"
         return PeerLost(text, culprit)
 
-    def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank)
+
+def _arrows(chain: Sequence[int]) -> str:
+    return " -> ".join(map(str, chain))
 
 
-def _trace(group: dist.ProcessGroup, me: int, peer: int) -> int:
-    """Say in the group's store whom this rank waits for, then follow the others' words to a rank that says nothing.
+def _trace(group: dist.ProcessGroup, me: int, peer: int, work: str) -> tuple[list[int], dict[int, str], bool]:
+    """Say in the group's store whom this rank waits for and what it does, then follow the words of the others.
 
-    A rank that died or was stopped is the one that leaves no word. Where the store itself cannot be reached (it often
-    lives in rank 0), the peer is all that is known.
+    Returns the ranks from this one to one that says nothing, or to one that came before; what each said it was doing;
+    and whether the store answered. A rank that died or was stopped is the one that leaves no word.
     """
-    try:
-        store = group.get_group_store()
-        store.set(f"volvelle/lost/{me}", str(peer))
-        seen, until = {me}, time.monotonic() + GRACE
-        while peer not in seen:
-            left = until - time.monotonic()
-            if left <= 0:
-                break
-            seen.add(peer)
-            try:
-                store.wait([f"volvelle/lost/{peer}"], timedelta(seconds=left))
-            except RuntimeError:
-                break
-            peer = int(store.get(f"volvelle/lost/{peer}"))
-    except RuntimeError:
-        return peer
-    return peer
+    chain, works = [me, peer], {me: work}
+    answered: list[bool] = []
+
+    def follow() -> None:
+        try:
+            store = group.get_group_store()
+            store.set(f"volvelle/lost/{me}", f"{peer} {work}")
+            until = time.monotonic() + GRACE
+            while chain[-1] not in chain[:-1]:
+                key = f"volvelle/lost/{chain[-1]}"
+                try:
+                    store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
+                except RuntimeError:
+                    # Nobody said anything, or nobody listens: the own word tells the two apart.
+                    answered.append(store.check([f"volvelle/lost/{me}"]))
+                    return
+                waits_for, _, theirs = store.get(key).decode().partition(" ")
+                works[chain[-1]] = theirs
+                chain.append(int(waits_for))
+            answered.append(True)
+        except RuntimeError:
+            return
+
+    # In a thread of its own: a store whose process was stopped holds on to whoever asks it.
+    asking = threading.Thread(target=follow, name="volvelle-trace", daemon=True)
+    asking.start()
+    asking.join(GRACE + 1.0)
+    return list(chain), works, bool(answered and answered[0])

@@ -1,0 +1,121 @@
+"""`volvelle bench`: how fast something is on this machine, beside the implementation people trust."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from volvelle.cli.console import result, say, table, wants_json
+from volvelle.errors import UsageError, VolvelleError, did_you_mean
+
+EXAMPLES = ("volvelle bench collectives", "volvelle bench collectives ranks=3 sizes=1K,256K,8M,32M")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One row: what is typed, what is measured, and whether a script of the repository does it."""
+
+    name: str
+    help: str
+    script: bool = True
+
+
+BENCHES = (
+    Bench(
+        "collectives", "our all-reduces beside gloo's; a model of them with its error; which to use when", script=False
+    ),
+    Bench("language", "decoding beside transformers, a LoRA step beside peft"),
+    Bench("loader", "loader workers beside torch's DataLoader"),
+    Bench("planner", "planned memory beside the profiler's"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    name: Positional[str | None] = None
+    """What to measure; the list when left out."""
+    ranks: int | None = None
+    """Processes, for collectives (default: 4)."""
+    sizes: tuple[str, ...] = ()
+    """Bytes of the vectors, for collectives, such as 1K,64K,4M (default: 1K to 64M in steps of 4)."""
+    rounds: int | None = None
+    """Interleaved rounds (default: 5)."""
+    quick: bool = False
+    """A smoke run: few sizes and rounds, no figures to rely on."""
+
+
+def main(options: Options) -> int:
+    """Measure, or list what can be measured."""
+    if options.name is None:
+        rows = [(b.name, b.help, _script(b) or "no checkout") for b in BENCHES]
+        table(("bench", "what is measured", "by"), rows)
+        result({"benches": [{"name": b.name, "help": b.help, "here": _script(b) is not None} for b in BENCHES]})
+        return 0
+    names = [b.name for b in BENCHES]
+    if options.name not in names:
+        tip = did_you_mean(options.name, names) or f"one of {', '.join(names)}"
+        raise UsageError(f"bench: there is no benchmark {options.name!r}", tip=tip)
+    bench = BENCHES[names.index(options.name)]
+    if bench.script:
+        return _run_script(bench, options)
+    from volvelle.cli import bench_collectives
+
+    ranks = 4 if options.ranks is None else options.ranks
+    rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
+    if ranks < 2 or rounds < 1:
+        raise UsageError(f"bench collectives: needs ranks >= 2 and rounds >= 1, got {ranks} and {rounds}")
+    sizes = tuple(sorted({size_of(text) for text in options.sizes}))
+    result(bench_collectives.run(ranks, sizes, rounds, quick=options.quick))
+    return 0
+
+
+def size_of(text: str) -> int:
+    """Bytes, from how people write them; a whole number of fp32 elements.
+
+    >>> size_of("1024"), size_of("64K"), size_of("1.5MB")
+    (1024, 65536, 1572864)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    size = round(float(found[1]) * 1024 ** " KMG".index(found[2].upper() or " ")) // 4 * 4 if found else 0
+    if not 4 <= size <= 1 << 30:
+        raise UsageError(f"bench: sizes={text} is not a size from 4 bytes to 1G", tip="write 1024, 64K or 8M")
+    return size
+
+
+def _script(bench: Bench) -> str | None:
+    """What measures it here: this package or a script of the checkout; None when there is no checkout."""
+    if not bench.script:
+        return "volvelle"
+    return f"benchmarks/{bench.name}.py" if (_checkout() / "benchmarks" / f"{bench.name}.py").is_file() else None
+
+
+def _checkout() -> Path:
+    """The folder above src/, where this file lies in a checkout."""
+    return Path(__file__).resolve().parents[4]
+
+
+def _run_script(bench: Bench, options: Options) -> int:
+    for key in ("ranks", "sizes"):
+        if getattr(options, key):
+            raise UsageError(f"bench {bench.name}: has no option {key}", tip="ranks= and sizes= are for collectives")
+    if _script(bench) is None:
+        raise VolvelleError(
+            f"bench {bench.name}: its script benchmarks/{bench.name}.py is not here: an installed package has none",
+            tip="run it in a checkout of the repository; volvelle bench collectives works everywhere",
+        )
+    command = [sys.executable, "-m", f"benchmarks.{bench.name}"]
+    command += ["--quick"] * options.quick + ([] if options.rounds is None else [f"--rounds={options.rounds}"])
+    say(f"in {_checkout()}: {' '.join(command[1:])}")
+    code = subprocess.run(command, cwd=_checkout(), stdout=sys.stderr if wants_json() else None, check=False).returncode
+    if code:
+        raise VolvelleError(f"bench {bench.name}: the script ended with exit code {code}", tip="its last lines say why")
+    figures = _checkout() / "benchmarks" / "results" / f"{bench.name}.json"
+    result({"name": bench.name, "figures": str(figures) if figures.is_file() and not options.quick else None})
+    return 0
