@@ -80,7 +80,7 @@ def at_least(options: StepOptions, parameters: int) -> int:
     each = 4 if options.precision in ("fp32", "amp") else 2
     if options.method != "full":
         return each * parameters
-    states = {"adamw": 2, "momentum": 1}.get(options.optimizer, 0)
+    states = {"adamw": 2, "adamw-foreach": 2, "momentum": 1}.get(options.optimizer, 0)
     if "master" in options.precision:
         return (each + each + 4 + 4 + 4 * states) * parameters
     return each * (2 + states) * parameters

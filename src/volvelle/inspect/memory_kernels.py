@@ -193,7 +193,10 @@ def _attention(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], 
     sums = 4 if q.dtype in _HALF else q.element_size()
     total = kernels.threads * (rows * columns + 2 * rows + rows * v.shape[-1]) * sums
     if q.dtype in _HALF:
-        total += kernels.threads * rows * columns * q.element_size() + _bytes(k, v)
+        # Pairs of keys lie side by side: an odd number of them is rounded up.
+        even = _up(columns, 2)
+        total += kernels.threads * rows * even * q.element_size()
+        total += _bytes(k) + _bytes(v) // v.shape[2] * _up(v.shape[2], 2)
         total += kernels.threads * columns * q.shape[-1] * q.element_size()
     return total
 
@@ -213,6 +216,29 @@ def _tile(q: Tensor, k: Tensor) -> tuple[int, int]:
     n = q.shape[2]
     rows = 256 if n >= 768 else 64 if n >= 192 else 32
     return min(rows, n), min(512, k.shape[2])
+
+
+def _product(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """In half precision oneDNN's brgemm packs operands into panels of 32 columns, in buffers of each thread's own.
+
+    An operand whose rows are not contiguous (the weight's gradient) is first transposed: then it holds up to 256 rows
+    of the one and two panels of the other, else all panels of the second operand, both within the cache.
+    """
+    a, b = args[-2:]
+    if b.dtype not in _HALF:
+        return 0
+    k, n = _up(a.shape[-1], 32), _up(b.shape[-1], 32)
+    if a.stride(-1) != 1:
+        rows = min(_up(-(-a.shape[-2] // kernels.threads), 32), 256)
+        panels = min(2 * k * (rows + 64), 800 * 1024)
+    else:
+        panels = min(2 * k * n, 1280 * 1024)
+    return kernels.threads * (panels + 5 * 1024)
+
+
+def _logsumexp(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """The exponentials of the differences from the maximum, and the maxima."""
+    return _bytes(args[0]) + _bytes(result)
 
 
 def _safe_softmax(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -245,6 +271,9 @@ _CPU: dict[Any, Rule] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _ATEN.mean: _mean,
+    _ATEN.mm: _product,
+    _ATEN.addmm: _product,
+    _ATEN.logsumexp: _logsumexp,
     _ATEN._safe_softmax: _safe_softmax,
 }
 _CUDA: dict[Any, Rule] = {_ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward_cuda}

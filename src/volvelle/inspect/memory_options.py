@@ -10,7 +10,7 @@ from volvelle.errors import UsageError, did_you_mean
 
 MethodName = Literal["full", "lora", "adapter", "prefix"]
 Precision = Literal["fp32", "bf16", "amp", "bf16-master", "fp16-master"]
-Optimizer = Literal["adamw", "sgd", "momentum", "adafactor"]
+Optimizer = Literal["adamw", "adamw-foreach", "sgd", "momentum", "adafactor"]
 Device = Literal["cpu", "cuda"]
 Shard = Literal["ddp", "fsdp"]
 
