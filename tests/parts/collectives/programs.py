@@ -23,6 +23,7 @@ from volvelle.parts.collectives import (
     reduce_scatter,
     ring,
     transfer,
+    wire,
 )
 
 OPS = {
@@ -123,6 +124,8 @@ def complain(rank: int) -> list[str]:
         lambda: all_reduce(x.long(), dist.ReduceOp.AVG),
         lambda: all_reduce(x.to(torch.complex64), dist.ReduceOp.MAX),
         lambda: all_reduce(x, dist.ReduceOp.BXOR),
+        lambda: all_reduce(x.to(torch.uint16)),
+        lambda: all_reduce(x[:1].expand(3)),
         lambda: all_gather([x] * (p + 1), x),
         lambda: all_gather([x] * p, x[:2]),
         lambda: reduce_scatter(x.double(), [x] * p),
@@ -171,17 +174,104 @@ def train(rank: int, kind: str) -> tuple[dict[str, torch.Tensor], int]:
     return {name: q.grad.clone() for name, q in model.named_parameters()}, state.traffic.sent
 
 
-def lose(rank: int, victim: int, how: str, algorithm: str, timeout: float) -> tuple[str, int, float]:
-    """All reduce over and over; the victim kills or stops itself at the second round. The error of the others."""
+def lose(rank: int, victim: int, how: str, when: str, algorithm: str, timeout: float) -> tuple[str, int, float]:
+    """All reduce over and over; the victim kills or stops itself in the third round. The error of the others.
+
+    `when` is before that round's first message, or in the middle: after messages of it have arrived and left.
+    """
     began = time.monotonic()
-    x = torch.ones(1 << 16)
+    x = torch.ones(1 << 20)
+    plain = wire.Wire.wait
+
+    def end(*_) -> None:
+        os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP)
+
+    def wait(self, *transfers) -> None:
+        plain(self, *transfers)
+        waits.append(1)
+        if len(waits) == 2:
+            end()
+
+    waits: list[int] = []
     try:
         for turn in range(1000):
-            if rank == victim and turn == 2:
-                os.kill(os.getpid(), signal.SIGKILL if how == "dead" else signal.SIGSTOP)
             if turn == 2:
                 began = time.monotonic()
-            all_reduce(x, algorithm=algorithm, timeout=timeout)
+                if rank == victim and when == "before":
+                    end()
+                elif rank == victim:
+                    wire.Wire.wait = wait  # type: ignore[method-assign]
+            with messages_of(1 << 18):  # 4 MB in 16 messages
+                all_reduce(x, algorithm=algorithm, timeout=timeout)  # type: ignore[arg-type]
     except PeerLost as error:
         return str(error), error.rank, time.monotonic() - began
     return "nothing was raised", -1, 0.0
+
+
+def disagree(rank: int, how: str, odd: int, timeout: float) -> tuple[str, str]:
+    """One collective in which rank `odd` does something else. The error's type and text."""
+    mine = rank == odd
+    count = 12 if mine and how == "count" else 10
+    dtype = torch.int32 if mine and how == "dtype" else torch.float32
+    op = OPS["max" if mine and how == "op" else "sum"]
+    algorithm: Any = "tree" if mine and how == "algorithm" else "ring"
+    p = dist.get_world_size()
+    try:
+        if how == "sizes":
+            targets = [torch.empty(3 + (mine and r == 0)) for r in range(p)]
+            all_gather(targets, torch.ones(targets[rank].numel()), algorithm=algorithm, timeout=timeout)
+        elif how == "call" and mine:
+            reduce_scatter(torch.empty(10), [torch.ones(10)] * p, algorithm=algorithm, timeout=timeout)
+        else:
+            all_reduce(torch.ones(count, dtype=dtype), op, algorithm=algorithm, timeout=timeout)
+    except RuntimeError as error:
+        return type(error).__name__, str(error)
+    return "", "nothing was raised"
+
+
+def layouts(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """all_reduce of tensors whose memory is not what they show, beside the sum of the same values made plain."""
+    base = torch.randn(4, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(rank))
+    real = base.real.contiguous()
+    wide = torch.zeros(4, 12)
+    wide[:, 3:9] = real
+    leaf = real.clone().requires_grad_()
+    shapes = {
+        "conjugate": base.clone().conj(),
+        "negated": base.clone().conj().imag,
+        "transposed": real.clone().t(),
+        "a slice": wide[:, 3:9],
+        "channels last": real.clone().view(1, 2, 3, 4).to(memory_format=torch.channels_last),
+        "a leaf that learns": leaf,
+        "a number": real.sum(),
+        "empty with a shape": torch.empty(3, 0, 2),
+    }
+    found = {}
+    for name, x in shapes.items():
+        plain = x.detach().clone().resolve_conj().resolve_neg().contiguous()
+        all_reduce(x, algorithm="halving-doubling")
+        dist.all_reduce(plain)
+        found[name] = (x.detach().clone().resolve_conj().resolve_neg().contiguous(), plain)
+    assert bool((wide[:, :3] == 0).all()), "wrote beside the slice"
+    return found
+
+
+def uncommutative(rank: int, algorithm: str) -> list[bytes]:
+    """Reductions whose two orders give other bits: signed zeros, NaNs with a payload, complex products, long sums."""
+    p = dist.get_world_size()
+    nodes = ((0,), tuple(range(1, p))) if algorithm == "two-level" else None
+    zeros = torch.zeros(67) * (1 if rank % 2 else -1)
+    nans = torch.full((67,), 0x7FC00000 + rank, dtype=torch.int32).view(torch.float32)
+    inputs = [
+        (zeros, "max"),
+        (zeros.clone(), "min"),
+        (nans, "sum"),
+        (values(rank, 1001, torch.complex64), "product"),
+        (values(rank, 1001, torch.bfloat16), "sum"),
+    ]
+    results = []
+    for x, op in inputs:
+        time.sleep(0.002 * ((rank * 7 + len(results) + os.getpid()) % 3))  # whoever is late must not matter
+        all_reduce(x, OPS[op], algorithm=algorithm, topology=plan(nodes))  # type: ignore[arg-type]
+        results.append(bits(x))
+    return results

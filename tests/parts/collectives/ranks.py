@@ -16,19 +16,25 @@ LIMIT = 60.0
 
 
 class Ranks:
-    """`size` processes of one group. The store lives in the caller, as torchrun's does, so no rank's death loses it."""
+    """`size` processes of one group. The store lives in the caller, as torchrun's does, so no rank's death loses it.
 
-    def __init__(self, size: int, *, timeout: float = 30.0):
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    With `store_in_rank_0` it lives there, as torch has it without torchrun.
+    """
+
+    def __init__(self, size: int, *, timeout: float = 30.0, store_in_rank_0: bool = False):
+        self.store = None if store_in_rank_0 else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = None if self.store is None else self.store.port
         # What is heavy is imported once (DDP needs dynamo), and forked before any thread.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", __name__])
         self.pipes, self.processes, self.broken = [], [], False
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self.store.port, rank, size, timeout), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, port, rank, size, timeout), daemon=True)
             process.start()
             theirs.close()
+            if port is None:
+                port = ours.recv()
             self.pipes.append(ours)
             self.processes.append(process)
 
@@ -70,9 +76,12 @@ class _Failed:
         self.text = text
 
 
-def _serve(pipe, port: int, rank: int, size: int, timeout: float) -> None:
+def _serve(pipe, port: int | None, rank: int, size: int, timeout: float) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT))
+    limit = timedelta(seconds=LIMIT)
+    store = dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, timeout=limit, wait_for_workers=False)
+    if port is None:
+        pipe.send(store.port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     while True:
         try:

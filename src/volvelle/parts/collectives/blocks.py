@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +28,7 @@ _COMBINE: dict[dist.ReduceOp.RedOpType, Combine] = {
 }
 
 
-def combiner(call: str, op: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> Combine:
+def combiner(call: str, op: dist.ReduceOp.RedOpType, dtype: torch.dtype, device: torch.device) -> Combine:
     """The reduction for `op`.
 
     Not every one is commutative bit for bit (the maximum of 0 and -0, two NaNs, complex products), so where two ranks
@@ -35,7 +36,8 @@ def combiner(call: str, op: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> Comb
 
     Raises:
         ValueError: an op that torch knows and this file does not (PREMUL_SUM).
-        TypeError: an op without meaning for the dtype: AVG of integers, MAX and MIN of complex numbers, bits of floats.
+        TypeError: an op without meaning for the dtype: AVG of integers, MAX and MIN of complex numbers, bits of floats;
+            or one that torch does not compute there. After the first message it would be too late to find out.
     """
     if op not in _COMBINE:
         raise ValueError(f"{call}: op must be one of {', '.join(str(known) for known in _COMBINE)}, got {op}")
@@ -47,7 +49,19 @@ def combiner(call: str, op: dist.ReduceOp.RedOpType, dtype: torch.dtype) -> Comb
         dtype.is_floating_point or dtype.is_complex
     ):
         raise TypeError(f"{call}: {op} needs an integer or boolean dtype, got {dtype}")
+    if not _computed(op, dtype, device):
+        raise TypeError(f"{call}: torch does not compute {op} of {dtype} on {device.type}")
     return _COMBINE[op]
+
+
+@functools.cache
+def _computed(op: dist.ReduceOp.RedOpType, dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        one = torch.empty(1, dtype=dtype, device=device)
+        _COMBINE[op](one, one.clone(), one)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def even_bounds(count: int, parts: int) -> list[int]:

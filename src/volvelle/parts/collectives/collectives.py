@@ -64,7 +64,7 @@ def all_reduce(
     """
     wire = _wire("all_reduce", group, traffic, timeout)
     _dense(wire.call, tensor)
-    combine = combiner(wire.call, op, tensor.dtype)
+    combine = combiner(wire.call, op, tensor.dtype, tensor.device)
     _writable(wire.call, tensor)
     chosen = _algorithm(wire, algorithm, topology, tensor.numel() * tensor.element_size())
     wire.means(f"{wire.call}{_over(chosen)} {_name(op)} of {tensor.numel()} x {_name(tensor.dtype)}")
@@ -99,7 +99,7 @@ def reduce_scatter(
     """
     wire = _wire("reduce_scatter", group, traffic, timeout)
     sizes = _list_sizes(wire, input_list, output, "input_list", "output")
-    combine = combiner(wire.call, op, output.dtype)
+    combine = combiner(wire.call, op, output.dtype, output.device)
     chosen = _algorithm(wire, algorithm, topology, sum(sizes) * output.element_size())
     bounds = bounds_of(sizes)
     _writable(wire.call, output)
