@@ -126,7 +126,10 @@ def test_train_language_interrupted_resumes_from_its_folder_bit_for_bit(tmp_path
         resume_run(part.path)
 
 
-@pytest.mark.parametrize("options", [{}, {"pack": True}, {"checkpointing": True}, {"precision": "bf16"}])
+HALF = {"precision": "fp16", "average": 0.9, "workers": 2, "worker_kind": "processes"}
+
+
+@pytest.mark.parametrize("options", [{}, {"pack": True}, {"checkpointing": True}, {"precision": "bf16"}, HALF])
 def test_adapt_interrupted_resumes_bit_for_bit(tmp_path, base, options):
     recipe = adaptation(tmp_path, base, **options)
     whole, part = (folder(tmp_path, name, "adapt", recipe) for name in ("whole", "part"))
@@ -143,6 +146,23 @@ def test_adapt_interrupted_resumes_bit_for_bit(tmp_path, base, options):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     size = sum(f.stat().st_size for f in (part.path / "checkpoints" / "step-00000010").glob("*.safetensors"))
     assert size < 60_000, "only the adapter is in the checkpoint"
+
+
+def test_a_run_answers_for_its_threads_and_says_what_it_left_out(tmp_path):
+    from volvelle.inspect import live_threads
+
+    recipe, ear = scratch(tmp_path, steps=6, precision="fp16", workers=2, evaluate_every=None), Ear()
+    seen = []
+
+    def progress(progress):
+        seen.append({thread.name for thread in live_threads()})
+
+    ear.progress = progress
+    outcome = train_language(recipe, folder(tmp_path, "run", "language", recipe), observer=ear)
+    assert {"volvelle-threads", "loader-0", "loader-1"} <= seen[2]
+    assert any("fp16 autocast over fp32 weights" in line for line in ear.said)
+    assert outcome.after["loss"] < outcome.before["loss"]
+    assert not any(thread.name.startswith("loader") for thread in live_threads())
 
 
 def test_packing_and_padding_train_on_the_same_loss(tmp_path, base):
