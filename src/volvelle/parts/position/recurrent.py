@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.export import export
-from volvelle.parts.position.encoding import PositionEncoding
+from volvelle.parts.position.encoding import PositionEncoding, widened
 from volvelle.parts.position.learned import LearnedPositions
 
 Solver = Literal["rk4", "euler"]
@@ -75,7 +75,9 @@ def recurrent_positions(
 
 def _trajectory(start: Tensor, h: Dynamics, length: int, delta: float, solver: Solver) -> Tensor:
     """Return p at times 0, Δ, .. (length - 1) Δ: (length, dim)."""
-    states, p = [start], start
+    dtype = start.dtype  # 16-bit weights: a long recurrence in fp32, rounded at the end
+    h, p = Dynamics(*(widened(weight) for weight in h)), widened(start)
+    states = [p]
     for m in range(length - 1):
         t = m * delta
         k_1 = h(t, p)
@@ -87,7 +89,7 @@ def _trajectory(start: Tensor, h: Dynamics, length: int, delta: float, solver: S
             k_4 = h(t + delta, p + delta * k_3)
             p = p + delta / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
         states.append(p)
-    return torch.stack(states)
+    return torch.stack(states).to(dtype)
 
 
 @export("nn.RecurrentPositions", twin=recurrent_positions)
