@@ -7,10 +7,11 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from volvelle.cli.console import duration, result, say, warn
+from volvelle.cli.console import duration, result, say, wants_json, warn
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.observer import Observer, Progress
@@ -18,6 +19,7 @@ from volvelle.train.options import FitOptions, to_dict
 
 if TYPE_CHECKING:
     from volvelle.train.outcome import Outcome
+    from volvelle.train.ranks import Ranks
 
 INTERVAL = 5.0
 """Seconds between two progress lines in a pipe."""
@@ -80,21 +82,95 @@ def recipe_of(kind: type[T], options: FitOptions) -> T:
 
 
 def start(kind: str, recipe: FitOptions, name: str | None) -> int:
-    """Make a run folder, run the recipe of that kind in it, and print the result."""
-    from volvelle.train.resume import KINDS
+    """Make a run folder, run the recipe of that kind in it, and print the result.
 
+    With `ranks` above 1 the work is done by as many new processes. As one of torchrun's workers, this process joins the
+    others; one that torchrun has started again goes on with the run of its predecessor.
+    """
+    from volvelle.train.launch import hush, launched
+
+    if launched():
+        hush()
+        return _as_worker(lambda ranks: _begun(kind, recipe, name, ranks), recipe)
     run = RunFolder.create(name, kind=kind, config=to_dict(recipe))
     say(f"run {run.path}")
+    with _dropped_if_idle(run):
+        return _launch(run, recipe.ranks) if recipe.ranks > 1 else closing_lines(_train(kind, recipe, run))
+
+
+def resume(path: Path) -> int:
+    """Continue the run in that folder, with as many ranks as it had, and print the result."""
+    from volvelle.train.launch import hush, launched
+
+    hush()
+    from volvelle.train.resume import recipe_of_run, resume_run
+
+    recipe = recipe_of_run(path)
+    if launched():
+        return _as_worker(lambda ranks: path, recipe)
+    if recipe.ranks > 1:
+        return _launch(RunFolder.open(path), recipe.ranks)
+    with console() as observer:
+        return closing_lines(resume_run(path, observer=observer))
+
+
+def _train(kind: str, recipe: FitOptions, run: RunFolder) -> Outcome:
+    from volvelle.train.resume import KINDS
+
     _, function = KINDS[kind]()
+    with console() as observer:
+        return function(recipe, run, observer=observer)
+
+
+@contextlib.contextmanager
+def _dropped_if_idle(run: RunFolder) -> Iterator[None]:
+    """Bad data or a wrong option: nothing was measured or trained, so nothing is worth keeping."""
     try:
-        with console() as observer:
-            outcome = function(recipe, run, observer=observer)
-    except VolvelleError:
-        # Bad data or a wrong option: nothing was measured or trained, so nothing is worth keeping.
+        yield
+    except (VolvelleError, SystemExit):
         if not run.metrics():
             shutil.rmtree(run.path)
         raise
-    return closing_lines(outcome)
+
+
+def _launch(run: RunFolder, ranks: int) -> int:
+    """Do the work in `ranks` processes, which print what there is to say."""
+    from volvelle.train.launch import launch
+
+    code = launch(ranks, ["resume", str(run.path), *(["--json"] if wants_json() else [])])
+    if code not in (0, INTERRUPTED):
+        raise SystemExit(code)
+    return code
+
+
+def _begun(kind: str, recipe: FitOptions, name: str | None, ranks: Ranks) -> Path:
+    """The run folder of torchrun's workers, made by rank 0: that of the workers before a restart, if there is one."""
+    from volvelle.runs import scan
+    from volvelle.train.launch import job, options_of, restarts
+
+    if restarts():
+        for run in reversed(scan()):
+            if run.manifest.get("job") == job():
+                return run.path
+    run = RunFolder.create(name, kind=kind, config=to_dict(options_of(recipe, ranks)))
+    run.update_manifest(job=job())
+    say(f"run {run.path}")
+    return run.path
+
+
+def _as_worker(begin: Callable[[Ranks], Path], recipe: FitOptions) -> int:
+    """Work as one of many; only rank 0 prints, or the first rank that fails."""
+    from volvelle.train.launch import joined
+    from volvelle.train.observer import Quiet
+    from volvelle.train.resume import resume_run
+
+    with joined(recipe, device=getattr(recipe, "device", None)) as ranks:
+        path = ranks.share(begin(ranks) if ranks.leads else Path())
+        with console() as observer:
+            outcome = resume_run(path, observer=observer if ranks.leads else Quiet(), ranks=ranks)
+    if ranks.leads:
+        return closing_lines(outcome)
+    return 0 if outcome.interrupted is None else INTERRUPTED
 
 
 def closing_lines(outcome: Outcome) -> int:

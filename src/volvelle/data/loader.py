@@ -106,36 +106,61 @@ class Loader:
         self._pool: Pool | None = None
         self._end: weakref.finalize | None = None
         self.shuffle, self.drop_last, self.lengths = shuffle, drop_last, lengths
+        self.rank, self.world = 0, 1
         self.epoch = 0
         self.position = 0
-        """Batches of this epoch already given out."""
+        """Batches of this epoch already given out, to all ranks together."""
 
     def __len__(self) -> int:
         """Batches in one epoch."""
         whole, rest = divmod(len(self.dataset), self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
+    def split(self, rank: int, world: int) -> Loader:
+        """Give out every `world`-th batch only, from number `rank` on; returns the loader itself.
+
+        The batches go round: of each `world` in a row, rank r takes the r-th. A round may cross the end of an epoch, so
+        nothing is left out or repeated, and all ranks have the same cursor after each round.
+
+        >>> [b.value for b in Loader(range(6), 2, seed=0, collate=list, shuffle=False).split(1, 2)]
+        [[2, 3], [0, 1]]
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"Loader.split: rank must lie in 0 … {world - 1}, got {rank}")
+        self.rank, self.world = rank, world
+        return self
+
     def __iter__(self) -> Iterator[Batch]:
-        plan = self.plan(self.epoch)[self.position :]
-        with contextlib.closing(self._values(plan)) as values:
-            for ids, value in zip(plan, values, strict=True):
+        tasks = list(self._tasks())
+        with contextlib.closing(self._values(tasks)) as values:
+            for (_, ids), value in zip(tasks, values, strict=True):
                 # The cursor moves before the batch is handed over: a checkpoint taken while the caller works on it
                 # counts it as given. What workers have read ahead is not counted.
-                self.position += 1
+                self.position += self.world
                 yield Batch(ids, value)
-        self.epoch, self.position = self.epoch + 1, 0
+        # The last round may have reached into the next epoch.
+        self.epoch, self.position = self.epoch + 1, self.position - len(self)
 
-    def _values(self, plan: list[list[int]]) -> Generator[Any, None, None]:
-        """The value of every batch of `plan`, read here or ahead of time by workers."""
-        key = self._key()
+    def _tasks(self) -> Iterator[tuple[str, list[int]]]:
+        """(key of the epoch, sample numbers) of this rank's batch in every round that begins in this epoch."""
+        count, plans = len(self), {self.epoch: self.plan(self.epoch)}
+        for start in range(self.position, count, self.world):
+            later, at = divmod(start + self.rank, count)
+            epoch = self.epoch + later
+            if epoch not in plans:
+                plans[epoch] = self.plan(epoch)
+            yield f"{self.seed}/{epoch}", plans[epoch][at]
+
+    def _values(self, tasks: list[tuple[str, list[int]]]) -> Generator[Any, None, None]:
+        """The value of every task, read here or ahead of time by workers."""
         if not self.num_workers:
-            for ids in plan:
+            for key, ids in tasks:
                 yield self._reader(Task(0, key, ids), lambda _: None)
             return
         pool = self._pool = self._pool or self._start()
         finished = False
         try:
-            yield from ahead(pool, ((key, ids) for ids in plan), self.num_workers * self.prefetch)
+            yield from ahead(pool, iter(tasks), self.num_workers * self.prefetch)
             finished = True
         finally:
             if not finished:  # left early, by an error or by the caller: nobody will take what is being read

@@ -23,6 +23,7 @@ from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.precision import Precision
 from volvelle.train.random_state import seed_all
+from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.adapt import AdaptLanguage
 from volvelle.train.text_run import (
     NUMBERS,
@@ -39,14 +40,20 @@ from volvelle.train.text_run import (
 
 
 def adapt_language(
-    recipe: AdaptLanguage, run: RunFolder, *, observer: Observer | None = None, resume: bool = False
+    recipe: AdaptLanguage,
+    run: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Adapt a model to the recipe's data and leave an adapter (or weights), metrics and a report in the run folder.
 
     Held-out loss, perplexity and BLEU are measured before and after. `resume=True` continues an interrupted run.
+    Of many `ranks` all call this, and only rank 0 measures and writes.
     """
     with closing(run):
-        return _Adaptation(recipe, run, observer or Observer()).run_all(resume)
+        return _Adaptation(recipe, run, observer or Observer()).run_all(resume, ranks or Ranks())
 
 
 class _Adaptation:
@@ -113,11 +120,15 @@ class _Adaptation:
         count = sum(p.numel() for p in self.model.parameters())
         return count, count
 
-    def run_all(self, resume: bool) -> Outcome:
+    def run_all(self, resume: bool, ranks: Ranks) -> Outcome:
         recipe, run = self.recipe, self.run
-        before, samples = self._before(resume)
+        before, samples = self._before(resume) if ranks.leads else ({}, [])
         objective = LanguageObjective(self.model, recipe, held_out=self.held_loader)
-        result = fit(objective, self.loader, options=recipe, run=run, observer=self.observer, resume=resume)
+        result = fit(
+            objective, self.loader, options=recipe, run=run, observer=self.observer, resume=resume, ranks=ranks
+        )
+        if not ranks.leads:
+            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
         self.model.eval()
         after: dict[str, float] = {}
         if not result.interrupted:

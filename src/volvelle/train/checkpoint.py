@@ -2,7 +2,7 @@
 
 `checkpoints/step-00000100/` holds `state.json` (counters, cursors, optimiser settings), `tensors.safetensors` (every
 tensor the state names) and `manifest.json` (SHA-256 of both). It is written under a temporary name, flushed, and
-renamed; nothing is pickled, so opening one runs no code.
+renamed; nothing is pickled, so opening one runs no code. Of sharded weights every rank writes its part (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ class CorruptCheckpoint(VolvelleError):
     """A checkpoint whose files are missing, truncated, or not the bytes that were written."""
 
 
-def pack(tree: Tree, tensors: dict[str, Tensor], path: str = "") -> Tree:
+def pack(tree: Tree, tensors: dict[str, Tensor], path: str = "", *, shards: dict[str, Tensor] | None = None) -> Tree:
     """Turn nested dicts, lists, tuples and tensors into plain JSON data, moving the tensors into `tensors`.
 
     Dict keys that are not text (optimiser states are numbered) and tuples survive the round trip through `unpack`.
-    Anything else raises TypeError.
+    Sharded tensors (DTensor) are moved into `shards` as they are. Anything else raises TypeError.
 
     >>> tensors = {}
     >>> pack({"step": 3, 0: (1, torch.ones(2))}, tensors, "state")
@@ -44,39 +45,46 @@ def pack(tree: Tree, tensors: dict[str, Tensor], path: str = "") -> Tree:
     ['state/0/1']
     """
     if isinstance(tree, Tensor):
+        if hasattr(tree, "full_tensor"):
+            if shards is None:
+                raise TypeError(f"pack: a sharded tensor at {path}")
+            shards[path] = tree.detach()
+            return {"$shard": path}
         if path in tensors:
             raise ValueError(f"pack: two tensors at {path}")
         # A copy of its own: safetensors refuses tensors that share memory.
         tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": path}
     if isinstance(tree, Mapping):
-        items = [(key, pack(value, tensors, f"{path}/{key}")) for key, value in tree.items()]
+        items = [(key, pack(value, tensors, f"{path}/{key}", shards=shards)) for key, value in tree.items()]
         if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
             return dict(items)
         return {"$dict": [[key, value] for key, value in items]}
     if isinstance(tree, list | tuple):
-        items = [pack(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
+        items = [pack(value, tensors, f"{path}/{i}", shards=shards) for i, value in enumerate(tree)]
         return {"$tuple": items} if isinstance(tree, tuple) else items
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise TypeError(f"pack: cannot store {type(tree).__name__} at {path or 'the root'}")
 
 
-def unpack(tree: Tree, tensors: Mapping[str, Tensor]) -> Tree:
+def unpack(tree: Tree, tensors: Mapping[str, Tensor], shards: Mapping[str, Tensor] = MappingProxyType({})) -> Tree:
     """Undo `pack`."""
     if isinstance(tree, list):
-        return [unpack(value, tensors) for value in tree]
+        return [unpack(value, tensors, shards) for value in tree]
     if not isinstance(tree, dict):
         return tree
     if "$tensor" in tree:
         # A copy: memory mapped from the file need not have the alignment of a fresh allocation, on which the choice
         # of kernel, and so the last bit, may depend.
         return tensors[tree["$tensor"]].clone()
+    if "$shard" in tree:
+        return shards[tree["$shard"]]
     if "$tuple" in tree:
-        return tuple(unpack(value, tensors) for value in tree["$tuple"])
+        return tuple(unpack(value, tensors, shards) for value in tree["$tuple"])
     if "$dict" in tree:
-        return {key: unpack(value, tensors) for key, value in tree["$dict"]}
-    return {key: unpack(value, tensors) for key, value in tree.items()}
+        return {key: unpack(value, tensors, shards) for key, value in tree["$dict"]}
+    return {key: unpack(value, tensors, shards) for key, value in tree.items()}
 
 
 class Checkpoints:
@@ -100,37 +108,38 @@ class Checkpoints:
 
         A failure (a full disk) leaves earlier checkpoints as they were and raises VolvelleError.
         """
-        target = self.path(step)
-        temporary = self.folder / f".{target.name}.part"
+        temporary = self._temporary(step)
         try:
             self._sweep()
             temporary.mkdir(parents=True)
-            _write(temporary, state)
-            if target.exists():
-                # Reaching a step again after a corrupt checkpoint: rename cannot replace a folder that has files.
-                target.rename(self.folder / f".{target.name}.old.part")
-            temporary.rename(target)
-            sync(self.folder)
-            self._sweep()
+            tensors: dict[str, Tensor] = {}
+            write(temporary, pack(state, tensors), tensors)
+            self._publish(step)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise _save_error(target, error, self.steps()) from error
+            raise self._failed(step, error) from error
         self._prune(best)
-        return target
+        return self.path(step)
 
     def load(self, step: int) -> Tree:
         """The state saved at `step`. A file that is not what was written raises CorruptCheckpoint."""
+        folder = self.path(step)
+        try:
+            self.verify(step)
+            state, tensors = read(folder)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+            raise CorruptCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
+        return unpack(state, tensors)
+
+    def verify(self, step: int) -> None:
+        """Compare every file with the manifest; a difference raises CorruptCheckpoint."""
         folder = self.path(step)
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             for name, digest in manifest["sha256"].items():
                 if sha256(folder / name) != digest:
                     raise CorruptCheckpoint(f"{folder / name}: its SHA-256 differs from the manifest's")
-            state = json.loads((folder / "state.json").read_text())
-            tensors = load_file(folder / "tensors.safetensors")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CorruptCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
-        return unpack(state, tensors)
 
     def newest(self, say: Callable[[str], None]) -> tuple[int, Tree] | None:
         """The newest sound checkpoint as (step, state), or None when there is none.
@@ -151,6 +160,25 @@ class Checkpoints:
             )
         return None
 
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.part"
+
+    def _publish(self, step: int) -> None:
+        """Seal the temporary folder and give it its name."""
+        target, temporary = self.path(step), self._temporary(step)
+        seal(temporary)
+        if target.exists():
+            # Reaching a step again after a corrupt checkpoint: rename cannot replace a folder that has files.
+            target.rename(self.folder / f".{target.name}.old.part")
+        temporary.rename(target)
+        sync(self.folder)
+        self._sweep()
+
+    def _failed(self, step: int, error: Exception) -> VolvelleError:
+        """Clear away a save that failed, and say what is left."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+        return _save_error(self.path(step), error, self.steps())
+
     def _sweep(self) -> None:
         """Remove what a killed save left behind."""
         for leftover in self.folder.glob(".step-*.part"):
@@ -162,17 +190,26 @@ class Checkpoints:
                 shutil.rmtree(self.path(step))
 
 
-def _write(folder: Path, state: Tree) -> None:
-    tensors: dict[str, Tensor] = {}
-    tree = pack(state, tensors)
-    save_file(tensors, folder / "tensors.safetensors")
+def write(folder: Path, tree: Tree, tensors: Mapping[str, Tensor]) -> None:
+    """Write packed data and its tensors."""
+    save_file(dict(tensors), folder / "tensors.safetensors")
     (folder / "state.json").write_text(json.dumps(tree))
-    names = ("tensors.safetensors", "state.json")
-    digests = {name: sha256(folder / name) for name in names}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "torch": torch.__version__, "sha256": digests}))
-    for name in (*names, "manifest.json"):
-        sync(folder / name)
-    sync(folder)
+
+
+def read(folder: Path) -> tuple[Tree, dict[str, Tensor]]:
+    """What `write` wrote."""
+    return json.loads((folder / "state.json").read_text()), load_file(folder / "tensors.safetensors")
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest over all files of the folder, and flush everything to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"format": 1, "torch": torch.__version__, "sha256": digests}))
+    folders = {path.parent for path in files} | {folder}
+    for path in (*files, manifest, *sorted(folders, reverse=True)):
+        sync(path)
 
 
 def _save_error(target: Path, error: Exception, steps: list[int]) -> VolvelleError:

@@ -98,7 +98,8 @@ class Isolation:
         for name, module in self.modules.items():
             for key, p in module.named_parameters():
                 if id(p) not in self.trained:
-                    flat = p.detach().reshape(-1)
+                    whole = getattr(p, "full_tensor", lambda p=p: p)()  # of a sharded weight every rank has a part
+                    flat = whole.detach().reshape(-1)
                     probe = flat[:: max(1, flat.numel() // 16)][:16].double().tolist()
                     prints[f"{name}.{key}"] = [*map(float, p.shape), *probe]
         return prints

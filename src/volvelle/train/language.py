@@ -74,6 +74,8 @@ class LanguageObjective(Objective):
     ):
         self.model, self.options, self.held_out, self.also = model, options, held_out, also
 
+    forward_methods = ("hidden",)
+
     def modules(self) -> Mapping[str, nn.Module]:
         """The model."""
         return {"model": self.model}

@@ -23,12 +23,11 @@ from volvelle.data.loader import Batch
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
 from volvelle.runs import plain
-from volvelle.train.checkpoint import Checkpoints
 from volvelle.train.contracts import Batches, Run
 from volvelle.train.interrupt import Interrupt
 from volvelle.train.isolation import Isolation
 from volvelle.train.nonfinite import NonFinite
-from volvelle.train.observer import Observer, Progress
+from volvelle.train.observer import Observer, Progress, Quiet
 from volvelle.train.options import FitOptions
 from volvelle.train.phase import Objective
 from volvelle.train.player import Player, device_of, to_device
@@ -95,12 +94,14 @@ class _Fit:
         observer: Observer,
         ranks: Ranks,
     ):
-        self.objective, self.loader, self.options = objective, loader, options
-        self.run, self.observer, self.ranks = run, observer, ranks
+        self.objective, self.loader, self.options = objective, ranks.split(loader), options
+        self.run, self.observer, self.ranks = run, observer if ranks.leads else Quiet(), ranks
         # Before anything is drawn: phases may initialise weights, and dropout begins with the first step.
         seed_all(options.seed)
-        self.steps = options.steps or max(1, math.ceil(options.epochs * len(loader) / options.accumulate))
+        a_step = options.accumulate * ranks.world
+        self.steps = options.steps or max(1, math.ceil(options.epochs * len(loader) / a_step))
         modules = objective.modules()
+        ranks.prepare(modules, objective.forward_methods)
         self.device = device_of(modules)
         phases = objective.phases(self.steps)
         if len({phase.name for phase in phases}) < max(1, len(phases)):
@@ -109,7 +110,8 @@ class _Fit:
         precision = Precision(options.precision, self.device)
         player = {"on_nan": options.on_nan, "average": options.average, "say": self._say_skipped}
         self.players = [Player(phase, self.isolation, precision, ranks, **player) for phase in phases]
-        self.checkpoints = Checkpoints(run.path / "checkpoints", keep_last=options.keep_last) if run else None
+        self.checkpoints = ranks.checkpoints(run.path / "checkpoints", options) if run else None
+        ranks.seed(options.seed)
         self.cursor = _Cursor()
         self.stream = self._stream()
         self.frozen = self.isolation.frozen() if run else {}
@@ -119,12 +121,16 @@ class _Fit:
         self.unit = "batches"
 
     def run_all(self, resume: bool) -> FitResult:
+        with self.ranks.guard(self._kept):
+            return self._run_all(resume)
+
+    def _run_all(self, resume: bool) -> FitResult:
         began = time.monotonic()
         resumed = self._resume() if resume else None
         training = [(part, part.training) for module in self.isolation.modules.values() for part in module.modules()]
         try:
             with Interrupt() as interrupt:
-                self._loop(interrupt)
+                heard = self._loop(interrupt)
         finally:
             # Ends the loader's workers; what they have read ahead is read again after a resume.
             self.stream.close()
@@ -136,8 +142,9 @@ class _Fit:
                 self.observer.say(line)
             if player.average is not None and cursor.step == self.steps:
                 player.average.copy_to(player.phase.parameters)
+        self.ranks.finish(self.isolation.modules)
         path = self.checkpoints.path(self.saved) if self.checkpoints and self.saved is not None else None
-        stopped = interrupt.name if cursor.step < self.steps else None
+        stopped = heard if cursor.step < self.steps else None
         return FitResult(
             step=cursor.step,
             steps=self.steps,
@@ -151,25 +158,31 @@ class _Fit:
             skipped={p.phase.name: p.skipped.overflow + p.skipped.nan for p in self.players},
         )
 
-    def _loop(self, interrupt: Interrupt) -> None:
+    def _loop(self, interrupt: Interrupt) -> str | None:
+        """Step until the end, or until a signal is heard, by any rank; gives its name."""
         options, cursor = self.options, self.cursor
         self.objective.train_mode()
         if cursor.evaluated < cursor.step and self._evaluation_due() and self._evaluate():
             # Interrupted before this evaluation: its checkpoint may now be dropped unless it is known as the best.
             self.saved = None
             self._save()
-        while cursor.step < self.steps and not self.ranks.any(interrupt.name is not None):
+        heard = self.ranks.heard(interrupt.name)
+        while cursor.step < self.steps and not heard:
             self._step()
+            heard = self.ranks.heard(interrupt.name)
             # Who interrupts does not want to wait for an evaluation; the resumed run makes up for it. At the last
             # step there is no resumed run.
-            wanted = not interrupt.name or cursor.step == self.steps
-            improved = self._evaluation_due() and wanted and self._evaluate()
+            evaluated = self._evaluation_due() and (not heard or cursor.step == self.steps)
+            improved = evaluated and self._evaluate()
             due = options.checkpoint_every is not None and cursor.step % options.checkpoint_every == 0
             if due or improved or cursor.step == self.steps:
                 self._save()
-        if interrupt.name and cursor.step < self.steps:
-            self.observer.say(f"{interrupt.name}: stopped after step {cursor.step} of {self.steps}")
+            if evaluated:
+                heard = self.ranks.heard(interrupt.name)
+        if heard and cursor.step < self.steps:
+            self.observer.say(f"{heard}: stopped after step {cursor.step} of {self.steps}")
             self._save()
+        return heard
 
     def _stream(self) -> Generator[Batch, None, None]:
         """Batches for ever, epoch after epoch."""
@@ -198,6 +211,7 @@ class _Fit:
                     raise self._non_finite(error) from None
             prefix = f"{player.phase.name}_" if len(self.players) > 1 else ""
             metrics |= {prefix + name: value for name, value in found.items()}
+        self.ranks.even(self.isolation.modules)
         self.objective.after_step(step)
         self.cursor.step += 1
         self.metrics = metrics
@@ -206,16 +220,20 @@ class _Fit:
     def _work(self, batches: list[Batch]) -> float:
         counts = [self.objective.units(batch.value) for batch in batches]
         self.unit = counts[0][1]
-        return sum(count for count, _ in counts)
+        return self.ranks.sums([sum(count for count, _ in counts)])[0]
 
     def _report(self, seconds: float, work: float) -> None:
         step = self.cursor.step
-        if self.run and (step % self.options.log_every == 0 or step == self.steps):
-            self.run.log({"event": "train", "step": step, **self.metrics, "seconds": round(seconds, 4)})
+        if step % self.options.log_every == 0 or step == self.steps:
+            self._log({"event": "train", "step": step, **self.metrics, "seconds": round(seconds, 4)})
         self.pace.append((seconds, work))
         spent, done = sum(s for s, _ in self.pace), sum(w for _, w in self.pace)
         left = (self.steps - step) * spent / len(self.pace)
         self.observer.progress(Progress(step, self.steps, self.metrics, done / max(spent, 1e-9), self.unit, left))
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.run and self.ranks.leads:
+            self.run.log(record)
 
     def _evaluation_due(self) -> bool:
         step, every = self.cursor.step, self.options.evaluate_every
@@ -225,16 +243,19 @@ class _Fit:
         """Measure on held-out data; True when this is the best so far and worth a checkpoint of its own."""
         cursor = self.cursor
         cursor.evaluated = cursor.step
-        with ExitStack() as averages, evaluating(self.isolation):
+        found: dict[str, float] = {}
+        with ExitStack() as averages:
             for player in self.players:
                 if player.average is not None:
                     averages.enter_context(player.average.inside(player.phase.parameters))
-            found = {name: float(value) for name, value in self.objective.evaluate().items()}
+            with self.ranks.whole(self.isolation.modules), evaluating(self.isolation):
+                if self.ranks.leads:
+                    found = {name: float(value) for name, value in self.objective.evaluate().items()}
+        found = self.ranks.share(found)
         if not found:
             return False
         cursor.held_out = found
-        if self.run:
-            self.run.log({"event": "evaluate", "step": cursor.step, **{f"held_out_{k}": v for k, v in found.items()}})
+        self._log({"event": "evaluate", "step": cursor.step, **{f"held_out_{k}": v for k, v in found.items()}})
         name, direction = self.objective.best
         if name not in found:
             return False
@@ -248,11 +269,18 @@ class _Fit:
     def _say_skipped(self, text: str) -> None:
         self.observer.say(f"step {self.cursor.step + 1}, {text}")
 
-    def _non_finite(self, error: NonFinite) -> NonFinite:
+    def _kept(self) -> str:
         saved = self.checkpoints.steps() if self.checkpoints else []
-        kept = f"; the checkpoint of step {saved[-1]} is intact" if saved else ""
+        return f"; the checkpoint of step {saved[-1]} is intact" if saved else ""
+
+    def _non_finite(self, error: NonFinite) -> NonFinite:
+        texts = self.ranks.collect(str(error))
+        # All ranks stop, and all say what the rank saw whose samples were the cause.
+        text = next((text for text in texts if "samples" in text), texts[0])
+        if self.ranks.world > 1:
+            text = f"rank {texts.index(text)}, {text}"
         return NonFinite(
-            f"step {self.cursor.step + 1}, {error}{kept}", tip="lower learning_rate, or look at these samples"
+            f"step {self.cursor.step + 1}, {text}{self._kept()}", tip="lower learning_rate, or look at these samples"
         )
 
     def _save(self) -> None:
@@ -266,7 +294,7 @@ class _Fit:
         return {
             "cursor": vars(self.cursor),
             "loader": self.loader.state_dict(),
-            "random": random_state(),
+            "random": self.ranks.collect(random_state()),
             "weights": self.isolation.weights(),
             "players": {player.phase.name: player.state_dict() for player in self.players},
             "objective": self.objective.state_dict(),
@@ -279,17 +307,24 @@ class _Fit:
         assert self.run is not None
         found = self.checkpoints.newest(self.observer.say)
         if found is None:
-            forget_after(self.run, step=-1, evaluated=-1)
+            if self.ranks.leads:
+                forget_after(self.run, step=-1, evaluated=-1)
             return None
         step, state = found
         self._restore(state)
         self.saved = step
-        forget_after(self.run, step=step, evaluated=self.cursor.evaluated)
-        self.run.log({"event": "resume", "step": step})
+        if self.ranks.leads:
+            forget_after(self.run, step=step, evaluated=self.cursor.evaluated)
+        self._log({"event": "resume", "step": step})
         self.observer.say(f"resumed from the checkpoint of step {step}")
         return step
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        if len(state["random"]) != self.ranks.world:
+            raise VolvelleError(
+                f"resume: {len(state['random'])} ranks wrote the checkpoint, and this run has {self.ranks.world}",
+                tip=f"resume with ranks={len(state['random'])}",
+            )
         changed = [name for name, values in state["frozen"].items() if self.frozen.get(name) != values]
         if changed or len(self.frozen) != len(state["frozen"]):
             named = changed[0] if changed else "their number"
@@ -309,7 +344,7 @@ class _Fit:
         self.loader.load_state_dict(state["loader"])
         self.objective.load_state_dict(state["objective"])
         self.cursor = _Cursor(**state["cursor"])
-        set_random_state(state["random"])
+        set_random_state(state["random"][self.ranks.rank])
 
 
 @contextmanager

@@ -58,12 +58,34 @@ class FitOptions:
     worker_kind: Literal["threads", "processes"] = "threads"
     """threads for decoding and waiting, processes for work in Python itself."""
 
+    ranks: int = 1
+    """Processes that train together on this machine; each takes every `ranks`-th micro-batch."""
+    shard: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every rank holds all weights; fsdp: each holds its share of weights, gradients and optimiser state."""
+    all_reduce: Literal["torch", "auto", "ring", "halving-doubling", "recursive-doubling", "tree"] = "torch"
+    """Who averages the gradients of ddp: torch's back end, or an algorithm of volvelle.parts.collectives."""
+    compress: bool = False
+    """Gradients travel between ranks in bf16: half the bytes, rounded."""
+    rank_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost, and all stop."""
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "keep_last"):
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_last",
+            "ranks",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: must be at least 1, got {value}")
-        for name in ("epochs", "learning_rate"):
+        if self.shard == "fsdp" and (self.all_reduce != "torch" or self.compress):
+            raise UsageError("all_reduce and compress: are for shard=ddp; fsdp scatters its gradients itself")
+        for name in ("epochs", "learning_rate", "rank_timeout"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name}: must be above 0, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "clip"):

@@ -79,6 +79,8 @@ class Objective:
         """The phases in playing order; `steps` is the length of the run, for the schedules."""
         raise NotImplementedError
 
+    forward_methods: Sequence[str] = ()
+    """Methods of the modules, beside forward, through which the loss runs them: sharding gathers weights for them."""
     best: tuple[str, str] = ("loss", "min")
     """The held-out metric that decides which checkpoint is best, and whether less ("min") or more ("max") is."""
 

@@ -73,6 +73,7 @@ class Player:
         self.updates = 0
         self.skipped = Skipped()
         self._unit = 1.0
+        self._named = False
         self._loss: Callable[[Any], Loss] = ranks.wrap(phase, isolation.modules)
 
     def update(self, batches: Sequence[Batch], describe: Describe) -> dict[str, float]:
@@ -109,6 +110,7 @@ class Player:
         # A batch in which nothing is learnt weighs nothing, and its gradient is zero.
         weight = self.ranks.total(sum(loss.weight for loss in losses)) or 1.0
         self.held.collect()
+        self._name_unused()
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]
         if not gradients:
             raise ValueError(f"Phase {self.phase.name!r}: its loss reached none of its {len(self.masters)} parameters")
@@ -119,7 +121,18 @@ class Player:
                 gradient.div_(weight / self._unit)
         values = torch.stack([loss.value.float() for loss in losses]).tolist()
         lost = [(i, value) for i, value in enumerate(values) if not math.isfinite(value)]
-        return _Attempt(batches, losses, moments, gradients, torch.nn.utils.get_total_norm(gradients), lost)
+        norm = self.ranks.size(torch.nn.utils.get_total_norm(gradients))
+        return _Attempt(batches, losses, moments, gradients, norm, lost)
+
+    def _name_unused(self) -> None:
+        """Once, at the first update: parameters of the phase that its loss, on any rank, does not reach."""
+        if self.updates or self._named:
+            return
+        self._named = True
+        unused = [name for name, p in self.masters.items() if p.grad is None]
+        if 0 < len(unused) < len(self.masters):
+            listed = ", ".join(unused[:8]) + (", …" if len(unused) > 8 else "")
+            self._say(f"phase {self.phase.name!r}: its loss does not reach {len(unused)} parameters: {listed}")
 
     def _backward(self, batch: Batch, weighted: bool, *, first: bool, last: bool) -> Loss:
         with self.ranks.accumulating(self._loss, last=last):
@@ -145,7 +158,7 @@ class Player:
             self.scaler.update(False)
         self.updates += 1
         self.skipped.in_a_row = 0
-        return _average(attempt.losses) | {"gradient_norm": float(attempt.norm)}
+        return _average(attempt.losses, self.ranks) | {"gradient_norm": float(attempt.norm)}
 
     def _after(self) -> None:
         if self.phase.after is not None:
@@ -164,7 +177,7 @@ class Player:
             assert self.scaler is not None
             self.scaler.update(True)
             self.skipped.overflow += 1
-            return _average(attempt.losses)
+            return _average(attempt.losses, self.ranks)
         if self.on_nan == "stop" or self.skipped.too_many:
             more = f"; {IN_A_ROW} updates in a row were left out" if self.skipped.too_many else ""
             raise NonFinite(self._why(attempt, describe, anywhere, trace=True) + more)
@@ -251,14 +264,14 @@ def _power_of_two(x: float) -> float:
     return 2.0 ** round(math.log2(x)) if x > 0 else 1.0
 
 
-def _average(losses: Sequence[Loss]) -> dict[str, float]:
-    """Means over micro-batches, weighted as the gradient was."""
-    total = sum(loss.weight for loss in losses) or 1.0
+def _average(losses: Sequence[Loss], ranks: Ranks) -> dict[str, float]:
+    """Means over the micro-batches of all ranks, weighted as the gradient was."""
     names = ["loss", *losses[0].metrics]
     rows = [[loss.value, *(loss.metrics[name] for name in names[1:])] for loss in losses]
     table = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
-    weights = torch.tensor([loss.weight for loss in losses], dtype=torch.float64) / total
-    return dict(zip(names, (weights @ table).tolist(), strict=True))
+    weights = torch.tensor([loss.weight for loss in losses], dtype=torch.float64)
+    total, *sums = ranks.sums([float(weights.sum()), *(weights @ table).tolist()])
+    return {name: value / (total or 1.0) for name, value in zip(names, sums, strict=True)}
 
 
 def device_of(module_map: Mapping[str, nn.Module]) -> torch.device:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.observer import Observer
-from volvelle.train.options import from_dict
+from volvelle.train.options import FitOptions, from_dict
 from volvelle.train.outcome import Outcome
+
+if TYPE_CHECKING:
+    from volvelle.train.ranks import Ranks
 
 
 def _adapt() -> tuple[type, Callable[..., Outcome]]:
@@ -32,10 +35,10 @@ KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {"adapt": 
 """Run kinds and the recipe and function behind each."""
 
 
-def resume_run(path: str | os.PathLike[str], *, observer: Observer | None = None) -> Outcome:
-    """Continue the run in `path` from its newest sound checkpoint (from the start when it has none).
+def recipe_of_run(path: str | os.PathLike[str]) -> FitOptions:
+    """The options of a run that can be continued.
 
-    Raises VolvelleError when the run is of a kind that cannot be continued, or is still running.
+    Raises VolvelleError when it is of a kind that cannot be, is still running, or has finished.
     """
     run = RunFolder.open(path)
     kind = str(run.manifest.get("kind"))
@@ -43,13 +46,33 @@ def resume_run(path: str | os.PathLike[str], *, observer: Observer | None = None
         raise VolvelleError(
             f"{path}: a run of kind {kind} cannot be resumed", tip=f"kinds that can: {', '.join(KINDS)}"
         )
-    if run.status == "running" and run.manifest.get("pid") != os.getpid():
+    # The process that made the folder may have started this one to do the work.
+    if run.status == "running" and run.manifest.get("pid") not in (os.getpid(), os.getppid()):
         raise VolvelleError(f"{path}: still running, as process {run.manifest.get('pid')}")
     if run.status == "finished":
         raise VolvelleError(f"{path}: already finished", tip=f"volvelle eval {path} data=…")
-    recipe, function = KINDS[kind]()
+    recipe, _ = KINDS[kind]()
+    return _recipe(recipe, run.config())
+
+
+def resume_run(
+    path: str | os.PathLike[str], *, observer: Observer | None = None, ranks: Ranks | None = None
+) -> Outcome:
+    """Continue the run in `path` from its newest sound checkpoint (from the start when it has none).
+
+    Raises VolvelleError when the run is of a kind that cannot be continued, or is still running. With many `ranks` all
+    of them call this, and only rank 0 writes.
+    """
+    from volvelle.train.launch import Onlooker, options_of
+    from volvelle.train.ranks import Ranks
+
+    ranks = ranks or Ranks()
+    recipe = ranks.share(recipe_of_run(path) if ranks.leads else None)
+    assert recipe is not None
+    run = (RunFolder if ranks.leads else Onlooker).open(path)
     run.update_manifest(pid=os.getpid(), status="running")
-    return function(_recipe(recipe, run.config()), run, observer=observer, resume=True)
+    _, function = KINDS[str(run.manifest["kind"])]()
+    return function(options_of(recipe, ranks), run, observer=observer, resume=True, ranks=ranks)
 
 
 def _recipe(kind: type, config: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from volvelle.train.loop import FitResult, fit
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.random_state import seed_all
+from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.language import ModelShape, TrainLanguage
 from volvelle.train.text_run import (
     NUMBERS,
@@ -38,17 +39,25 @@ END = "<|end|>"
 
 
 def train_language(
-    recipe: TrainLanguage, run: RunFolder, *, observer: Observer | None = None, resume: bool = False
+    recipe: TrainLanguage,
+    run: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Train a decoder from scratch and leave weights in Hugging Face's layout, metrics and a report in the run folder.
 
-    `resume=True` continues an interrupted run.
+    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
     """
-    observer = observer or Observer()
+    observer, ranks = observer or Observer(), ranks or Ranks()
     with closing(run):
         train, held = read_split(recipe, observer)
         device, where = choose_device(recipe.device)
-        tokenizer = _tokenizer(recipe, run, train, resume)
+        # One rank trains the tokenizer, and the others read what it wrote.
+        tokenizer = _tokenizer(recipe, run, train, resume) if ranks.leads else None
+        ranks.share(None)
+        tokenizer = tokenizer or TextTokenizer.from_folder(run.path / "tokenizer")
         context = min(recipe.length or recipe.model.context, recipe.model.context)
         if recipe.length is not None and recipe.length > recipe.model.context:
             raise UsageError(f"length={recipe.length}: the model's context is {recipe.model.context} tokens")
@@ -75,7 +84,9 @@ def train_language(
         observer.say(subtitle)
         observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {model.config.vocabulary:,}")
         objective = LanguageObjective(model, recipe, held_out=held_loader)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume)
+        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
+        if not ranks.leads:
+            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
         return _close(recipe, run, model, held, result, subtitle, observer)
 
 

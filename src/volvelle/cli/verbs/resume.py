@@ -23,9 +23,6 @@ class Options:
 
 def main(options: Options) -> int:
     """Continue from the newest sound checkpoint with the options of the run's config.yaml."""
-    from volvelle.cli.training import closing_lines, console
-    from volvelle.train.resume import resume_run
+    from volvelle.cli.training import resume
 
-    with console() as observer:
-        outcome = resume_run(options.run, observer=observer)
-    return closing_lines(outcome)
+    return resume(options.run)
