@@ -114,7 +114,7 @@ def position_readout(features: Tensor, positions: Tensor, *, ridge: float = 1e-6
     mean, middle = x[:half].mean((0, 1)), target[:half].mean()
     fit = (x[:half] - mean).flatten(0, 1)
     gram = fit.T @ fit
-    size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    size = gram.diagonal().mean().clamp(min=1e-30)  # features may all be the same
     gram = gram + ridge * size * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram, fit.T @ (target[:half] - middle).flatten())
     error = (x[half:] - mean) @ solution + middle - target[half:]
