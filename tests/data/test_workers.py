@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from volvelle.data import transport
+from volvelle.data import transport, workers
 from volvelle.data.loader import Loader
 from volvelle.errors import VolvelleError
 
@@ -143,7 +143,7 @@ def test_an_exception_names_the_sample(kind, count):
         list(loader)
     if kind == "processes" and count:
         assert "in fail" in caught.value.__notes__[0]
-    assert not children()
+    wait_until(lambda: not children())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +181,7 @@ def test_batches_before_the_bad_one_still_arrive(kind):
 def test_a_worker_that_dies_is_named_with_its_sample(act, says):
     with pytest.raises(VolvelleError, match=f"loader worker . .process [0-9]*. {says}"):
         list(make(Trouble(act), workers="processes", num_workers=2))
-    assert not children()
+    wait_until(lambda: not children())
 
 
 @linux
@@ -210,6 +210,37 @@ def test_what_cannot_be_sent_is_said():
         list(loader)
 
 
+class Unsendable(Images):
+    """Sample 11 holds what cannot be pickled."""
+
+    def __getitem__(self, i):
+        return (lambda: i) if i == 11 else i
+
+
+def test_a_sample_that_cannot_be_sent_is_looked_for_in_its_batch():
+    loader = make(Unsendable(), shuffle=False, workers="processes", num_workers=2)
+    with pytest.raises(VolvelleError, match=r"a batch cannot be sent from a worker process: .*pickle") as caught:
+        list(loader)
+    assert str(caught.value).endswith("; the batch holds images/8.jpg, images/9.jpg, images/10.jpg and 1 more")
+    assert "workers=threads" in caught.value.tip
+    wait_until(lambda: not children())
+    assert len(list(make(Unsendable(), workers="threads", num_workers=2))) == 6  # nothing needs to be sent there
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exception_that_cannot_be_printed_is_still_an_error(kind):
+    def fail():
+        raise Unspeakable
+
+    with pytest.raises(VolvelleError, match=r"cannot read images/11.jpg: Unspeakable"):
+        list(make(Trouble(fail), workers=kind, num_workers=2))
+
+
 class Poison:
     def __reduce__(self):
         return int, ("no number",)
@@ -217,7 +248,7 @@ class Poison:
 
 def test_what_cannot_be_unpacked_is_said():
     loader = Loader(range(8), 4, seed=0, collate=lambda items: Poison(), workers="processes", num_workers=1)
-    with pytest.raises(VolvelleError, match="a batch cannot be unpacked: ValueError: invalid literal"):
+    with pytest.raises(VolvelleError, match=r"a batch cannot be unpacked: ValueError: invalid literal.*sample \d, "):
         list(loader)
 
 
@@ -226,7 +257,7 @@ def test_spawned_workers_need_a_dataset_that_can_be_sent(monkeypatch):
     with pytest.raises(VolvelleError, match="the dataset cannot be sent to a worker process") as caught:
         list(make(Trouble(lambda: None), workers="processes", num_workers=2))
     assert "workers=threads" in caught.value.tip
-    assert not children()
+    wait_until(lambda: not children())
 
 
 @pytest.mark.slow
@@ -293,7 +324,7 @@ def test_a_stopped_worker_does_not_hold_up_closing():
     next(begun)
     os.kill(loader._pool.process_ids[1], signal.SIGSTOP)
     loader.close()
-    assert not children()
+    wait_until(lambda: not children())
     with pytest.raises(VolvelleError, match="the loader was closed"):
         list(begun)
 
@@ -372,6 +403,7 @@ class Slow:
         return np.full(100_000, i)
 def go():
     loader = Loader(Slow(), 2, seed=0, collate=list, workers="{kind}", num_workers=2)
+    print("begin", flush=True)
     for n, batch in enumerate(loader):
         if n == 0:
             print("pids", *getattr(loader._pool, "process_ids", []), flush=True)
@@ -406,12 +438,63 @@ def test_ctrl_c_ends_everything(kind):
         script(kind), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
+    assert process.stdout.readline() == "begin\n"
     pids = [int(word) for word in process.stdout.readline().split()[1:]]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=20)
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1
     wait_until(lambda: not any(map(running, pids)))
+
+
+def test_ctrl_c_while_workers_start_comes_afterwards():
+    done = []
+
+    def start():
+        with workers._interrupts_held(forked=True):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@linux
+def test_a_dropped_loader_ends_its_workers_without_waiting():
+    """A finaliser may not take its time: a Ctrl-C that arrives in it is lost."""
+    loader = make(workers="processes", num_workers=2)
+    begun = iter(loader)
+    next(begun)
+    pids = loader._pool.process_ids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    begun.close()
+    wait_until(lambda: not any(map(running, pids)))
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctrl_c_at_any_time_ends_everything(kind):
+    """From the start of the workers on, at twenty random moments."""
+    draw = random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen(
+            script(kind, delay=0.001), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begin\n"
+        time.sleep(draw.uniform(0, 0.1))
+        children = own_children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGINT, errors
+        assert errors.count("Traceback") == 1, errors
+        assert "Exception ignored" not in errors
+        wait_until(lambda pids=children: not any(map(running, pids)))
 
 
 @linux

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from volvelle.data.transport import told
 from volvelle.data.worker_process import Task
 from volvelle.data.workers import Kind, Pool, ProcessPool, ThreadPool, ahead
 from volvelle.errors import VolvelleError
@@ -49,7 +50,7 @@ class Reader:
             except VolvelleError:
                 raise  # says already which file it is about
             except Exception as error:
-                message = f"cannot read {self.describe([i])}: {type(error).__name__}: {error}"
+                message = f"cannot read {self.describe([i])}: {told(error)}"
                 raise VolvelleError(message) from error
         return self.collate(items)
 
@@ -162,8 +163,13 @@ class Loader:
         try:
             yield from ahead(pool, iter(tasks), self.num_workers * self.prefetch)
             finished = True
+        except GeneratorExit:  # left early by the caller, perhaps in a finaliser, where a Ctrl-C would be lost
+            finished = True
+            pool.abandon()
+            self._pool = None
+            raise
         finally:
-            if not finished:  # left early, by an error or by the caller: nobody will take what is being read
+            if not finished:  # by an error: nobody will take what is being read
                 self.close()
 
     def _start(self) -> Pool:
@@ -171,14 +177,16 @@ class Loader:
             pool = ThreadPool(self._reader, self.num_workers)
         else:
             pool = ProcessPool(self._reader, self.num_workers, self._reader.describe)
-        self._end = weakref.finalize(self, pool.close)
+        self._end = weakref.finalize(self, pool.abandon)
         return pool
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        self._pool = None
+        pool, self._pool = self._pool, None
         if self._end:
-            self._end()
+            self._end.detach()
+        if pool:
+            pool.close()
 
     def load(self, ids: Sequence[int]) -> Any:
         """Read and collate these samples here, as this epoch has them."""

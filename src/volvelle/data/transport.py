@@ -45,12 +45,22 @@ class Failure(NamedTuple):
     message: str
     tip: str | None
     trace: str
+    whole: bool = False
+    """It is about the whole batch: no sample is named yet."""
 
-    def error(self) -> VolvelleError:
+    def error(self, more: str = "") -> VolvelleError:
         """The exception to raise on the other side, with the worker's traceback as a note."""
-        error = VolvelleError(self.message, tip=self.tip)
+        error = VolvelleError(self.message + more, tip=self.tip)
         error.add_note(f"in the worker process:\n{self.trace}")
         return error
+
+
+def told(error: BaseException) -> str:
+    """An exception in a line; one that cannot even be printed has only its type."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - a foreign class
+        return type(error).__name__
 
 
 class Message(NamedTuple):
@@ -108,8 +118,8 @@ class Channel:
         try:
             value, failed = pickle.loads(text, buffers=buffers), head.failed
         except Exception as error:  # noqa: BLE001 - unpickling runs the values' own code, which may raise anything
-            message = f"a batch cannot be unpacked: {type(error).__name__}: {error}"
-            value, failed = Failure(message, None, traceback.format_exc()), True
+            message = f"a batch cannot be unpacked: {told(error)}"
+            value, failed = Failure(message, None, traceback.format_exc(), whole=True), True
         return Message(head.number, failed, value, head.refused)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from volvelle.data.transport import Channel, Failure
+from volvelle.data.transport import Channel, Failure, told
 from volvelle.errors import VolvelleError
 
 _ORPHAN_SECONDS = 1.0
@@ -39,6 +39,8 @@ def work(connection: Connection, load: Load, current: Any, parent: int | None) -
     """
     # Ctrl-C reaches the whole process group: the parent decides. And the parent's own handlers are not ours.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow, args=(parent or os.getppid(),), name="volvelle-follow", daemon=True).start()
     if "torch" in sys.modules:
@@ -63,16 +65,16 @@ def _send(channel: Channel, number: int, value: Any, failed: bool) -> None:
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - pickling runs the dataset's code and may raise anything
-        message = f"a batch cannot be sent from a worker process: {type(error).__name__}: {error}"
+        message = f"a batch cannot be sent from a worker process: {told(error)}"
         tip = "let collate return tensors, arrays and plain Python values, or use workers=threads"
-        channel.send(number, Failure(message, tip, traceback.format_exc()), failed=True)
+        channel.send(number, Failure(message, tip, traceback.format_exc(), whole=True), failed=True)
 
 
 def _failure(error: BaseException) -> Failure:
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, VolvelleError):
         return Failure(str(error), error.tip, trace)
-    return Failure(f"{type(error).__name__}: {error}", None, trace)
+    return Failure(told(error), None, trace)
 
 
 def _seed(key: str) -> None:

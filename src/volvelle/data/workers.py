@@ -27,7 +27,8 @@ from volvelle.data.worker_process import Load, Task, work
 from volvelle.errors import VolvelleError
 
 Kind = Literal["threads", "processes"]
-_PATIENCE = 2.0  # seconds between asking a worker to end and killing it
+_CAN_BLOCK = hasattr(signal, "pthread_sigmask")
+_PATIENCE = 2.0  # seconds in which a killed worker must be gone
 
 
 class Pool(Protocol):
@@ -43,6 +44,10 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """End the workers without waiting for what they are doing. A second call does nothing."""
+        ...
+
+    def abandon(self) -> None:
+        """The same, for finalisers: returns at once."""
         ...
 
 
@@ -90,6 +95,8 @@ class ThreadPool:
             for _ in self._threads:
                 self._tasks.put(None)
 
+    abandon = close
+
 
 def _serve(tasks: queue.SimpleQueue[tuple[Task, Future] | None], load: Load, closed: threading.Event) -> None:
     def check(_: int) -> None:
@@ -135,15 +142,20 @@ class ProcessPool:
         self._describe, self._owner, self._closed = describe, os.getpid(), False
         self._numbers = itertools.count()
         self._results: dict[int, Message] = {}
+        self._asked: dict[int, Sequence[int]] = {}
         self._failure: VolvelleError | None = None
-        self._changed, self._reaping = threading.Condition(), threading.Lock()
+        # Reentrant both: a finaliser may call us in the middle of ourselves.
+        self._changed, self._reaping = threading.Condition(), threading.RLock()
         self._workers: list[_Worker] = []
         self._collector: threading.Thread | None = None
         try:
-            for number in range(count):
-                self._workers.append(_Worker(context, number, load))
-        except Exception as error:
+            with _interrupts_held(forked=method != "forkserver"):
+                for number in range(count):
+                    self._workers.append(_Worker(context, number, load))
+        except BaseException as error:
             self.close()
+            if not isinstance(error, Exception):
+                raise
             if isinstance(error, OSError):
                 raise VolvelleError(f"loader: cannot start a worker process: {error}", tip="fewer workers") from error
             raise VolvelleError(
@@ -167,6 +179,7 @@ class ProcessPool:
                 raise VolvelleError("the loader was closed")
             worker = min(self._workers, key=lambda one: len(one.pending))
             worker.pending.add(ticket)
+            self._asked[ticket] = ids
         # A worker that is gone is reported by `take`, with what it was doing.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.channel.connection.send(Task(ticket, key, ids))
@@ -181,7 +194,7 @@ class ProcessPool:
                 if self._failure:
                     raise self._failure
                 self._changed.wait()
-            message = self._results.pop(ticket)
+            message, ids = self._results.pop(ticket), self._asked.pop(ticket)
         if message.refused:
             warnings.warn(
                 f"loader: shared memory refused ({message.refused}); batches go through a pipe, which is slower",
@@ -189,30 +202,44 @@ class ProcessPool:
                 stacklevel=2,
             )
         if message.failed:
-            raise message.value.error()
+            raise message.value.error(self._batch_of(ids) if message.value.whole else "")
         return message.value
 
-    def close(self) -> None:
-        """End the workers; one that does not end when asked is killed."""
+    def _batch_of(self, ids: Sequence[int]) -> str:
+        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+        with contextlib.suppress(Exception):  # the dataset's own code
+            return f"; the batch holds {self._describe(ids[:3])}{more}"
+        return f"; the batch holds sample {', '.join(map(str, ids[:3]))}{more}"
+
+    def abandon(self) -> None:
+        """Kill the workers and return; the collecting thread does the rest.
+
+        For finalisers: a Ctrl-C that arrives in one is lost, so there is next to nothing here to arrive in. A worker
+        has nothing to tidy up, it holds no lock and no file of ours.
+        """
         if self._closed or os.getpid() != self._owner:  # a forked copy of this object owns no worker
             return
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        processes = [worker.process for worker in self._workers]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            if self._exit_code(process) is None:
-                process.kill()
-                self._exit_code(process)
-        # The garbage collector may call this in any thread, the collecting one included.
-        if self._collector and self._collector is not threading.current_thread():
-            self._collector.join(_PATIENCE)
+        self._closed = True
         for worker in self._workers:
-            worker.channel.close()
+            worker.process.kill()
+
+    def close(self) -> None:
+        """Kill the workers and wait until they are gone."""
+        self.abandon()
+        if os.getpid() != self._owner:
+            return
+        with self._changed:
+            self._changed.notify_all()
+        # The garbage collector may call this in any thread, the collecting one included.
+        if self._collector is None:
+            for worker in self._workers:
+                self._exit_code(worker.process)
+                worker.channel.close()
+        elif self._collector is not threading.current_thread():
+            self._collector.join(_PATIENCE)
 
     def _collect(self) -> None:
+        """Receive until every worker is gone, however it went."""
         live = list(self._workers)
         while live:
             waited = [one.channel.connection for one in live] + [one.process.sentinel for one in live]
@@ -224,6 +251,8 @@ class ProcessPool:
                     except (EOFError, OSError):
                         live.remove(worker)
                         self._died(worker)
+        for worker in self._workers:
+            worker.channel.close()
 
     def _drain(self, worker: _Worker, *, ended: bool) -> None:
         """Receive what is there. EOFError when the worker ended and nothing is left of it."""
@@ -259,6 +288,30 @@ class ProcessPool:
         with self._changed:
             self._failure = self._failure or VolvelleError(f"{name} {how} {doing}", tip=tip)
             self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def _interrupts_held(*, forked: bool) -> Iterator[None]:
+    """Keep Ctrl-C back while processes start, and let it come afterwards.
+
+    Python runs its at-fork hooks like finalisers: what is raised in them is printed and lost. And a child must not be
+    interrupted before it could say that it ignores it, so it is born with the signal blocked (see `work`).
+    """
+    arrived: list[int] = []
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if forked and _CAN_BLOCK else None
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    if callable(before):
+        signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if callable(before):
+            signal.signal(signal.SIGINT, before)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _end(code: int | None) -> tuple[str, str | None]:
