@@ -244,7 +244,7 @@ def test_a_value_term_goes_to_a_back_end_that_has_it():
     q, k, v = tensors(2, 4, 4, 3, 3, 8)
     bias = Distances(table, values)
     out, why = attention(q, k, v, bias=bias, explain=True)
-    assert why.backend == "reference"
+    assert why.backend == "tiled"
     assert "value term" in why.rejected["sdpa"]
     # every key's value is v_j plus the vector of its distance (Shaw et al., equation 3)
     positions = torch.arange(3)

@@ -8,7 +8,7 @@ Shapes: b batch, h query heads, h_kv key/value heads, n_q queries, n_k keys, d a
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from volvelle.export import export
 from volvelle.parts.attention.reference import Reference
 from volvelle.parts.attention.sdpa import SDPA
-from volvelle.parts.attention.spec import Backend, Explanation, Spec, Terms, check_inputs
+from volvelle.parts.attention.spec import Backend, Explanation, LSEBackend, Spec, Terms, check_inputs
+from volvelle.parts.attention.tiled import Tiled
+from volvelle.parts.attention.tiles import Dropout, Window
 from volvelle.parts.position.encoding import Bias, PositionEncoding
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SDPA(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SDPA(), Tiled(), Reference())}
 """The back ends in the order in which `backend="auto"` asks them."""
 
 
@@ -57,10 +59,13 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | Bias | None = None,
     causal: bool = False,
+    window: Window | None = None,
+    dropout: float = 0.0,
     scale: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
     backend: str = "auto",
+    return_lse: Literal[False] = False,
     explain: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -74,12 +79,55 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | Bias | None = None,
     causal: bool = False,
+    window: Window | None = None,
+    dropout: float = 0.0,
     scale: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
     backend: str = "auto",
+    return_lse: Literal[True],
+    explain: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
     explain: Literal[True],
 ) -> tuple[Tensor, Explanation]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+    explain: Literal[True],
+) -> tuple[Tensor, Tensor, Explanation]: ...
 
 
 @export("functional.attention")
@@ -91,22 +139,29 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | Bias | None = None,
     causal: bool = False,
+    window: Window | None = None,
+    dropout: float = 0.0,
     scale: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
     backend: str = "auto",
+    return_lse: bool = False,
     explain: bool = False,
-) -> Tensor | tuple[Tensor, Explanation]:
+) -> Tensor | tuple[Tensor, ...] | tuple[Tensor, Explanation] | tuple[Tensor, Tensor, Explanation]:
     """Return softmax(scale * q k^T + bias) v over the keys that each query may attend to.
 
     q is (b, h, n_q, d), k (b, h_kv, n_k, d) and v (b, h_kv, n_k, d_v), in one floating-point dtype, h a multiple of
     h_kv; the result is (b, h, n_q, d_v). `mask` is bool and broadcasts to (b, h, n_q, n_k), True = may attend.
     `causal` is aligned to the end: query i sees key j iff j <= i + n_k - n_q. `bias` is a float tensor that broadcasts
     likewise, or a `Bias`, which is asked at q_positions and k_positions (default: keys 0 .. n_k - 1, the queries
-    last). `scale` defaults to 1 / sqrt(d). A query with nothing to attend to gives 0, with gradient 0.
+    last). `window` = (left, right) hides keys further than that from a query's own place, which is aligned like causal
+    order; None = no limit. `dropout` is the share of attention weights set to 0, the others grow by 1 / (1 - dropout);
+    the mask follows from a seed taken from torch's global generator and is never stored whole.
+    `scale` defaults to the bias's own or 1 / sqrt(d). A query with nothing to attend to gives 0, with gradient 0.
     Under autocast q, k and v are cast to its dtype, fp64 excepted.
-    `backend` is "auto" or a name in the table ("reference" has second and forward-mode derivatives, torch's fused
-    kernels raise); with `explain` the result comes with an `Explanation`.
+    `backend` is "auto" or a name in the table ("reference" has second and forward-mode derivatives, the fused and
+    the tiled kernels raise). With `return_lse` the result comes with the log-sum-exp of each query's scores, (b, h,
+    n_q) in at least fp32, -inf where nothing is allowed; with `explain`, with an `Explanation` behind it.
     Raises ValueError or TypeError on tensors that do not fit, ValueError when the named back end cannot serve.
     Vaswani et al. 2017, section 3.2.1.
 
@@ -120,20 +175,41 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)  # as autocast does for torch's own attention
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     shape = check_inputs(q, k, v, mask, bias)
+    _check_options(window, dropout)
+    learnable = value_term = False
     if isinstance(bias, Bias):
         learnable, value_term = bias.learnable, bias.has_value_term
-    else:
-        learnable, value_term = bias is not None and bias.requires_grad, False
-    spec = Spec(shape, q.device.type, q.dtype, causal, mask is not None, bias is not None, learnable, value_term)
+        scale = bias.scale if scale is None else scale
+    elif bias is not None:
+        learnable = bias.requires_grad
+    spec = Spec(
+        shape, q.device.type, q.dtype, causal, mask is not None, bias is not None,
+        learnable and torch.is_grad_enabled(), value_term, window is not None, dropout > 0, return_lse,
+    )  # fmt: skip
     chosen = _choose(spec, backend)
-    terms = Terms(mask, bias, causal, shape.d**-0.5 if scale is None else scale, q_positions, k_positions)
+    terms = Terms(
+        mask, bias, causal, shape.d**-0.5 if scale is None else scale, q_positions, k_positions,
+        window, Dropout.draw(dropout) if dropout > 0 else None,
+    )  # fmt: skip
+    if return_lse:
+        out, lse = cast(LSEBackend, chosen).with_lse(q, k, v, terms, shape)
+        return (out, lse, _explain(spec, backend, chosen)) if explain else (out, lse)
     out = chosen(q, k, v, terms, shape)
     return (out, _explain(spec, backend, chosen)) if explain else out
+
+
+def _check_options(window: Window | None, dropout: float) -> None:
+    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+        raise ValueError(f"attention: window must be (left, right), numbers of keys from 0 or None, got {window}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"attention: dropout must lie in [0, 1], got {dropout}")
 
 
 @export("nn.Attention", twin=attention)
 class Attention(nn.Module):
     """`attention` with its options held; `position` supplies the score bias of a position encoding.
+
+    Dropout acts in training mode only.
 
     >>> import torch
     >>> q = torch.randn(2, 4, 3, 8)
@@ -145,12 +221,15 @@ class Attention(nn.Module):
         self,
         *,
         causal: bool = False,
+        window: Window | None = None,
+        dropout: float = 0.0,
         scale: float | None = None,
         backend: str = "auto",
         position: PositionEncoding | None = None,
     ) -> None:
         super().__init__()
-        self.causal, self.scale, self.backend, self.position = causal, scale, backend, position
+        self.causal, self.window, self.dropout, self.scale = causal, window, dropout, scale
+        self.backend, self.position = backend, position
 
     def forward(
         self,
@@ -170,6 +249,8 @@ class Attention(nn.Module):
             mask=mask,
             bias=None if self.position is None else self.position.bias(),
             causal=self.causal,
+            window=self.window,
+            dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
             q_positions=q_positions,
             k_positions=k_positions,
@@ -178,4 +259,5 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"causal={self.causal}, scale={self.scale}, backend={self.backend!r}"
+        names = ("causal", "window", "dropout", "scale", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

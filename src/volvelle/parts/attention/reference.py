@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from volvelle.parts.attention.spec import Shape, Spec, Terms
+from volvelle.parts.attention.tiles import tile_side
 from volvelle.parts.position.encoding import Bias
 
 
@@ -43,6 +44,10 @@ class Reference:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
         """Return (b, h, n_q, d_v); fp16 and bf16 inputs are computed in fp32 and cast at the end."""
+        return self.with_lse(q, k, v, terms, shape)[0]
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return (b, h, n_q, d_v) and log Σ_j exp(score_ij), (b, h, n_q), -inf where no key is allowed."""
         # half types are widened on purpose, which autocast would undo
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -53,8 +58,15 @@ class Reference:
             scores = q @ k.transpose(-2, -1) * terms.scale
             if bias is not None:
                 scores = scores + bias
-            weights = masked_softmax(scores, terms.allowed(shape, q.device))
+            allowed = terms.allowed(shape, q.device)
+            weights = masked_softmax(scores, allowed)
+            lse = (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)).logsumexp(-1)
+            if terms.dropout is not None:
+                side = tile_side(shape.b, shape.h, terms.causal, terms.window)
+                weights = weights * terms.dropout.whole(
+                    side, (shape.b, shape.h, shape.n_q, shape.n_k), weights.dtype, q.device
+                )
             out = weights @ v
             if isinstance(terms.bias, Bias) and terms.bias.has_value_term:
                 out = out + terms.bias.value_term(weights, *terms.positions(q, k))
-            return out.to(dtype)
+            return out.to(dtype), lse

@@ -17,6 +17,10 @@ FOLD_QUERIES = 8
 """Up to this many grouped 16-bit queries are folded: measured 0.5-0.7x the time over 500 to 2000 keys on a CPU."""
 
 
+SMALL = 128 * 128
+"""Queries times keys up to which holding all scores costs less than cutting them into tiles."""
+
+
 class SDPA:
     """torch's kernel, with causal order aligned to the end and 0 for queries that may attend to nothing.
 
@@ -31,15 +35,30 @@ class SDPA:
         self.zero_rows_on = frozenset(zero_rows_on)
 
     def supports(self, spec: Spec) -> str | None:
-        """Serve all but biases with a value term, which the kernel cannot add to its output."""
+        """Serve what the fused kernel holds no (n_q, n_k) tensor for, and small calls where it does."""
         if spec.value_term:
             return "the bias adds a value term, which the fused kernel does not have"
+        if spec.lse:
+            return "the fused kernel does not give the log-sum-exp"
+        if spec.dropout:
+            return "with dropout the kernel holds the whole mask, and draws it by torch's own rule"
+        if spec.shape.n_q * spec.shape.n_k > SMALL:
+            if spec.learnable_bias:
+                return "the bias needs a gradient, for which the kernel holds all scores"
+            if spec.window:
+                return "the kernel computes what the window hides"
         return None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
         """Return (b, h, n_q, d_v)."""
         grouped, scale = shape.h != shape.h_kv, terms.scale
-        if terms.bias is None and terms.mask is None and terms.causal and 1 < shape.n_q == shape.n_k:
+        if (
+            terms.bias is None
+            and terms.mask is None
+            and terms.causal
+            and terms.window is None
+            and 1 < shape.n_q == shape.n_k
+        ):
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         allowed, empty = terms.allowed(shape, q.device), None
         if allowed is not None and q.device.type not in self.zero_rows_on:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from volvelle.parts.attention.tiles import Dropout, Window, visible
 from volvelle.parts.position.encoding import Bias
 
 
@@ -37,12 +38,16 @@ class Spec(NamedTuple):
     biased: bool
     learnable_bias: bool
     value_term: bool
+    window: bool = False
+    dropout: bool = False
+    lse: bool = False
 
 
 class Terms(NamedTuple):
     """What shapes the scores besides q and k; each back end reads the terms it needs.
 
-    mask is bool and broadcasts to (b, h, n_q, n_k), True = may attend; bias is added to the scaled scores.
+    mask is bool and broadcasts to (b, h, n_q, n_k), True = may attend; bias is added to the scaled scores; window is
+    how many keys to the (left, right) of its own place a query sees, None = all.
     """
 
     mask: Tensor | None
@@ -51,6 +56,8 @@ class Terms(NamedTuple):
     scale: float
     q_positions: Tensor | None
     k_positions: Tensor | None
+    window: Window | None = None
+    dropout: Dropout | None = None
 
     def positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the positions given, or key j at j and the queries at the end of the keys, as `causal` aligns them."""
@@ -67,10 +74,10 @@ class Terms(NamedTuple):
         return self.bias
 
     def allowed(self, shape: Shape, device: torch.device) -> Tensor | None:
-        """Return the mask with `causal` merged in, or None where every query may attend to every key."""
-        if not self.causal or shape.n_q == 1:
+        """Return the mask with `causal` and `window` merged in, or None where every query may attend to every key."""
+        if self.window is None and (not self.causal or shape.n_q == 1):
             return self.mask
-        seen = torch.ones(shape.n_q, shape.n_k, dtype=torch.bool, device=device).tril(shape.n_k - shape.n_q)
+        seen = visible(shape.n_q, shape.n_k, self.causal, self.window, device)
         return seen if self.mask is None else seen & self.mask
 
 
@@ -85,6 +92,14 @@ class Backend(Protocol):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
         """Return (b, h, n_q, d_v)."""
+        ...
+
+
+class LSEBackend(Backend, Protocol):
+    """A back end that can also give the log-sum-exp of each query's scores."""
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return (b, h, n_q, d_v), and log Σ_j exp(score_ij) (b, h, n_q), -inf where no key is allowed."""
         ...
 
 

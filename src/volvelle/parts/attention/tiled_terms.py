@@ -1,0 +1,253 @@
+"""What a tile of scores gets besides scale * q k^T, and how its gradient leaves the tile again.
+
+Three forms, from the cheapest: a function of distance alone (one number a diagonal), a tensor (a slice a tile), and any
+other `Bias` (its own `tile`, evaluated again in the backward pass). None holds more than the bias itself.
+
+Shapes: b batch, h query heads, n_q queries, n_k keys, d features; c = n_q + n_k - 1 diagonals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from volvelle.parts.attention.spec import Shape, Terms
+from volvelle.parts.attention.tiles import Tile
+from volvelle.parts.position.encoding import Bias, DistanceBias
+
+
+class Block(NamedTuple):
+    """One tile with its tensors: q (b, h, queries, d) and k (b, h_kv, keys, d) as the caller gave them, widened."""
+
+    tile: Tile
+    q: Tensor
+    k: Tensor
+    q_positions: Tensor
+    k_positions: Tensor
+
+
+class Term:
+    """Nothing to add. `inputs` are the tensors that gradients leave through besides q and k."""
+
+    reversed_keys = False
+    """Whether tiles list their keys from the last to the first."""
+    has_value_term = False
+    inputs: tuple[Tensor, ...] = ()
+    learnable = False
+
+    def tile(self, block: Block) -> Tensor | None:
+        """Return (b or 1, h or 1, queries, keys), or None."""
+        return None
+
+    def most(self) -> float:
+        """Return a number that no entry of any tile exceeds in magnitude; inf where that is not cheap to know."""
+        return 0.0
+
+    def start(self) -> None:
+        """Before a backward pass."""
+
+    def collect(self, block: Block, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Take the gradient (b, h, queries, keys) of one tile of scores; returns what q and k of the block get."""
+        return None, None
+
+    def gradients(self) -> Sequence[Tensor | None]:
+        """After a backward pass: the gradients of `inputs`."""
+        return [None] * len(self.inputs)
+
+    def values(self, block: Block, weights: Tensor) -> Tensor:
+        """Return what the weights add to the output besides weights @ v; only with `has_value_term`."""
+        raise NotImplementedError
+
+    def collect_values(self, block: Block, weights: Tensor, gradient: Tensor) -> Tensor:
+        """Take the output's gradient; return what it means for the weights of this tile."""
+        raise NotImplementedError
+
+
+class _Dense(Term):
+    """A bias given as a tensor that broadcasts to (b, h, n_q, n_k)."""
+
+    def __init__(self, bias: Tensor, wide: torch.dtype):
+        self.whole = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        self.inputs, self.wide, self.learnable = (self.whole,), wide, bias.requires_grad
+
+    def most(self) -> float:
+        return math.inf
+
+    def _slice(self, x: Tensor, tile: Tile) -> Tensor:
+        rows = slice(None) if x.shape[2] == 1 else slice(tile.i0, tile.i1)
+        columns = slice(None) if x.shape[3] == 1 else slice(tile.j0, tile.j1)
+        return x[:, :, rows, columns]
+
+    def tile(self, block: Block) -> Tensor:
+        return self._slice(self.whole.detach(), block.tile).to(self.wide)
+
+    def start(self) -> None:
+        self.gradient = torch.zeros(self.whole.shape, dtype=self.wide, device=self.whole.device)
+
+    def collect(self, block: Block, gradient: Tensor) -> tuple[None, None]:
+        if self.learnable:
+            target = self._slice(self.gradient, block.tile)
+            target.add_(gradient.sum_to_size(target.shape))
+        return None, None
+
+    def gradients(self) -> Sequence[Tensor]:
+        return [self.gradient.to(self.whole.dtype)]
+
+
+class _Diagonals(Term):
+    """A bias by distance alone: (h or 1, c) numbers, the lowest distance first.
+
+    With the keys of a tile in reverse order, query a and key b lie at diagonal a + b: the tile is a view of the
+    numbers with stride 1 both ways, and its gradient a sum over anti-diagonals, which padding every row by the number
+    of rows and reading the result with one column less turns into a sum over columns.
+    """
+
+    reversed_keys = True
+
+    def __init__(self, bias: DistanceBias, shape: Shape, first: int, wide: torch.dtype, device: torch.device):
+        reach = torch.arange(first, first + shape.n_q + shape.n_k - 1, device=device)
+        self.numbers = bias.at(reach, wide)
+        self.inputs, self.n_k, self.wide = (self.numbers,), shape.n_k, wide
+        self.learnable = self.numbers.requires_grad
+
+    def most(self) -> float:
+        return float(self.numbers.detach().abs().max())
+
+    def _range(self, tile: Tile) -> slice:
+        begin = tile.i0 + self.n_k - tile.j1
+        return slice(begin, begin + tile.i1 - tile.i0 + tile.j1 - tile.j0 - 1)
+
+    def tile(self, block: Block) -> Tensor:
+        keys = block.tile.j1 - block.tile.j0
+        return self.numbers.detach()[:, self._range(block.tile)].unfold(-1, keys, 1)[None]
+
+    def start(self) -> None:
+        self.gradient = torch.zeros_like(self.numbers)
+
+    def collect(self, block: Block, gradient: Tensor) -> tuple[None, None]:
+        if self.learnable:
+            summed = gradient.sum(0) if gradient.shape[0] > 1 else gradient[0]
+            if self.numbers.shape[0] == 1 < summed.shape[0]:
+                summed = summed.sum(0, keepdim=True)
+            heads, queries, keys = summed.shape
+            skewed = pad(summed, (0, queries)).flatten(1)[:, : queries * (queries + keys - 1)]
+            self.gradient[:, self._range(block.tile)] += skewed.view(heads, queries, queries + keys - 1).sum(1)
+        return None, None
+
+    def gradients(self) -> Sequence[Tensor]:
+        return [self.gradient]
+
+
+class _Computed(Term):
+    """Any other `Bias`: each tile is computed where it is needed, twice when there are gradients."""
+
+    def __init__(self, bias: Bias, block: Block):
+        """`block` is a small one, on which the tensors that the bias depends on are found."""
+        self.bias, self.has_value_term, self.learnable = bias, bias.has_value_term, bias.learnable
+        self.inputs = ()
+        if bias.learnable and torch.is_grad_enabled():
+            declared = tuple(x for x in bias.tensors() if x.requires_grad)
+            self.inputs = declared or _sources(bias, block)
+
+    def tile(self, block: Block) -> Tensor:
+        return self.bias.tile(block.q, block.k, block.q_positions, block.k_positions)
+
+    def most(self) -> float:
+        return math.inf
+
+    def values(self, block: Block, weights: Tensor) -> Tensor:
+        return self.bias.value_term(weights, block.q_positions, block.k_positions)
+
+    def start(self) -> None:
+        self.sums: list[Tensor | None] = [None] * len(self.inputs)
+
+    def _add(self, found: Sequence[Tensor | None]) -> None:
+        for index, gradient in enumerate(found):
+            if gradient is not None:
+                before = self.sums[index]
+                self.sums[index] = gradient if before is None else before + gradient
+
+    def collect(self, block: Block, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if not self.learnable:
+            return None, None
+        with torch.enable_grad():
+            q, k = block.q.detach().requires_grad_(), block.k.detach().requires_grad_()
+            tile = self.bias.tile(q, k, block.q_positions, block.k_positions)
+        if not tile.requires_grad:
+            return None, None
+        towards = gradient.sum_to_size(tile.shape).to(tile.dtype)
+        # The graph beyond the tile may be shared with the next tile.
+        found = torch.autograd.grad(tile, (q, k, *self.inputs), towards, retain_graph=True, allow_unused=True)
+        self._add(found[2:])
+        return found[0], found[1]
+
+    def collect_values(self, block: Block, weights: Tensor, gradient: Tensor) -> Tensor:
+        with torch.enable_grad():
+            weights = weights.detach().requires_grad_()
+            out = self.bias.value_term(weights, block.q_positions, block.k_positions)
+        found = torch.autograd.grad(
+            out, (weights, *self.inputs), gradient.to(out.dtype), retain_graph=True, allow_unused=True
+        )
+        self._add(found[1:])
+        assert found[0] is not None
+        return found[0]
+
+    def gradients(self) -> Sequence[Tensor | None]:
+        return self.sums
+
+
+def make_term(terms: Terms, q: Tensor, k: Tensor, shape: Shape, wide: torch.dtype) -> Term:
+    """Choose the cheapest form that the bias of a call allows."""
+    bias = terms.bias
+    if bias is None:
+        return Term()
+    if isinstance(bias, Tensor):
+        return _Dense(bias, wide)
+    q_positions, k_positions = terms.positions(q, k)
+    if isinstance(bias, DistanceBias) and _in_steps(q_positions) and _in_steps(k_positions) and shape.n_q:
+        # Distances run from the first query's to the last key up to the last query's to the first key.
+        first = int(q_positions[0]) - int(k_positions[-1])
+        return _Diagonals(bias, shape, first, wide, q.device)
+    small = Block(
+        Tile(0, 1, 0, 1, False),
+        q[:, :, :1].detach().to(wide).requires_grad_(),
+        k[:, :, :1].detach().to(wide).requires_grad_(),
+        q_positions[..., :1],
+        k_positions[..., :1],
+    )
+    return _Computed(bias, small)
+
+
+def _in_steps(positions: Tensor) -> bool:
+    """Whether positions (n,) count up by one, for which distance is the diagonal."""
+    return positions.dim() == 1 and bool((positions.diff() == 1).all())
+
+
+def _sources(bias: Bias, block: Block) -> tuple[Tensor, ...]:
+    """The leaf tensors whose gradients go through the bias, besides the block's q and k."""
+    with torch.enable_grad():
+        outputs = [bias.tile(block.q, block.k, block.q_positions, block.k_positions)]
+        if bias.has_value_term:
+            b, h = block.q.shape[:2]
+            weights = block.q.new_ones(b, h, 1, 1)
+            outputs.append(bias.value_term(weights, block.q_positions, block.k_positions))
+    own = {id(block.q), id(block.k)}
+    found: dict[int, Tensor] = {}
+    nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    found |= {id(x): x for x in outputs if x.requires_grad and x.grad_fn is None}
+    visited = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)  # of the nodes that end at a leaf
+        if variable is not None and id(variable) not in own:
+            found[id(variable)] = variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                nodes.append(following)
+    return tuple(found.values())
