@@ -5,8 +5,9 @@ weights, gradients and optimiser by the number of cards N and gathers one block 
 
     peak = max over t of  (weights + gradients + optimiser)(t) / N + activations(t) + temporaries(t) + gathered
 
-`gathered` is two blocks' full weights (the current and the prefetched one) and one block's full gradients. The batch
-is the one card's own: N cards train N times as many samples a step.
+`gathered` is two blocks' full weights (the current and the prefetched one) and one block's full gradients. Under
+autocast the gathered weights are half precision already (FSDP's mixed-precision policy), so no casts of all weights are
+kept, which DDP does. The batch is the one card's own: N cards train N times as many samples a step.
 """
 
 from __future__ import annotations
@@ -65,23 +66,31 @@ def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> C
         # One bucket a group of parameters, together as large as the gradients.
         buckets = sum(p.numel() * p.element_size() for p in step.trainable)
         return CardPlan(cards, shard, trace.peak + buckets, buckets)
-    gathered = _gathered(step.model)
-    best = 0
-    for _, phase, sums in trace.ledger.rows(trace.start, trace.stop):
+    amp = step.options.precision == "amp"
+    gathered = _gathered(step.model, amp)
+    best, casts = 0, 0
+    blocks, entries = trace.ledger.blocks, trace.ledger.entries
+    cast_sizes = {i: block.size for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
+    casts = sum(entry.sign * cast_sizes.get(entry.block, 0) for entry in entries[: trace.start])
+    for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
+        casts += entries[index].sign * cast_sizes.get(entries[index].block, 0)
         split = sum(sums[name] for name in _SPLIT)
-        rest = sum(sums[name] for name in CATEGORIES if name not in _SPLIT)
+        rest = sum(sums[name] for name in CATEGORIES if name not in _SPLIT) - casts
         # The optimiser works on shards alone, and needs no block gathered.
         total = (split + rest) / n if phase == "optimiser" else split / n + rest + gathered
         best = max(best, math.ceil(total))
     return CardPlan(cards, shard, best, gathered)
 
 
-def _gathered(model: nn.Module) -> int:
-    """Two units' full weights and one unit's full gradients; a unit is a block, or a parameter outside all blocks."""
+def _gathered(model: nn.Module, amp: bool) -> int:
+    """Two units' full weights and one unit's full gradients; a unit is a block, or a parameter outside all blocks.
+
+    Under autocast weights are gathered in half precision; gradients are reduced in their own.
+    """
     blocks = [list(block.parameters()) for block in blocks_of(model)]
     inside = {id(p) for block in blocks for p in block}
     units = [*blocks, *([p] for p in model.parameters() if id(p) not in inside)]
-    weights = max((sum(p.numel() * p.element_size() for p in unit) for unit in units), default=0)
+    weights = max((sum(p.numel() * (2 if amp else p.element_size()) for p in unit) for unit in units), default=0)
     trained = ([p for p in unit if p.requires_grad] for unit in units)
     return 2 * weights + max((sum(p.numel() * p.element_size() for p in unit) for unit in trained), default=0)
 
@@ -121,9 +130,15 @@ def quoted_figures(parameters: int, card: float = 80.0) -> str:
     return "\n".join(lines)
 
 
+INCLUDED = (
+    "counted: weights, gradients and Adam's two moments, with fp32 masters where there are some, split over all "
+    "cards (FSDP, ZeRO-3); under DDP every card holds all of it",
+    "not counted: activations, temporaries, gathered blocks and communication buffers, fragmentation, the CUDA context",
+)
+
 QUOTE = (
-    "Often quoted for full fine-tuning: 7B about 160 GB (2 x 80), 72B about 1600 GB (20 x 80). Both follow from 20 "
-    "bytes a parameter: 7.72e9 x 20 = 154 GB, rounded up to 2 cards = 160 GB; 72.29e9 x 20 = 1446 GB, which is 19 "
-    "cards, and with activations and buffers of about 8 GB a card, 20 cards = 1600 GB. With 16 bytes a parameter "
-    "they would be 124 GB (2 cards) and 1157 GB (15 cards)."
+    "Often quoted for full fine-tuning in mixed precision: 7B about 160 GB (2 x 80), 72B about 1600 GB (20 x 80). Both "
+    "follow from 20 bytes a parameter: 7.72e9 x 20 = 154 GB, rounded up to 2 cards = 160 GB; 72.29e9 x 20 = 1446 GB, "
+    "which is 19 cards, and with 8 GB a card left for what is not counted, 20 cards = 1600 GB. With 16 bytes a "
+    "parameter they would be 124 GB (2 cards) and 1157 GB (15 cards)."
 )

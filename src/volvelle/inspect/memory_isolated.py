@@ -15,11 +15,14 @@ T = TypeVar("T")
 def isolated(work: Callable[[], T]) -> T:
     """Run `work()` in a forked process and return its result, which must be picklable; its exception is raised here.
 
-    Raises VolvelleError when the process dies, with the signal that ended it.
+    Where a system cannot fork, the work runs here. Raises VolvelleError when the process dies, with the signal that
+    ended it.
 
     >>> isolated(lambda: 6 * 7)
     42
     """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return work()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(work, sender), daemon=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from volvelle.inspect.memory_cards import gigabytes
 
@@ -31,9 +32,42 @@ def text(plan: MemoryPlan) -> str:
     return "\n".join(lines)
 
 
+def record(plan: MemoryPlan) -> dict[str, Any]:
+    """The plan as plain data for programs: sizes in bytes."""
+    card = plan.card
+    return {
+        "label": plan.label,
+        "batch": plan.batch,
+        "device": plan.device,
+        "parameters": plan.parameters,
+        "trained": plan.trainable,
+        "peak": plan.peak,
+        "composition": dict(plan.composition),
+        "at": {"phase": plan.phase, "op": plan.op, "module": plan.module},
+        "largest": [dataclasses.asdict(row) for row in plan.holdings],
+        "branches": list(plan.branches),
+        "cards": None
+        if card is None
+        else {
+            "count": card.cards.count,
+            "capacity": card.cards.capacity,
+            "shard": card.shard,
+            "peak": card.peak,
+            "communication": card.communication,
+            "fits": card.fits,
+            "verdict": card.verdict,
+        },
+        "largest_batch": plan.largest_batch,
+        "cheaper": [dataclasses.asdict(row) | {"says": str(row)} for row in plan.cheaper],
+        "seconds": plan.seconds,
+    }
+
+
 def _head(plan: MemoryPlan) -> list[str]:
     where = f"{plan.op} in {plan.phase}" + (f", {plan.module}" if plan.module else "")
-    lines = [f"peak {gigabytes(plan.peak)} of tensors ({plan.peak:,} bytes) at {where}"]
+    sharded = plan.card is not None and plan.card.cards.count > 1 and plan.card.shard == "fsdp"
+    before = " before sharding" if sharded else ""
+    lines = [f"peak{before} {gigabytes(plan.peak)} of tensors ({plan.peak:,} bytes) at {where}"]
     if plan.parameters:
         share = f"{plan.trainable / 1e9:.3g}e9 trained" if plan.trainable >= 1e9 else f"{plan.trainable:,} trained"
         lines.append(f"{plan.label}; batch {plan.batch}; {plan.parameters:,} parameters, {share}; {_device(plan)}")

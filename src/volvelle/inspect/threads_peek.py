@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 _SECONDS = 10.0
@@ -74,16 +75,23 @@ def ask(pid: int) -> Answer:
     """The Python threads of another process, with stacks where a source for them exists."""
     with contextlib.suppress(ConnectionError, FileNotFoundError):
         return Answer(_ask_process(pid), "the process itself")
-    spy = shutil.which("py-spy")
+    spy = _spy()
     if spy is None:
         return Answer([], "", ("no Python stacks: the process does not answer, and py-spy is not installed",))
-    done = subprocess.run(
-        [spy, "dump", "--json", "--pid", str(pid)], capture_output=True, text=True, timeout=_SECONDS, check=False
-    )
+    command = [spy, "dump", "--json", "--pid", str(pid)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Answer([], "", ("no Python stacks: py-spy gets no answer from the process: is it stopped?",))
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Answer([], "", (f"no Python stacks: py-spy says: {why}",))
     return Answer(list(map(_of_spy, json.loads(done.stdout))), "py-spy")
+
+
+def _spy() -> str | None:
+    """py-spy of this environment, which need not be on the path, or any other."""
+    return shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
 
 
 def _of_spy(thread: dict[str, Any]) -> PythonThread:
