@@ -22,8 +22,8 @@ def test_collectives_end_to_end(capsys):
     assert "counts are exactly that" in text
     for ranks in ("10", "100", "1000", "10000"):
         lines = [line for line in text.splitlines() if line.split()[:1] == [ranks]]
-        assert len(lines) == 2 * 4
-        assert all(line.count("%") >= 2 for line in lines)
+        assert len(lines) == 2 * 2  # two sizes, on this machine and apart
+        assert all("%, worst " in line for line in lines)
 
 
 def test_collectives_as_json(capsys):

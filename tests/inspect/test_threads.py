@@ -3,7 +3,6 @@
 import _thread
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +50,7 @@ def child():
 
 @pytest.fixture
 def no_spy(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(threads_peek, "_spy", lambda: None)
 
 
 def test_python_threads_carry_name_native_id_and_stack():
@@ -190,7 +189,7 @@ def test_nobody_answers_for_another(child, no_spy):
         assert live_threads(process.pid).sources == ("/proc",)
 
 
-@pytest.mark.skipif(shutil.which("py-spy") is None, reason="py-spy is not installed")
+@pytest.mark.skipif(threads_peek._spy() is None, reason="py-spy is not installed")
 def test_another_process_through_py_spy(child):
     report = live_threads(child().pid)
     if report.notes:
@@ -206,12 +205,30 @@ def test_py_spy_output_is_read(child, monkeypatch, tmp_path):
     spy = tmp_path / "py-spy"
     spy.write_text(f"#!/bin/sh\necho '{json.dumps(dump)}'\n")
     spy.chmod(0o755)
-    monkeypatch.setattr(shutil, "which", lambda name: str(spy))
+    monkeypatch.setattr(threads_peek, "_spy", lambda: str(spy))
     report = live_threads(process.pid)
     assert [f.function for f in report.threads[0].stack] == ["outer", "inner"]
     assert {t.kind for t in report} == {"python", "native"}
     spy.write_text("#!/bin/sh\necho 'Permission Denied: try sudo' >&2\nexit 1\n")
     assert live_threads(process.pid).notes == ("no Python stacks: py-spy says: Permission Denied: try sudo",)
+
+
+@pytest.mark.parametrize("spy", ["installed", "hanging"])
+def test_py_spy_on_a_stopped_process_does_not_hang_us(child, monkeypatch, tmp_path, spy):
+    if spy == "hanging":
+        script = tmp_path / "py-spy"
+        script.write_text("#!/bin/sh\nexec sleep 60\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(threads_peek, "_spy", lambda: str(script))
+    elif threads_peek._spy() is None:
+        pytest.skip("py-spy is not installed")
+    monkeypatch.setattr(threads_peek, "_SECONDS", 2.0)
+    process = child()
+    process.send_signal(signal.SIGSTOP)
+    report = live_threads(process.pid)
+    assert len(report) == 2
+    if not any(t.stack for t in report):
+        assert "no Python stacks: py-spy" in report.notes[0]
 
 
 def test_a_missing_process_is_an_error():
@@ -246,7 +263,7 @@ def test_verb(capsys, child, no_spy):
     process = child("from volvelle.inspect import answer_threads; answer_threads()")
     assert main(["inspect", "threads", f"pid={process.pid}", "stacks=true"]) == 0
     text = capsys.readouterr().out
-    assert f"process {process.pid}: 3 threads, 0 of them not Python's" in text
+    assert f"process {process.pid}: 3 threads, 3 of them Python's" in text
     assert "nap (<string>:" in text
     assert main(["inspect", "threads", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

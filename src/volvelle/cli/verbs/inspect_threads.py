@@ -30,8 +30,9 @@ def main(options: Options) -> int:
     from volvelle.inspect.threads_kernel import python_processes
 
     report = live_threads(options.pid)
-    native = sum(thread.kind != "python" for thread in report)
-    say(f"process {report.pid}: {len(report)} threads, {native} of them not Python's; from {', '.join(report.sources)}")
+    kinds = [thread.kind for thread in report]
+    python = "unknown how many" if "unknown" in kinds else str(kinds.count("python"))
+    say(f"process {report.pid}: {len(kinds)} threads, {python} of them Python's; from {', '.join(report.sources)}")
     table(("id", "kind", "state", "CPU s", "core", "name", "where"), [_row(thread) for thread in report])
     for note in report.notes:
         say(f"note: {note}")
