@@ -24,6 +24,8 @@ from volvelle.train.options import FitOptions
 if TYPE_CHECKING:
     from volvelle.train.ranks import Ranks
 
+INTERRUPTED = 130
+"""Exit code of workers that were stopped, have saved, and can be resumed."""
 PATIENCE = timedelta(hours=6)
 """The longest that ranks wait in a collective: rank 0 may evaluate meanwhile. Lost ranks are the watch's business."""
 SHUTDOWN = 600
@@ -63,9 +65,6 @@ def launch(ranks: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its own account of a failure is a page long; the workers have said in one line what happened.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     config = LaunchConfig(
@@ -80,12 +79,17 @@ def launch(ranks: int, words: Sequence[str]) -> int:
         monitor_interval=0.5,
         shutdown_timeout=SHUTDOWN,
     )
+    before = logging.root.manager.disable
+    # Its own account of a failure is a page long; the workers have said in one line what happened.
+    logging.disable(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "volvelle", *words)
     except ChildFailedError as error:
         return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    except SignalException:
+        return INTERRUPTED
+    finally:
+        logging.disable(before)
     return 0
 
 
@@ -94,7 +98,7 @@ def _exit_code(codes: dict[int, int]) -> int:
     if not said:
         rank, code = next(iter(codes.items()))
         raise VolvelleError(f"rank {rank} was ended by {signal.Signals(-code).name}, and no rank could say more")
-    return next((code for code in said if code != 130), 130)
+    return next((code for code in said if code != INTERRUPTED), INTERRUPTED)
 
 
 def _cores() -> int:
@@ -116,7 +120,7 @@ def joined(options: FitOptions, *, device: str | None = None) -> Iterator[Ranks]
     if world == 1:
         yield Ranks()
         return
-    with _signals() as leaving, _group(options, world, device) as ranks:
+    with _signals() as leaving, _group(options, world, device, leaving) as ranks:
         try:
             with ranks.guard(lambda: ""):
                 yield ranks
@@ -158,7 +162,7 @@ def _signals() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def _group(options: FitOptions, world: int, device: str | None) -> Iterator[Any]:
+def _group(options: FitOptions, world: int, device: str | None, leaving: threading.Event) -> Iterator[Any]:
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -183,7 +187,8 @@ def _group(options: FitOptions, world: int, device: str | None) -> Iterator[Any]
     )
     # The store outlives a restart of the workers; their keys must not.
     attempt = f"volvelle/attempt-{restarts()}"
-    watch = Watch(PrefixStore(f"{attempt}/watch", store.clone()), rank, world, options.rank_timeout)
+    own = PrefixStore(f"{attempt}/watch", store.clone())
+    watch = Watch(own, rank, world, options.rank_timeout, leaving=leaving)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=PrefixStore(f"{attempt}/group", store),

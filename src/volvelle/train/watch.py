@@ -38,16 +38,25 @@ class Watch:
 
     `store` is a connection of its own: the thread must not wait for what the main thread does. On this machine a
     stopped process that is lost is killed: it can do no more good, and its closed connections wake up whoever waits for
-    it. A rank that still hangs `GRACE` seconds later ends through `leave`.
+    it. A rank that still hangs `GRACE` seconds later ends through `leave`; `leaving` is set once it is on its way out.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, timeout: float, *, leave: Callable[[int], None] = os._exit):
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        timeout: float,
+        *,
+        leaving: threading.Event | None = None,
+        leave: Callable[[int], None] = os._exit,
+    ):
         self.store, self.rank, self.world, self.timeout, self._leave = store, rank, world, timeout, leave
         self.interval = min(1.0, timeout / 10)
         self.found: tuple[int, str] | None = None
         self._count = 0
         self._ended = threading.Event()
-        self._leaving = threading.Event()
+        self._leaving = leaving or threading.Event()
         self._thread = threading.Thread(target=self._run, name="volvelle-heartbeat", daemon=True)
         self._others = [r for r in range(world) if r != rank]
         self._who: dict[int, dict[str, Any]] = {}

@@ -1,0 +1,197 @@
+"""What the ranks of the tests do: toys to train, and the ways in which a rank can be lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from tests.train.toys import Folder, Regression, TwoPlayers, loader
+from torch import nn
+
+from volvelle.train import checkpoint
+from volvelle.train.loop import fit
+from volvelle.train.observer import Quiet
+from volvelle.train.phase import Loss, Phase
+from volvelle.train.ranks import Ranks
+
+
+class Plain(Regression):
+    """Without dropout, so that samples give the same gradient on whichever rank; records every update's gradient."""
+
+    def __init__(self, seed=1, lr=0.05):
+        super().__init__(seed=seed)
+        self.net[2] = nn.Identity()
+        self.lr, self.gradients = lr, []
+
+    def phases(self, steps):
+        (phase,) = super().phases(steps)
+        return [Phase(**{**vars(phase), "clip": None, "optimizer": self.recording})]
+
+    def recording(self, parameters):
+        optimizer = torch.optim.SGD(parameters.values(), lr=self.lr)
+
+        def keep(*_):
+            grads = [p.grad for p in parameters.values() if p.grad is not None]
+            self.gradients.append([getattr(g, "full_tensor", lambda g=g: g)().detach().clone() for g in grads])
+
+        optimizer.register_step_pre_hook(keep)
+        return optimizer
+
+
+class SteadyPlayers(TwoPlayers):
+    """Two players whose noise comes from the batch, without dropout: the same on whichever rank. Watches isolation."""
+
+    def __init__(self, seed=1):
+        super().__init__(seed)
+        self.critic[3] = nn.Identity()
+        self.broken = []
+
+    def fake(self, batch):
+        return self.generator(batch["x"][:, :2])
+
+    def phases(self, steps):
+        found = super().phases(steps)
+        others = {"critic": self.generator, "generator": self.critic}
+
+        def watched(phase):
+            other = others[phase.name]
+
+            def make(parameters):
+                optimizer = phase.optimizer(parameters)
+                optimizer.register_step_pre_hook(lambda *_: self.check(phase.name, other))
+                return optimizer
+
+            return Phase(**{**vars(phase), "optimizer": make})
+
+        return [watched(phase) for phase in found]
+
+    def check(self, name, other):
+        if any(p.grad is not None or p.requires_grad for p in other.parameters()):
+            self.broken.append(name)
+
+
+class Idle(Plain):
+    """One layer that the loss never uses, and one that only some samples use."""
+
+    def evaluate(self):
+        return {}
+
+    def __init__(self, seed=1):
+        super().__init__(seed)
+        self.net.add_module("idle", nn.Linear(2, 2))
+        self.net.add_module("sometimes", nn.Linear(3, 1))
+
+    def loss(self, batch):
+        found = self.net[3](self.net[1](self.net[0](batch["x"])))
+        if batch["x"][0, 0] > 0:
+            found = found + self.net.sometimes(batch["x"])
+        return Loss((found - batch["y"]).square().mean(), weight=len(batch["x"]))
+
+
+class Spoiled(Plain):
+    """Sample 5 gives NaN, on whichever rank it lands."""
+
+    def loss(self, batch):
+        found = super().loss(batch)
+        bad = (batch["x"] == loader().dataset[5][0]).all(dim=1).any()
+        return type(found)(found.value * float("nan") if bad else found.value, weight=found.weight)
+
+
+KINDS = {kind.__name__: kind for kind in (Regression, TwoPlayers, Plain, SteadyPlayers, Idle, Spoiled)}
+
+
+class Ear(Quiet):
+    """Remembers what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def train(ranks: Ranks, out: Path, kind: str, options, *, folder: Path | None = None, resume=False, faults=(), seed=1):
+    """Train a toy on the same data, whatever the number of ranks; leave its tensors in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    objective, ear = KINDS[kind](seed=seed), Ear()
+    for fault in faults:
+        fault.arm(ranks, objective)
+    run = Folder(folder) if folder is not None else None
+    result = fit(objective, loader(options.batch), options=options, run=run, observer=ear, resume=resume, ranks=ranks)
+    weights = {f"{name}.{key}": v for name, m in objective.modules().items() for key, v in m.state_dict().items()}
+    torch.save(
+        {"weights": weights | getattr(objective, "average", {}), "gradients": getattr(objective, "gradients", [])},
+        out / f"rank-{ranks.rank}.pt",
+    )
+    return {
+        "step": result.step,
+        "interrupted": result.interrupted,
+        "resumed_from": result.resumed_from,
+        "metrics": result.metrics,
+        "said": ear.said,
+        "broken": getattr(objective, "broken", []),
+        "state": str(objective.modules()),
+    }
+
+
+class Fault:
+    """Rank `rank` sends itself `number` at the `count`-th arrival at `place`."""
+
+    def __init__(self, rank: int, place: str, count: int, number: int = signal.SIGKILL):
+        self.rank, self.place, self.count, self.number = rank, place, count, number
+
+    def __repr__(self):
+        return f"{signal.Signals(self.number).name} of rank {self.rank} at {self.place} {self.count}"
+
+    def hit(self):
+        self.count -= 1
+        if self.count == 0:
+            os.kill(os.getpid(), self.number)
+
+    def arm(self, ranks, objective):
+        if ranks.rank != self.rank:
+            return
+        if self.place == "loss":
+            self._in_phases(objective, "loss")
+        elif self.place == "update":
+            self._in_phases(objective, "optimizer")
+        elif self.place == "transfer":
+            self._before(__import__("volvelle.parts.collectives.wire", fromlist=["Wire"]).Wire, "wait")
+        else:  # inside the writing of a checkpoint: before hashing, before flushing, before the rename
+            owner = Path if self.place == "rename" else checkpoint
+            self._before(owner, self.place)
+
+    def _before(self, owner, name):
+        original = getattr(owner, name)
+
+        def hit(*arguments, **options):
+            self.hit()
+            return original(*arguments, **options)
+
+        setattr(owner, name, hit)
+
+    def _in_phases(self, objective, what):
+        original = objective.phases
+
+        def phases(steps):
+            return [Phase(**{**vars(phase), what: self._wrapped(phase, what)}) for phase in original(steps)]
+
+        objective.phases = phases
+
+    def _wrapped(self, phase, what):
+        if what == "loss":
+
+            def loss(batch):
+                self.hit()
+                return phase.loss(batch)
+
+            return loss
+
+        def make(parameters):
+            optimizer = phase.optimizer(parameters)
+            optimizer.register_step_pre_hook(lambda *_: self.hit())
+            return optimizer
+
+        return make
