@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import protocol
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"language": "docs/language.md", "loader": "docs/training.md"}
+PAGES = {"language": "docs/language.md", "loader": "docs/training.md", "positions": "docs/positions.md"}
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
 
@@ -62,7 +62,46 @@ def loader(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {"language": language, "loader": loader}
+def positions(record: Mapping[str, Any]) -> list[str]:
+    """Facts of every position encoding, the leak of convolutions, and the solvers of the recurrent one."""
+    size, machine = record["size"], record["machine"]
+    lines = [
+        "| encoding | trained numbers | positions served | told apart | change by a shift | fp32 error, near and far |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        served = "any" if row["limit"] is None else f"0 to {row['limit'] - 1:,}"
+        shift = "none" if row["shift"] < 1e-12 else f"{row['shift']:.2g}"
+        lines.append(
+            f"| {row['name']} | {row['trained']:,} | {served} | {row['told_apart']:,} | {shift} | "
+            f"{row['error_near']:.0e} and {row['error_far']:.0e} at {row['far']:,} |"
+        )
+    layers = list(record["leaks"][0]["layers"])
+    lines += ["", f"| padding of the convolutions | {' | '.join(f'{n} layers' for n in layers)} |"]
+    lines += ["|---" * (len(layers) + 1) + "|"]
+    for row in record["leaks"]:
+        cells = " | ".join(f"{max(value, 0):.2f}" for value in row["layers"].values())
+        lines.append(f"| {row['padding']} | {cells} |")
+    lines += ["", "| solver of FLOATER | step | error at time 6.4 |", "|---|---|---|"]
+    lines += [f"| {row['solver']} | {row['delta']} | {row['error']:.0e} |" for row in record["solvers"]]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
+    return [
+        *lines,
+        "",
+        f"Width {size['width']}, {size['heads']} heads, tables of {size['length']} positions. Told apart: vectors, or "
+        f"scores of keys before the query, that differ among the first {size['span']:,} (of a table: all it has, at "
+        "most as many). Shift and errors: one attention layer over 64 tokens, relative to its largest output, "
+        f"unmasked; shift by {size['shift']:,} or as far as the table goes, fp32 against fp64. Convolutions: R² of a "
+        "linear readout of the position behind untrained layers of width 7 with ReLU over random tokens, on new rows, "
+        f"below 0 shown as 0. {versions}, {machine['date'][:10]}. Made by `python -m benchmarks.positions`.",
+    ]
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "language": language,
+    "loader": loader,
+    "positions": positions,
+}
 
 
 def _footer(name: str, machine: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from volvelle.parts.position.rope import (
     rope_frequencies,
     rope_rotation,
 )
-from volvelle.parts.position.rope_scaling import DynamicNTKScaling, LinearScaling, LongRoPEScaling
+from volvelle.parts.position.rope_scaling import DynamicNTKScaling, LinearScaling, LongRoPEScaling, NTKScaling
 
 LAYOUTS = ("half", "interleaved")
 
@@ -178,6 +178,14 @@ def test_linear_scaling_divides_the_positions():
     x = heads()
     scaled, _ = apply_rope(x, x, torch.arange(7) * 4, scaling=LinearScaling(4.0))
     torch.testing.assert_close(scaled, apply_rope(x, x, torch.arange(7))[0])
+
+
+def test_ntk_keeps_the_fastest_pair_and_stretches_the_slowest():
+    plain, stretched = rope_frequencies(16), rope_frequencies(16, scaling=NTKScaling(8.0))
+    ratio = plain / stretched
+    torch.testing.assert_close(ratio, 8.0 ** (torch.arange(8, dtype=torch.float64) / 7), rtol=1e-12, atol=0)
+    dynamic = DynamicNTKScaling(8.0, original_context=10).frequencies(16, 10000.0, torch.tensor(20))
+    torch.testing.assert_close(dynamic, rope_frequencies(16, scaling=NTKScaling(9.0)))  # 8 * 2 - 7 at twice the length
 
 
 @pytest.mark.parametrize(

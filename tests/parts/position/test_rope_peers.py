@@ -132,3 +132,17 @@ def test_gpt_neox_partial_half():
     cos, sin = GPTNeoXRotaryEmbedding(config)(q, positions[None])
     expected = apply_rotary_pos_emb(q, k, cos, sin)
     torch.testing.assert_close(apply_rope(q, k, positions, dim=4), expected, rtol=0, atol=1e-5)
+
+
+def test_a_cast_model_of_theirs_loses_its_angles_and_ours_does_not():
+    """Their frequencies are a buffer that .to(bfloat16) rounds; when this fails, they have repaired it."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    positions, bf16 = torch.tensor([2000]), torch.bfloat16
+    exact = RotaryEmbedding(128).rotation(positions, torch.float64).cos
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128)
+    theirs, _ = LlamaRotaryEmbedding(config).to(bf16)(exact.to(bf16), positions[None])
+    ours = RotaryEmbedding(128).to(bf16).rotation(positions, bf16).cos
+    assert (theirs[0].double() - exact).abs().max() > 1
+    assert (ours.double() - exact).abs().max() <= 2**-9  # half a unit in the last place
