@@ -158,21 +158,9 @@ class SelfAttention(nn.Module):
             v = step.rotation.turn(v) if self.rotate_value else v
         if step.cache is not None:
             k, v = step.cache.append(self.index, k, v)
-        if self.training and self.dropout:
-            out = _attention_with_dropout(q, k, v, step, self.dropout)
-        else:
-            out = attention(q, k, v, mask=step.mask, causal=step.causal)
+        dropout = self.dropout if self.training else 0.0
+        out = attention(q, k, v, mask=step.mask, causal=step.causal, dropout=dropout)
         return self.o_proj(out.transpose(1, 2).reshape(b, n, -1))
-
-
-def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, step: Step, p: float) -> Tensor:
-    """attention() with weights dropped at rate p, for training; torch's kernel, its math path."""
-    mask = step.mask
-    if step.causal:
-        n, m = q.shape[2], k.shape[2]
-        past = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        mask = past if mask is None else mask & past
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class PreNormBlock(nn.Module):
