@@ -209,7 +209,7 @@ def test_py_spy_output_is_read(child, monkeypatch, tmp_path):
     report = live_threads(process.pid)
     assert [f.function for f in report.threads[0].stack] == ["outer", "inner"]
     assert {t.kind for t in report} == {"python", "native"}
-    spy.write_text("#!/bin/sh\necho 'Permission Denied: try sudo' >&2\nexit 1\n")
+    spy.write_text("#!/bin/sh\nprintf 'Error: Permission Denied: try sudo\\n\\nCaused by:\\n 0: x' >&2\nexit 1\n")
     assert live_threads(process.pid).notes == ("no Python stacks: py-spy says: Permission Denied: try sudo",)
 
 

@@ -109,7 +109,7 @@ class Graph:
         parts += [_curve(points) for points in layout.edges]
         for i, box in enumerate(self.boxes):
             state = "loss" if i == len(self.boxes) - 1 and box.state == "ok" else box.state
-            parts.append(_drawn(box.lines, layout.places[i], sizes[i], _COLOURS[state]))
+            parts.append(_drawn(box.lines, layout.places[i], sizes[i], _COLOURS[state], 3 if box.marked else 1))
         if self.notes:
             parts.append(_drawn(notes, (0.0, layout.height + 30), (note_width, note_height), _COLOURS["non-finite"]))
         return "\n".join([*parts, "</svg>\n"])
@@ -128,12 +128,16 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _drawn(
-    lines: Sequence[str], place: tuple[float, float], size: tuple[float, float], colours: tuple[str, str]
+    lines: Sequence[str],
+    place: tuple[float, float],
+    size: tuple[float, float],
+    colours: tuple[str, str],
+    border: int = 1,
 ) -> str:
     (x, y), (width, height), (fill, stroke) = place, size, colours
     parts = [
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="5" fill="{fill}" '
-        f'stroke="{stroke}"/>'
+        f'stroke="{stroke}" stroke-width="{border}"/>'
     ]
     for i, line in enumerate(lines):
         look = 'font-weight="bold" fill="#1c2430"' if i == 0 else 'fill="#47525f"'

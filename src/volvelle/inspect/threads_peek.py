@@ -84,7 +84,7 @@ def ask(pid: int) -> Answer:
     except subprocess.TimeoutExpired:
         return Answer([], "", ("no Python stacks: py-spy gets no answer from the process: is it stopped?",))
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        why = (done.stderr.strip().splitlines() or ["no message"])[0].removeprefix("Error: ")
         return Answer([], "", (f"no Python stacks: py-spy says: {why}",))
     return Answer(list(map(_of_spy, json.loads(done.stdout))), "py-spy")
 
