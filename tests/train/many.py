@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from volvelle.train.launch import joined
+from volvelle.train.launch import hush, joined
 from volvelle.train.options import FitOptions
 
 LIMIT = 120.0
 """Seconds after which the processes of one test are ended, whatever they do."""
 
+hush()  # before the server that forks the ranks loads torch
 CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, and forked before any thread
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "volvelle.train.sharded", "tests.train.programs"])
 

@@ -46,7 +46,10 @@ class SteadyPlayers(TwoPlayers):
     def __init__(self, seed=1):
         super().__init__(seed)
         self.critic[3] = nn.Identity()
-        self.broken = []
+        self.broken, self.average = [], {}
+
+    def after_step(self, step):
+        """The average is the loop's (options.average), which may be sharded."""
 
     def fake(self, batch):
         return self.generator(batch["x"][:, :2])
@@ -195,3 +198,34 @@ class Fault:
             return optimizer
 
         return make
+
+
+def tiny_decoder(seed=0):
+    """Two blocks, tied embeddings."""
+    from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
+    from volvelle.systems.language.decoder import Decoder
+
+    torch.manual_seed(seed)
+    shape = {"vocabulary": 61, "width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "context": 32}
+    return Decoder(LanguageConfig("llama", **shape, norm=RMSNorm(), mlp=GatedMLP(33), position=Rope()))
+
+
+def train_language(ranks: Ranks, out: Path, options, *, resume=False, seed=0):
+    """Train the tiny decoder on windows of numbers; leave its weights, and what it then computes, in `out`."""
+    from volvelle.data.loader import Loader
+    from volvelle.data.packing import Windows, collate_windows
+    from volvelle.train.language import LanguageObjective
+
+    tokens = torch.randint(61, (401,), generator=torch.Generator().manual_seed(1))
+    windows = Windows(tokens, 16)
+    model, ear = tiny_decoder(seed), Ear()
+    held = Loader(windows, 4, seed=0, collate=collate_windows, shuffle=False)
+    objective = LanguageObjective(model, options, held_out=held)
+    data = Loader(windows, options.batch, seed=5, collate=collate_windows)
+    result = fit(objective, data, options=options, run=Folder(out / "run"), observer=ear, resume=resume, ranks=ranks)
+    with torch.no_grad():
+        logits = model(torch.arange(20)[None]).logits
+    torch.save(
+        {"weights": model.state_dict(), "logits": logits, "kind": type(model).__name__}, out / f"rank-{ranks.rank}.pt"
+    )
+    return {"resumed_from": result.resumed_from, "metrics": result.metrics, "best": result.best, "said": ear.said}

@@ -54,6 +54,8 @@ class ShardedGroup(Group):
             root = fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
             for name in methods:
                 register_fsdp_forward_method(module, name)
+            # What torch leaves to the first forward pass: until then no weights can be gathered.
+            root._get_fsdp_state()._lazy_init()
             self._roots.append(root)
 
     def wrap(self, phase: Phase, modules: Mapping[str, nn.Module]) -> Callable[[Any], Loss]:

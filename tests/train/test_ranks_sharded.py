@@ -1,0 +1,107 @@
+"""Fully sharded data parallelism takes the same steps as whole weights on every rank; its checkpoints are as safe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.train.many import run
+from tests.train.programs import train, train_language
+from tests.train.toys import Folder
+
+from volvelle.errors import UsageError
+from volvelle.train.checkpoint import Checkpoints
+from volvelle.train.options import FitOptions
+
+BASE = {"steps": 6, "batch": 3, "accumulate": 2, "checkpoint_every": 2, "evaluate_every": 3, "keep_last": 3}
+
+
+def losses(folder, name="loss"):
+    return [record[name] for record in Folder(folder / "run").metrics() if name in record]
+
+
+def weights(folder, rank=0):
+    return torch.load(folder / f"rank-{rank}.pt")
+
+
+def go(folder, world, program, options, *arguments, **keywords):
+    folder.mkdir(exist_ok=True)
+    return [o["value"] for o in run(folder / "said", world, options, program, folder, *arguments, options, **keywords)]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """One run with sharded weights, and one with whole ones."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    go(folder / "ddp", 2, train_language, FitOptions(ranks=2, **BASE))
+    said = go(folder / "fsdp", 2, train_language, FitOptions(ranks=2, shard="fsdp", **BASE))
+    return folder, said
+
+
+def test_losses_and_weights_equal_those_of_ddp(sharded):
+    folder, _ = sharded
+    for name in ("loss", "gradient_norm", "held_out_loss"):
+        a, b = losses(folder / "ddp", name), losses(folder / "fsdp", name)
+        assert len(a) >= 3
+        assert a == pytest.approx(b, rel=1e-5)
+    ddp = weights(folder / "ddp")["weights"]
+    for rank in (0, 1):
+        found = weights(folder / "fsdp", rank)
+        assert found["kind"] == "Decoder", "after training it is a plain module again"
+        assert found["weights"].keys() == ddp.keys()
+        for name, weight in ddp.items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(found["logits"], weights(folder / "ddp")["logits"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_checkpoint_has_a_file_a_rank_and_a_manifest_over_all(sharded):
+    folder, _ = sharded
+    checkpoints = Checkpoints(folder / "fsdp" / "run" / "checkpoints")
+    assert checkpoints.steps()[-2:] == [4, 6]
+    path = checkpoints.path(6)
+    shards = {file.name for file in (path / "shards").glob("*.distcp")}
+    assert shards == {"__0_0.distcp", "__1_0.distcp"}
+    manifest = (path / "manifest.json").read_text()
+    assert all(f"shards/{name}" in manifest for name in shards)
+
+
+@pytest.mark.parametrize("damaged", [None, "shards/__1_0.distcp", "state.json"])
+def test_resumed_from_shards_bit_for_bit(damaged, sharded, tmp_path):
+    folder, _ = sharded
+    import shutil
+
+    shutil.copytree(folder / "fsdp" / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    if damaged:
+        path = tmp_path / "run" / "checkpoints" / "step-00000004" / damaged
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    options = FitOptions(ranks=2, shard="fsdp", **BASE)
+    earlier = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    said = go(tmp_path, 2, train_language, options, resume=True, seed=9)
+    assert said[0]["resumed_from"] == (earlier[-2] if damaged else 4)
+    if damaged:
+        assert "checkpoint of step 4 is corrupt and was passed over" in said[0]["said"][0]
+    for rank in (0, 1):
+        mine, whole = weights(tmp_path, rank)["weights"], weights(folder / "fsdp", rank)["weights"]
+        assert all(torch.equal(mine[name], whole[name]) for name in whole)
+    assert losses(tmp_path) == losses(folder / "fsdp")
+
+
+def test_two_players_are_sharded_too(tmp_path):
+    options = {"steps": 4, "batch": 4, "ranks": 2, "average": 0.5}
+    go(tmp_path / "ddp", 2, train_players, FitOptions(**options))
+    said = go(tmp_path / "fsdp", 2, train_players, FitOptions(shard="fsdp", **options))
+    assert all(value["broken"] == [] for value in said)
+    ddp, fsdp = weights(tmp_path / "ddp")["weights"], weights(tmp_path / "fsdp")["weights"]
+    for name, weight in ddp.items():
+        torch.testing.assert_close(fsdp[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def train_players(ranks, out, options):
+    return train(ranks, out, "SteadyPlayers", options)
+
+
+def test_hooks_are_for_whole_weights():
+    with pytest.raises(UsageError, match="shard=ddp"):
+        FitOptions(shard="fsdp", all_reduce="ring")
