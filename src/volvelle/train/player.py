@@ -115,7 +115,8 @@ class Player:
         if not gradients:
             raise ValueError(f"Phase {self.phase.name!r}: its loss reached none of its {len(self.masters)} parameters")
         if self.scaler is not None:
-            self.scaler.unscale(gradients)
+            # What overflowed shows in the norm below, which is that of all shards.
+            self.scaler.unscale(map(_local, gradients))
         if weighted:
             for gradient in gradients:
                 gradient.div_(weight / self._unit)
@@ -257,6 +258,12 @@ class Player:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The part of a sharded gradient that lies on this rank."""
+    part: Any = gradient
+    return part.to_local() if hasattr(part, "to_local") else part
 
 
 def _power_of_two(x: float) -> float:
