@@ -24,7 +24,7 @@ def alibi_slopes(heads: int, *, bias_max: float = 8.0, dtype: torch.dtype = torc
 
     For n = 2^k heads they are 2^(-bias_max h / n), h = 1 .. n. For other numbers: those of the closest power of two
     below, then every other one of twice as many heads, as the authors' code does. Raises ValueError when heads < 1.
-    Press et al. 2022, section 3, and footnote on other numbers of heads in their code.
+    Press et al. 2022, section 3.
 
     >>> alibi_slopes(4)
     tensor([0.2500, 0.0625, 0.0156, 0.0039])

@@ -1,11 +1,11 @@
 """Positions on a grid: RoPE and learned vectors, each axis for itself.
 
-RoPE on several axes (as in the vision towers of Qwen2-VL; for images: Heo et al. 2024, "Rotary position embedding for
-vision transformer", section 3.2, "axial"): the d/2 pairs of features are divided among the axes, a pair turns by the
+RoPE on several axes (as in the vision tower of Qwen2-VL; for images: Heo et al. 2024, "Rotary position embedding for
+vision transformer", section 3, "axial"): the d/2 pairs of features are divided among the axes, a pair turns by the
 coordinate of its axis:
     angle of pair i of axis a = m_a θ_i,   θ_i = base^(-2i / (d / axes))
 so that q · k depends on the differences of the coordinates only. Learned: one trained vector a row and a column,
-    p(y, x) = W_0[y] + W_1[x]     or joined, [W_0[y], W_1[x]] (Kitaev et al. 2020, "Reformer", axial embeddings)
+    p(y, x) = W_0[y] + W_1[x]     or joined, [W_0[y], W_1[x]] (the code of Reformer, Kitaev et al. 2020)
 which needs height + width vectors in place of height * width.
 
 Coordinates are integers (n, axes) or (b, n, axes); `grid_positions` gives those of an image.
@@ -60,7 +60,7 @@ def apply_axial_rope(
 
     q is (b, h, n, d) and k (b, h_kv, n, d), positions are integers (n, axes) or (b, n, axes); d must be a multiple of
     2 * axes. The first d / (2 axes) pairs belong to the first axis, and so on; `layout` as in `apply_rope`. Returns
-    both in their own dtype. Raises ValueError on widths or positions that do not fit. Heo et al. 2024, section 3.2.
+    both in their own dtype. Raises ValueError on widths or positions that do not fit. Heo et al. 2024, section 3.
 
     >>> q = torch.ones(1, 1, 4, 4)
     >>> turned, _ = apply_axial_rope(q, q, grid_positions(2, 2))
@@ -121,7 +121,7 @@ def axial_positions(positions: Tensor, weights: Sequence[Tensor], *, join: Join 
 
     positions are integers (n, axes) or (b, n, axes), weights one (size, dim) for each axis; the result is (n, dim) or
     (b, n, dim), with join "concat" the widths added up. Raises ValueError on coordinates outside a table, or axes that
-    do not match. Kitaev et al. 2020, section 2.
+    do not match. Joined: the published code of Reformer (Kitaev et al. 2020).
 
     >>> rows, columns = torch.tensor([[0.0], [10.0]]), torch.tensor([[0.0], [1.0], [2.0]])
     >>> axial_positions(torch.tensor([[1, 2], [0, 1]]), (rows, columns)).flatten()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.export import export
-from volvelle.parts.position.encoding import Bias, PositionEncoding, distances, widened
+from volvelle.parts.position.encoding import Bias, PositionEncoding, distances, exact, widened
 
 P2C = Literal["released", "paper"]
 
@@ -112,19 +112,21 @@ def disentangled_bias(
     if max_position is not None:
         distance = deberta_log_buckets(distance, span, max_position)
     index = (distance + span).clamp(0, rows - 1)  # (b or 1, 1, n_q, n_k)
-    bias: Tensor | None = None
+    terms = []
     if pos_key is not None:
-        products = (q * scale) @ pos_key.to(q.dtype).transpose(-2, -1)  # (b, h, n_q, 2k)
-        bias = products.gather(-1, index.expand(*products.shape[:-1], -1))
+        terms.append(_looked_up(q * scale, pos_key, index))
     if pos_query is not None:
         index = index if p2c == "released" else (span - distance).clamp(0, rows - 1)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        products = (k * scale) @ pos_query.to(k.dtype).transpose(-2, -1)  # (b, h, n_k, 2k)
-        index = index.transpose(-2, -1)
-        content = products.gather(-1, index.expand(*products.shape[:-1], -1)).transpose(-2, -1)
-        bias = content if bias is None else bias + content
-    assert bias is not None
-    return bias
+        terms.append(_looked_up(k * scale, pos_query, index.transpose(-2, -1)).transpose(-2, -1))
+    return sum(terms[1:], start=terms[0])
+
+
+def _looked_up(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """Return x_n · table[index_nm] for x (b, h, n, d), table (h, 2k, d), index (b or 1, 1, n, m): each product once."""
+    with exact(x):
+        products = x @ table.to(x.dtype).transpose(-2, -1)  # (b, h, n, 2k)
+    return products.gather(-1, index.expand(*products.shape[:-1], -1))
 
 
 class _DisentangledTerms(Bias):

@@ -34,6 +34,11 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def exact(x: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of x, for score terms that are kept in fp32 on purpose."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def moved(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Return x on the device that `fn` (of nn.Module._apply) moves to, in its own dtype.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.export import export
-from volvelle.parts.position.encoding import Bias, PositionEncoding, distances, widened
+from volvelle.parts.position.encoding import Bias, PositionEncoding, distances, exact, widened
 
 
 def _index(q_positions: Tensor, k_positions: Tensor, rows: int, left: int | None) -> Tensor:
@@ -43,7 +43,7 @@ def shaw_key_bias(
     q is (b, h, n_q, d), positions are integers (n_q,) or (b, n_q), and (n_k,) or (b, n_k); weight is (r, d), row c + k
     for distance c, or row c + left where left and right reach differ; scale defaults to 1 / sqrt(d). The result is (b,
     h, n_q, n_k), in fp32 for 16-bit q. Raises ValueError on a left that is not in the table.
-    Shaw et al. 2018, equations 2 and 4.
+    Shaw et al. 2018, section 3.2, equation 4.
 
     >>> q, w = torch.ones(1, 1, 2, 1), torch.tensor([[-1.0], [0.0], [1.0]])
     >>> shaw_key_bias(q, torch.arange(2), torch.arange(3), w)
@@ -53,7 +53,8 @@ def shaw_key_bias(
     factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     q = widened(q)
     index = _index(q_positions, k_positions, weight.shape[0], left)
-    products = (q * factor) @ weight.to(q.dtype).t()  # (b, h, n_q, r)
+    with exact(q):
+        products = (q * factor) @ weight.to(q.dtype).t()  # (b, h, n_q, r)
     return products.gather(-1, index.expand(*products.shape[:-1], -1))
 
 
@@ -64,7 +65,7 @@ def shaw_value_term(
     """Return Σ_j α_ij w^V_clip(j - i), what the relative vectors add to the output.
 
     weights α are (b, h, n_q, n_k), positions as in `shaw_key_bias`, weight is (r, d_v); the result is (b, h, n_q, d_v)
-    in the dtype of the weights. Shaw et al. 2018, equations 3 and 4.
+    in the dtype of the weights. Shaw et al. 2018, section 3.2, equation 3.
 
     >>> alpha, w = torch.tensor([[[[0.5, 0.25, 0.25]]]]), torch.tensor([[-1.0], [0.0], [1.0]])
     >>> shaw_value_term(alpha, torch.tensor([0]), torch.arange(3), w)
@@ -73,7 +74,8 @@ def shaw_value_term(
     rows = weight.shape[0]
     index = _index(q_positions, k_positions, rows, left)
     sums = weights.new_zeros(*weights.shape[:-1], rows).scatter_add(-1, index.expand_as(weights), weights)
-    return sums @ weight.to(weights.dtype)
+    with exact(weights):
+        return sums @ weight.to(weights.dtype)
 
 
 class _ShawTerms(Bias):

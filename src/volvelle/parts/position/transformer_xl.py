@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.export import export
-from volvelle.parts.position.encoding import Bias, PositionEncoding, widened
+from volvelle.parts.position.encoding import Bias, PositionEncoding, exact, widened
 from volvelle.parts.position.sinusoidal import sinusoidal_positions
 
 
@@ -67,13 +67,14 @@ def transformer_xl_bias(
     u, v, weight = u.to(q.dtype), v.to(q.dtype), weight.to(q.dtype)
     sin_i, cos_i = _sines(q_positions, weight.shape[-1], base, q.dtype)
     sin_j, cos_j = _sines(k_positions, weight.shape[-1], base, q.dtype)
-    y_sin, y_cos = ((q + v[:, None]) @ weight * factor).chunk(2, dim=-1)  # (b, h, n_q, D/2)
-    # sin((i-j)θ) = sin iθ cos jθ - cos iθ sin jθ and cos((i-j)θ) = cos iθ cos jθ + sin iθ sin jθ
-    of_query = torch.cat((y_sin * sin_i + y_cos * cos_i, y_cos * sin_i - y_sin * cos_i), dim=-1)
-    of_key = torch.cat((cos_j, sin_j), dim=-1)
-    k = k.repeat_interleave(h // k.shape[1], 1)
-    content_bias = (k @ (u * factor).unsqueeze(-1)).transpose(-2, -1)  # (b, h, 1, n_k)
-    return of_query @ of_key.transpose(-2, -1) + content_bias
+    with exact(q):
+        y_sin, y_cos = ((q + v[:, None]) @ weight * factor).chunk(2, dim=-1)  # (b, h, n_q, D/2)
+        # sin((i-j)θ) = sin iθ cos jθ - cos iθ sin jθ and cos((i-j)θ) = cos iθ cos jθ + sin iθ sin jθ
+        of_query = torch.cat((y_sin * sin_i + y_cos * cos_i, y_cos * sin_i - y_sin * cos_i), dim=-1)
+        of_key = torch.cat((cos_j, sin_j), dim=-1)
+        k = k.repeat_interleave(h // k.shape[1], 1)
+        content_bias = (k @ (u * factor).unsqueeze(-1)).transpose(-2, -1)  # (b, h, 1, n_k)
+        return of_query @ of_key.transpose(-2, -1) + content_bias
 
 
 def relative_shift(x: Tensor) -> Tensor:
