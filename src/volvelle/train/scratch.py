@@ -10,7 +10,7 @@ import torch
 from volvelle.data.text import Corpus
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
-from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope, SpecialTokens
+from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import write_folder
 from volvelle.systems.language.tokenizer import TextTokenizer
@@ -22,7 +22,7 @@ from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
-from volvelle.train.recipes.language import ModelShape, TrainLanguage
+from volvelle.train.recipes.language import ModelShape, PositionName, TrainLanguage
 from volvelle.train.text_run import (
     NUMBERS,
     choose_device,
@@ -67,7 +67,7 @@ def train_language(
             held, tokenizer, length=context, batch=recipe.batch, on_bad=recipe.on_bad, limit=limit
         )
         seed_all(recipe.seed)
-        model = Decoder(build_config(recipe.model, tokenizer)).to(device)
+        model = Decoder(build_config(recipe.model, tokenizer, recipe.position)).to(device)
         model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
         count = sum(p.numel() for p in model.parameters())
         memory = estimate_memory(
@@ -90,20 +90,28 @@ def train_language(
         return _close(recipe, run, model, held, result, subtitle, observer)
 
 
-def build_config(shape: ModelShape, tokenizer: Any) -> LanguageConfig:
-    """A Llama-style configuration of that shape, with the tokenizer's vocabulary."""
-    return LanguageConfig(
-        "llama",
+POSITIONS: dict[PositionName, c.Position] = {
+    "rope": c.Rope(), "none": c.NoPosition(), "learned": c.Learned(), "hierarchical": c.Hierarchical(),
+    "sinusoidal": c.Sinusoidal(), "recurrent": c.Recurrent(), "multiplicative": c.Multiplicative(),
+    "complex": c.Complex(), "convolutional": c.Convolutional(), "shaw": c.Shaw(), "transformer-xl": c.TransformerXL(),
+    "t5": c.T5(), "alibi": c.ALiBi(),
+}  # fmt: skip
+
+
+def build_config(shape: ModelShape, tokenizer: Any, position: PositionName = "rope") -> c.LanguageConfig:
+    """A Llama-style configuration of that shape and position encoding, with the tokenizer's vocabulary."""
+    return c.LanguageConfig(
+        "llama" if position == "rope" else "volvelle",
         vocabulary=tokenizer.vocabulary,
         width=shape.width,
         depth=shape.depth,
         heads=shape.heads,
         kv_heads=shape.kv_heads or shape.heads,
         context=shape.context,
-        norm=RMSNorm(),
-        mlp=GatedMLP(shape.inner),
-        position=Rope(),
-        special=SpecialTokens(bos=tokenizer.bos_id, eos=tuple(tokenizer.eos_ids), pad=tokenizer.pad_id),
+        norm=c.RMSNorm(),
+        mlp=c.GatedMLP(shape.inner),
+        position=POSITIONS[position],
+        special=c.SpecialTokens(bos=tokenizer.bos_id, eos=tuple(tokenizer.eos_ids), pad=tokenizer.pad_id),
     )
 
 

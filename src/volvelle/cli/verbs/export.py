@@ -52,6 +52,11 @@ def _write_merged(options: Options, out: Path) -> str:
     from volvelle.systems.language.huggingface import write_folder
 
     model = open_language_model(options.run, options.precision)
+    if model.config.family == "volvelle":
+        raise VolvelleError(
+            f"{options.run}: transformers has no model with position = {model.config.position!r}",
+            tip="our own folder of it, which load_language_model opens, is weights/ in the run",
+        )
     write_folder(model, out)
     return f'transformers.AutoModelForCausalLM.from_pretrained("{out}")'
 

@@ -121,6 +121,19 @@ class KVCache:
         self._new[at + 1].copy_(v)
         return self._all[at], self._all[at + 1]
 
+    def key_positions(self, positions: Tensor) -> Tensor:
+        """Return the positions of all keys of the open step, (slots so far,) or (b, slots so far).
+
+        `positions` are those of the step's own tokens, (n,) or (b, n); a token before it stands at the number of its
+        row's tokens before itself. A hole has the position of the token before it; nothing reads it.
+        """
+        past = self._slots[: self._cursor]
+        if self._has_holes:
+            past = (self._keep[:, : self._cursor].cumsum(-1) - 1).clamp(min=0)
+        if past.dim() != positions.dim():
+            past, positions = (x.expand(self.batch, -1) if x.dim() == 1 else x for x in (past, positions))
+        return torch.cat((past, positions), -1)
+
     def commit(self, path: Tensor | None = None) -> None:
         """Keep the tokens of the open step: all, or those at `path`, and close it.
 

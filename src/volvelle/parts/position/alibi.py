@@ -101,7 +101,8 @@ class ALiBi(PositionEncoding):
         super().__init__()
         if right_slopes is not None and len(right_slopes) != heads:
             raise ValueError(f"ALiBi: right_slopes must hold {heads} slopes, got {len(right_slopes)}")
-        slopes = alibi_slopes(heads, bias_max=bias_max, dtype=torch.float64).cpu()
+        with torch.device("cpu"):  # values are needed also where a model is built on the meta device
+            slopes = alibi_slopes(heads, bias_max=bias_max, dtype=torch.float64)
         right = None if right_slopes is None else torch.tensor(right_slopes, dtype=torch.float64, device="cpu")
         self.learnable = learnable
         if learnable:

@@ -14,23 +14,35 @@ from torch import Tensor, nn
 from volvelle.parts.attention.attention import attention
 from volvelle.parts.attention.cache import KVCache
 from volvelle.parts.position import rope_scaling
-from volvelle.parts.position.encoding import PositionEncoding, Turning
+from volvelle.parts.position.alibi import ALiBi
+from volvelle.parts.position.complex_order import ComplexPositions
+from volvelle.parts.position.convolutional import ConvPositions
+from volvelle.parts.position.encoding import Bias, PositionEncoding, Turning
+from volvelle.parts.position.hierarchical import HierarchicalPositions
 from volvelle.parts.position.learned import LearnedPositions
+from volvelle.parts.position.multiplicative import MultiplicativePositions
+from volvelle.parts.position.recurrent import RecurrentPositions
 from volvelle.parts.position.rope import RotaryEmbedding
+from volvelle.parts.position.shaw import ShawBias
 from volvelle.parts.position.sinusoidal import SinusoidalPositions
+from volvelle.parts.position.t5 import T5Bias
+from volvelle.parts.position.transformer_xl import TransformerXLBias
 from volvelle.systems.language import config as c
 
 
 class Step(NamedTuple):
     """What all blocks of one forward share, prepared once.
 
-    `mask` is bool, broadcastable to (b, h, n, m), True = may attend.
+    `mask` is bool, broadcastable to (b, h, n, m), True = may attend. `positions` of the queries, (n,) or (b, n), and of
+    the keys, (m,) or (b, m), are there where a score bias asks for them; `bias` is the one that all layers share.
     """
 
     rotation: Turning | None
     mask: Tensor | None
     causal: bool
     cache: KVCache | None
+    bias: Bias | None = None
+    positions: tuple[Tensor, Tensor] | None = None
 
 
 ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
@@ -51,16 +63,52 @@ def build_norm(spec: c.RMSNorm | c.LayerNorm, width: int) -> nn.Module:
 
 
 def build_position(config: c.LanguageConfig) -> PositionEncoding:
-    """The position encoding the configuration names."""
-    position = config.position
+    """The position encoding the configuration names, as far as all layers share it."""
+    position, width = config.position, config.embedding_width
     match position:
         case c.Rope():
             scaling = _scaling(position.scaling, config.context)
             return RotaryEmbedding(config.rotated, base=position.base, layout=position.layout, scaling=scaling)
         case c.Learned():
-            return LearnedPositions(config.context, config.embedding_width)
+            return LearnedPositions(config.context, width)
         case c.Sinusoidal():
-            return SinusoidalPositions(config.embedding_width, base=position.base)
+            return SinusoidalPositions(width, base=position.base)
+        case c.Hierarchical():
+            return HierarchicalPositions(config.context, width, alpha=position.alpha)
+        case c.Recurrent():
+            return RecurrentPositions(width)
+        case c.Multiplicative():
+            return MultiplicativePositions(config.context, width)
+        case c.Complex():
+            return ComplexPositions(
+                width, vocabulary=None if position.shared else config.vocabulary, base=position.base
+            )
+        case c.Convolutional():
+            return ConvPositions(width, width=position.width, layers=position.layers)
+        case c.T5():
+            return T5Bias(
+                config.heads,
+                buckets=position.buckets,
+                max_distance=position.max_distance,
+                bidirectional=not config.causal,
+            )
+        case c.ALiBi():
+            return ALiBi(config.heads)
+        case c.NoPosition() | c.Shaw() | c.TransformerXL():
+            return PositionEncoding()
+
+
+def build_layer_position(config: c.LanguageConfig) -> PositionEncoding | None:
+    """The position encoding that each layer has for itself, if the configuration names one."""
+    position, d = config.position, config.head_width
+    match position:
+        case c.Shaw():
+            right = 0 if config.causal else None
+            return ShawBias(d, k=position.reach, right=right, value_width=d if position.values else None)
+        case c.TransformerXL():
+            return TransformerXLBias(config.heads, d, width=config.width, base=position.base)
+        case _:
+            return None
 
 
 def _scaling(spec: c.RopeScaling | None, context: int) -> rope_scaling.Scaling | None:
@@ -144,6 +192,9 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=config.out_bias)
+        own = build_layer_position(config)
+        if own is not None:
+            self.position = own
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
@@ -158,7 +209,11 @@ class SelfAttention(nn.Module):
         if step.cache is not None:
             k, v = step.cache.append(self.index, k, v)
         dropout = self.dropout if self.training else 0.0
-        out = attention(q, k, v, mask=step.mask, causal=step.causal, dropout=dropout)
+        bias = self.position.bias() if "position" in self._modules else step.bias
+        at, among = (None, None) if step.positions is None else step.positions
+        out = attention(
+            q, k, v, mask=step.mask, bias=bias, causal=step.causal, dropout=dropout, q_positions=at, k_positions=among
+        )
         return self.o_proj(out.transpose(1, 2).reshape(b, n, -1))
 
 

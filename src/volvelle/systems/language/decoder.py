@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.cache import KVCache
+from volvelle.parts.position.encoding import Bias, PositionEncoding
+from volvelle.parts.position.hierarchical import HierarchicalPositions
+from volvelle.parts.position.learned import LearnedPositions
 from volvelle.systems.language.components import (
     HeadTransform,
     PostNormBlock,
@@ -24,7 +27,7 @@ from volvelle.systems.language.components import (
     build_position,
     drop,
 )
-from volvelle.systems.language.config import LanguageConfig
+from volvelle.systems.language.config import LanguageConfig, Shaw, TransformerXL
 from volvelle.systems.language.projections import Straight, apply_linear
 
 if TYPE_CHECKING:
@@ -125,6 +128,10 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=std / (2 * self.config.depth) ** 0.5 if back else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        for module in self.modules():
+            # Vectors that are added are drawn as all weights are; other encodings begin where their papers say.
+            if isinstance(module, PositionEncoding) and type(module) not in {LearnedPositions, HierarchicalPositions}:
+                getattr(module, "reset_parameters", lambda: None)()
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +209,7 @@ class Decoder(nn.Module):
         positions = where if positions is None else positions
         x = self.model.embed(ids, positions, segments)
         rotation = self.model.position.rotation(positions, x.dtype)
-        step = Step(rotation, allowed, causal, cache)
+        step = Step(rotation, allowed, causal, cache, *self._relative(positions, cache))
         straight = self.model.prepared(x)
         if straight is not None:
             return self.model.norm(straight(x, step))
@@ -210,6 +217,14 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             x = checkpoint(layer, x, step, use_reentrant=False) if recompute else layer(x, step)
         return self.model.norm(x)
+
+    def _relative(self, positions: Tensor, cache: KVCache | None) -> tuple[Bias | None, tuple[Tensor, Tensor] | None]:
+        """The score bias that all layers share, and the positions of queries and keys where any bias needs them."""
+        bias = self.model.position.bias()
+        if bias is None and not isinstance(self.config.position, Shaw | TransformerXL):
+            return None, None
+        positions = positions[0] if positions.dim() == 2 and len(positions) == 1 else positions
+        return bias, (positions, positions if cache is None else cache.key_positions(positions))
 
     def _whole(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
         """Positions, attention mask and causality of a text that stands alone, without a cache."""

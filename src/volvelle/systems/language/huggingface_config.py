@@ -13,6 +13,7 @@ from typing import Any
 from volvelle.errors import VolvelleError, did_you_mean
 from volvelle.systems.language import config as c
 from volvelle.systems.language.config_fields import Fields
+from volvelle.systems.language.native_config import ARCHITECTURE, read_native, write_native
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "GPT2LMHeadModel": "gpt2",
     "RoFormerForCausalLM": "roformer",
     "RoFormerForMaskedLM": "roformer",
+    ARCHITECTURE: "volvelle",
 }
 
 
@@ -339,10 +341,12 @@ _READERS: dict[str, Callable[[Fields], c.LanguageConfig]] = {
     "qwen2": _read_qwen2,
     "gpt2": _read_gpt2,
     "roformer": _read_roformer,
+    "volvelle": read_native,
 }
 _WRITERS: dict[str, Callable[[c.LanguageConfig], dict[str, Any]]] = {
     "llama": _write_llama,
     "qwen2": _write_llama,
     "gpt2": _write_gpt2,
     "roformer": _write_roformer,
+    "volvelle": write_native,
 }

@@ -2,7 +2,7 @@
 
 A rule says `theirs = concat(ours...)`, transposed for GPT-2's (in, out) matrices. Both directions are derived from it:
 `Binding.split` reads, `Binding.join` writes, and one undoes the other bit by bit. Placeholders: `{i}` a layer number,
-`{p}` "weight" or "bias".
+`{p}` "weight" or "bias", `{rest}` whatever is left of the name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from volvelle.errors import VolvelleError
 from volvelle.systems.language.config import Family
 
-_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)"}
+_PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)", "rest": r"(?P<rest>.+)"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rule:
 
     def match(self, name: str) -> dict[str, str] | None:
         """The placeholders' values when `name` is this rule's first parameter, else None."""
-        pattern = re.sub(r"\\{(\w)\\}", lambda m: _PLACEHOLDERS[m[1]], re.escape(self.ours[0]))
+        pattern = re.sub(r"\\{(\w+)\\}", lambda m: _PLACEHOLDERS[m[1]], re.escape(self.ours[0]))
         found = re.fullmatch(pattern, name)
         return found.groupdict() if found else None
 
@@ -250,5 +250,14 @@ ROFORMER = KeyMap(
     ignored=("*encoder.embed_positions.weight", "*embeddings.position_ids"),
 )
 
-KEY_MAPS: dict[Family, KeyMap] = {"llama": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "roformer": ROFORMER}
+VOLVELLE = KeyMap(
+    rules=(_rule("{rest}", "{rest}"),),
+    aliases={"lm_head.weight": "model.embed_tokens.weight"},
+    prefix="model.",
+)
+"""Our own files: every parameter under its own name."""
+
+KEY_MAPS: dict[Family, KeyMap] = {
+    "llama": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "roformer": ROFORMER, "volvelle": VOLVELLE,
+}  # fmt: skip
 """The map of each family; Qwen2 uses Llama's names."""

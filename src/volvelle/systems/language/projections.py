@@ -152,7 +152,9 @@ def unfuse_projections(model: Decoder) -> None:
 
 def _prepare(model: Decoder) -> Straight | None:
     blocks = list(model.model.layers)
-    if model.device.type == "meta" or not all(_is_plain(block) for block in blocks):
+    if model.device.type == "meta" or model.model.position.bias() is not None:
+        return None
+    if not all(_is_plain(block) for block in blocks):
         return None
     groups: list[list[nn.Linear]] = []
     runs = [_block(block, groups) for block in blocks]

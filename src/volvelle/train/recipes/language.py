@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from volvelle.errors import UsageError
 from volvelle.train.recipes.text import TextOptions
 
+PositionName = Literal[
+    "rope", "none", "learned", "hierarchical", "sinusoidal", "recurrent", "multiplicative", "complex", "convolutional",
+    "shaw", "transformer-xl", "t5", "alibi",
+]  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The size of a Llama-style decoder (RMSNorm, gated MLP, rotary positions, tied embeddings)."""
+    """The size of a Llama-style decoder (RMSNorm, gated MLP, tied embeddings)."""
 
     width: int = 256
     """Features a token."""
@@ -55,6 +61,8 @@ class TrainLanguage(TextOptions):
     """Steps between two evaluations; None: at the start and the end."""
     model: ModelShape = field(default_factory=ModelShape)
     """The size of the model: model.width=128."""
+    position: PositionName = "rope"
+    """How the model knows where a token stands; `volvelle ls techniques` says more about each."""
     tokenizer: str | None = None
     """A model whose tokenizer to use; None: byte-level BPE trained on the data."""
     vocabulary: int = 4096
