@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from volvelle.errors import VolvelleError
+from volvelle.inspect import collectives
 from volvelle.inspect.collectives import (
     FITTED,
     TWO_LEVEL,
@@ -52,6 +53,32 @@ def test_timing_and_agreement_on_real_ranks():
     checked = agreement(2, count=1000)
     assert checked.error <= 1e-6
     assert (checked.differing, checked.most_sent) == (0, checked.share)
+
+
+def restless(rank, cases, rounds, most):
+    """Times that calm down only from the fifth time on, and that only the last rank sees."""
+    seen = []
+
+    def fake(case, x, repeats):
+        seen.append(case)
+        turn = len(seen) // len(cases)
+        slow = rank == 1 and turn <= 4
+        return 1.0 + slow * turn, 0.0, 0
+
+    collectives._time, plain = fake, collectives._time
+    try:
+        return [one.wall for one in collectives._time_all(rank, cases, rounds, most, 1)], len(seen)
+    finally:
+        collectives._time = plain
+
+
+@pytest.mark.parametrize(("most", "timed"), [(3, 4), (5, 6), (50, 7)])
+def test_rounds_are_added_until_all_ranks_are_calm(most, timed):
+    cases = [Case("ring", 64)]
+    answers = on_ranks(2, restless, (cases, 3, most))
+    assert [count for _, count in answers] == [timed, timed]
+    assert answers[0][0] == [[1.0] * 3]
+    assert (answers[1][0] == [[1.0] * 3]) == (most == 50)
 
 
 def test_the_model_is_exact_where_the_machine_is():

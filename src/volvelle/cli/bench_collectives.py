@@ -13,6 +13,7 @@ from volvelle.errors import UsageError
 from volvelle.inspect.collectives import (
     FITTED,
     GLOO,
+    RESTLESS,
     SIZES,
     TWO_LEVEL,
     Calibration,
@@ -27,11 +28,10 @@ from volvelle.parts.collectives import Topology, choose
 from volvelle.parts.collectives.model import Error, work_of
 
 ALGORITHMS = (*FITTED, "star", TWO_LEVEL)
-RESTLESS = 0.15
-"""Drift of the baseline beyond which no ratio is printed."""
-ATTEMPTS = 3
 MANY = (10, 100, 1000, 10_000)
 EXTRAPOLATED = ("ring", "halving-doubling", "recursive-doubling", TWO_LEVEL)
+SMOKE = 5
+"""Repeats of a short vector in a smoke run."""
 QUICK = (1 << 10, 64 << 10, 1 << 20, 4 << 20)
 
 
@@ -44,7 +44,7 @@ def run(ranks: int, sizes: Sequence[int], rounds: int, *, quick: bool = False) -
     groups = worlds(ranks)
     shown = f"ranks {_words(groups)}, {short(sizes[0])} to {short(sizes[-1])}, {rounds} rounds"
     say(f"all-reduce of fp32 sums over loopback, one thread a rank; {shown}; torch {torch.__version__}")
-    found = _measure(groups, ranks, sizes, rounds, 5 if quick else 200)
+    found = _measure(groups, ranks, sizes, rounds, SMOKE if quick else 200)
     record = {"ranks": ranks, "sizes": sizes, "rounds": rounds, "rows": _times(ranks, sizes, found[ranks])}
     record["bytes_exact"] = _bytes(found)
     model = calibrate(found, held_out_ranks=groups[-1:], held_out_sizes=held_out)
@@ -56,20 +56,27 @@ def run(ranks: int, sizes: Sequence[int], rounds: int, *, quick: bool = False) -
 
 
 def _measure(groups: Sequence[int], ranks: int, sizes: Sequence[int], rounds: int, repeats: int) -> Table:
-    """Time every number of ranks; the sizes in which gloo was restless are timed again, at most twice."""
+    """Time every number of ranks; a size in which gloo was restless once more by itself, until rounds are calm."""
     found: dict[int, dict[Case, Rounds]] = {}
     with progress("ranks", len(groups)) as bar:
         for p in groups:
-            names = [GLOO, *ALGORITHMS] if p == ranks else list(FITTED)
-            again, attempts = list(sizes), ATTEMPTS if p == ranks and repeats > 5 else 1
-            found[p] = {}
-            while again and attempts:
-                cases = [Case(name, size) for size in again for name in names if name != TWO_LEVEL or p > 2]
-                found[p] |= time_cases(p, cases, rounds=rounds, repeats=repeats)
-                attempts -= 1
-                again = [size for size in again if p == ranks and found[p][Case(GLOO, size)].drift > RESTLESS]
+            names = [name for name in (GLOO, *ALGORITHMS) if name in FITTED or (p == ranks and _fits(name, p))]
+            cases = [Case(name, size) for size in sizes for name in names]
+            found[p] = time_cases(p, cases, rounds=rounds, repeats=repeats)
             bar.advance(note=f"{p} ranks timed")
+    names = {case.algorithm for case in found[ranks]}
+    restless = [size for size in sizes if found[ranks][Case(GLOO, size)].drift > RESTLESS]
+    with progress("again, restless sizes", len(restless)) as bar:
+        for size in restless if repeats > SMOKE else ():
+            cases = [Case(name, size) for name in names]
+            found[ranks] |= time_cases(ranks, cases, rounds=rounds, most=4 * rounds, repeats=repeats)
+            bar.advance(note=short(size))
     return found
+
+
+def _fits(algorithm: str, p: int) -> bool:
+    """Two levels need two ranks in a node."""
+    return algorithm != TWO_LEVEL or p > 2
 
 
 def _times(ranks: int, sizes: Sequence[int], cases: Any) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ GLOO = "gloo"
 TWO_LEVEL = "two-level"
 FITTED = ("ring", "halving-doubling", "recursive-doubling", "tree")
 """The algorithms that a model is fitted on."""
+RESTLESS = 0.15
+"""Drift between rounds from which a machine counts as restless."""
 SIZES = tuple(1 << power for power in range(10, 27, 2))
 """Bytes of the vectors that a model is fitted on and checked with: 1 KB to 64 MB."""
 
@@ -131,14 +133,16 @@ def _agree(rank: int, count: int) -> tuple[list[float], list[float], int]:
 
 
 def time_cases(
-    ranks: int, cases: Sequence[Case], *, rounds: int, threads: int = 1, repeats: int = 200
+    ranks: int, cases: Sequence[Case], *, rounds: int, most: int = 0, threads: int = 1, repeats: int = 200
 ) -> dict[Case, Rounds]:
     """Time every case on `ranks` processes of `threads` threads, one warm-up, then `rounds` interleaved rounds.
 
-    In a round a short vector is reduced several times, at most `repeats`, and the mean taken. Two-level takes the first
-    and the second half of the ranks as two nodes. VolvelleError when a rank failed.
+    In a round a short vector is reduced several times, at most `repeats`, and the mean taken. With `most` above
+    `rounds`, rounds are added, up to `most`, until the last `rounds` of every case lie within `RESTLESS` of each other;
+    they are the ones returned. Two-level takes the first and the second half of the ranks as two nodes. VolvelleError
+    when a rank failed.
     """
-    answers = on_ranks(ranks, _time_all, (list(cases), rounds, repeats), threads=threads)
+    answers = on_ranks(ranks, _time_all, (list(cases), rounds, max(rounds, most), repeats), threads=threads)
     return {
         case: Rounds(
             [max(seconds) for seconds in zip(*(answer[i].wall for answer in answers), strict=True)],
@@ -149,11 +153,11 @@ def time_cases(
     }
 
 
-def _time_all(rank: int, cases: list[Case], rounds: int, repeats: int) -> list[Rounds]:
+def _time_all(rank: int, cases: list[Case], rounds: int, most: int, repeats: int) -> list[Rounds]:
     vectors = {case.size: torch.ones(max(case.size // 4, 1)) for case in cases}
     taken = [Rounds([], [], 0) for _ in cases]
     gc.disable()
-    for number in range(-1, rounds):  # the first warms up
+    for number in range(-1, most):  # the first warms up
         for step in range(len(cases)):
             i = (step + max(number, 0)) % len(cases)
             wall, cpu, sent = _time(cases[i], vectors[cases[i].size], repeats)
@@ -161,7 +165,16 @@ def _time_all(rank: int, cases: list[Case], rounds: int, repeats: int) -> list[R
                 taken[i].wall.append(wall)
                 taken[i].cpu.append(cpu)
                 taken[i] = taken[i]._replace(sent=sent)
-    return taken
+        if number + 1 >= rounds and (number + 1 == most or _calm(taken, rounds)):
+            break
+    return [Rounds(one.wall[-rounds:], one.cpu[-rounds:], one.sent) for one in taken]
+
+
+def _calm(taken: list[Rounds], rounds: int) -> bool:
+    """Whether the last rounds of every case were alike; all ranks get the same answer, that of the slowest of each."""
+    walls = torch.tensor([one.wall[-rounds:] for one in taken], dtype=torch.float64)
+    dist.all_reduce(walls, dist.ReduceOp.MAX)
+    return bool((walls.amax(1) / walls.amin(1) - 1 <= RESTLESS).all())
 
 
 def _time(case: Case, x: torch.Tensor, most: int) -> tuple[float, float, int]:
@@ -182,10 +195,12 @@ def _time(case: Case, x: torch.Tensor, most: int) -> tuple[float, float, int]:
     return wall / repeats, cpu / repeats, traffic.sent // repeats
 
 
-def compare(ranks: int, sizes: Sequence[int], algorithms: Sequence[str], *, rounds: int = 7) -> dict[Case, Rounds]:
+def compare(
+    ranks: int, sizes: Sequence[int], algorithms: Sequence[str], *, rounds: int = 7, most: int = 0
+) -> dict[Case, Rounds]:
     """Time the algorithms and torch.distributed's own all-reduce in one run, at every size."""
     names = [GLOO, *algorithms]
-    return time_cases(ranks, [Case(name, size) for size in sizes for name in names], rounds=rounds)
+    return time_cases(ranks, [Case(name, size) for size in sizes for name in names], rounds=rounds, most=most)
 
 
 def worlds(ranks: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ BENCHES = (
     Bench("language", "decoding beside transformers, a LoRA step beside peft"),
     Bench("loader", "loader workers beside torch's DataLoader"),
     Bench("planner", "planned memory beside the profiler's"),
+    Bench("amp", "bf16 autocast beside fp32"),
 )
 
 
