@@ -52,6 +52,7 @@ ENCODINGS = [
     Row("Shaw, k = 16", lambda: parts.ShawBias(D, k=16, value_width=D)),
     Row("Transformer-XL", lambda: parts.TransformerXLBias(HEADS, D, width=WIDTH)),
     Row("T5", lambda: parts.T5Bias(HEADS)),
+    Row("dynamic, log-spaced", lambda: parts.DynamicBias(HEADS, log_distance=True)),
     Row("DeBERTa v1, k = 512", lambda: _deberta(512)),
     Row("DeBERTa v2, 256 buckets", lambda: _deberta(256, 512)),
     Row("ALiBi", lambda: parts.ALiBi(HEADS)),

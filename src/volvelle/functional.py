@@ -17,6 +17,7 @@ from volvelle.parts.position.convolutional import conv_positions as conv_positio
 from volvelle.parts.position.convolutional import position_readout as position_readout
 from volvelle.parts.position.deberta import deberta_log_buckets as deberta_log_buckets
 from volvelle.parts.position.deberta import disentangled_bias as disentangled_bias
+from volvelle.parts.position.dynamic import dynamic_bias as dynamic_bias
 from volvelle.parts.position.hierarchical import hierarchical_positions as hierarchical_positions
 from volvelle.parts.position.learned import learned_positions as learned_positions
 from volvelle.parts.position.multimodal_rope import apply_mrope as apply_mrope
@@ -49,6 +50,7 @@ __all__ = [
     "convert_rope_layout",
     "deberta_log_buckets",
     "disentangled_bias",
+    "dynamic_bias",
     "grid_positions",
     "hierarchical_positions",
     "learned_positions",

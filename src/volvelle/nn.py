@@ -13,6 +13,7 @@ from volvelle.parts.position.axial import AxialRotaryEmbedding as AxialRotaryEmb
 from volvelle.parts.position.complex_order import ComplexPositions as ComplexPositions
 from volvelle.parts.position.convolutional import ConvPositions as ConvPositions
 from volvelle.parts.position.deberta import DisentangledBias as DisentangledBias
+from volvelle.parts.position.dynamic import DynamicBias as DynamicBias
 from volvelle.parts.position.hierarchical import HierarchicalPositions as HierarchicalPositions
 from volvelle.parts.position.learned import LearnedPositions as LearnedPositions
 from volvelle.parts.position.multimodal_rope import MultimodalRotaryEmbedding as MultimodalRotaryEmbedding
@@ -34,6 +35,7 @@ __all__ = [
     "ComplexPositions",
     "ConvPositions",
     "DisentangledBias",
+    "DynamicBias",
     "HierarchicalPositions",
     "LearnedPositions",
     "LoRALinear",

@@ -120,6 +120,16 @@ def t5_bias(dtype: torch.dtype) -> Sample:
     )
 
 
+def dynamic_bias(dtype: torch.dtype) -> Sample:
+    layer = parts.DynamicBias(3, width=4, log_distance=True).to(dtype)
+    options = {"log_distance": True}
+    return Sample(
+        layer,
+        (POSITIONS, POSITIONS[0]),
+        lambda: functional.dynamic_bias(POSITIONS, POSITIONS[0], layer.layers, **options),
+    )
+
+
 def shaw_bias(dtype: torch.dtype) -> Sample:
     layer, (q, _) = parts.ShawBias(8, k=3, right=1, scale=0.3).to(dtype), heads(dtype)
     options = {"left": 3, "scale": 0.3}
@@ -187,6 +197,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.ComplexPositions": complex_positions,
     "nn.ConvPositions": conv_positions,
     "nn.DisentangledBias": disentangled_bias,
+    "nn.DynamicBias": dynamic_bias,
     "nn.HierarchicalPositions": hierarchical_positions,
     "nn.LearnedPositions": learned_positions,
     "nn.LoRALinear": lora_linear,

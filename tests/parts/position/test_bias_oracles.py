@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from volvelle.parts.attention.attention import attention
-from volvelle.parts.position import alibi, deberta, encoding, shaw, t5, transformer_xl
+from volvelle.parts.position import alibi, deberta, dynamic, encoding, shaw, t5, transformer_xl
 from volvelle.parts.position.encoding import Bias, distances
 
 B, H, H_KV, N_Q, N_K, D = 2, 4, 2, 5, 8, 6
@@ -169,7 +169,23 @@ def of_deberta(
     return deviation(bias, attend(score, scale=scale))
 
 
+def of_dynamic(log: bool = False) -> float:
+    torch.manual_seed(4)
+    module = dynamic.DynamicBias(H, width=5, depth=2, log_distance=log).double()
+    layers = [(weight.detach().numpy(), bias.detach().numpy()) for weight, bias in module.layers]
+
+    def score(h, i, j, q, k):
+        x = numpy.array([math.copysign(math.log(1 + abs(i - j)), i - j) if log else float(i - j)])
+        for number, (weight, bias) in enumerate(layers):
+            x = weight @ (x / (1 + numpy.exp(-x)) if number else x) + bias
+        return x[h]
+
+    return deviation(module.bias(), attend(score))
+
+
 ORACLES = {
+    "dynamic": of_dynamic,
+    "dynamic log": lambda: of_dynamic(log=True),
     "alibi": of_alibi,
     "t5": of_t5,
     "t5 causal": lambda: of_t5(False),
@@ -188,7 +204,14 @@ def test_attention_is_the_papers_sum(name):
     assert ORACLES[name]() < 1e-12
 
 
-MODULES = {"alibi": encoding, "t5": encoding, "shaw": shaw, "deberta v1": deberta, "deberta paper": deberta}
+MODULES = {
+    "alibi": encoding,
+    "t5": encoding,
+    "dynamic": encoding,
+    "shaw": shaw,
+    "deberta v1": deberta,
+    "deberta paper": deberta,
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -302,6 +325,7 @@ def test_alibi_slopes(heads, slopes):
     [
         (lambda: alibi.alibi_slopes(0), "heads must be at least 1"),
         (lambda: alibi.ALiBi(3, right_slopes=(1.0,)), "must hold 3 slopes, got 1"),
+        (lambda: dynamic.DynamicBias(4, depth=0), "depth must be at least 1, got 0"),
         (lambda: t5.T5Bias(4, buckets=2), "at least 4 buckets"),
         (lambda: t5.t5_relative_buckets(torch.arange(3), True, 32, 8), "max_distance above 8"),
         (lambda: shaw.ShawBias(4, k=-1), "must not be negative"),

@@ -7,6 +7,7 @@ from torch import Tensor
 from volvelle.parts.attention.attention import attention
 from volvelle.parts.position.alibi import ALiBi, alibi_slopes
 from volvelle.parts.position.deberta import DisentangledBias, deberta_log_buckets
+from volvelle.parts.position.dynamic import DynamicBias
 from volvelle.parts.position.shaw import ShawBias
 from volvelle.parts.position.sinusoidal import sinusoidal_positions
 from volvelle.parts.position.t5 import T5Bias, t5_relative_buckets
@@ -262,3 +263,39 @@ def test_shaw_keys_of_seamless_m4t(dtype):
     q, k, v = (heads(layer(x), h) for layer in (theirs.linear_q, theirs.linear_k, theirs.linear_v))
     out = attention(q, k, v, bias=ours.bias())
     torch.testing.assert_close(theirs.linear_out(joined(out)), expected, rtol=0, atol=ATOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_relative_position_bias_of_x_transformers(causal, dtype):
+    """T5's bias times a scale; their queries are the last of the keys."""
+    theirs = pytest.importorskip("x_transformers.x_transformers").RelativePositionBias(
+        0.5, causal=causal, num_buckets=8, max_distance=20, heads=4
+    )
+    theirs = drawn(theirs, dtype)
+    ours = T5Bias(4, buckets=8, max_distance=20, bidirectional=not causal).to(dtype)
+    ours.weight.data.copy_(theirs.relative_attention_bias.weight * 0.5)
+    found = ours(torch.arange(20, 50), torch.arange(50))
+    torch.testing.assert_close(found[0], theirs(30, 50), rtol=0, atol=ATOL[dtype])
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_dynamic_position_bias_of_x_transformers(log, depth):
+    """fp32 only: their distances are cast to it. The log of fp32 distances differs by a rounding."""
+    peer = pytest.importorskip("x_transformers.x_transformers")
+    theirs = drawn(peer.DynamicPositionBias(6, heads=4, depth=depth, log_distance=log), torch.float32)
+    ours = DynamicBias(4, width=6, depth=depth, log_distance=log)
+    linear = [module for module in theirs.modules() if isinstance(module, torch.nn.Linear)]
+    for mine, layer in zip(ours.network, linear, strict=True):
+        mine.load_state_dict(layer.state_dict())
+    found = ours(torch.arange(5, 12), torch.arange(12))
+    torch.testing.assert_close(found[0], theirs(7, 12), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads_", [4, 6])
+def test_alibi_of_x_transformers(heads_):
+    """Symmetric, as ours in both directions."""
+    theirs = pytest.importorskip("x_transformers.x_transformers").AlibiPositionalBias(heads_)
+    found = ALiBi(heads_)(torch.arange(5, 12), torch.arange(12))
+    torch.testing.assert_close(found[0].float(), theirs(7, 12), rtol=1e-6, atol=0)

@@ -184,7 +184,7 @@ def test_bf16_is_rounded_once(name):
         assert (tile - wanted).abs().max() <= (2**-6 if "deberta" in name else 1e-5) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["shaw", "transformer-xl", "t5", "alibi"])
+@pytest.mark.parametrize("name", ["shaw", "transformer-xl", "t5", "alibi", "dynamic"])
 def test_autocast_leaves_blocks_in_fp32(name):
     layer, positions = Layer(name).float(), torch.arange(7) + 1_000_000
     q, k, _ = layer.heads(ids(2, 7), positions)

@@ -13,6 +13,7 @@ from volvelle.parts.position.alibi import ALiBi
 from volvelle.parts.position.complex_order import ComplexPositions
 from volvelle.parts.position.convolutional import ConvPositions
 from volvelle.parts.position.deberta import DisentangledBias
+from volvelle.parts.position.dynamic import DynamicBias
 from volvelle.parts.position.encoding import PositionEncoding
 from volvelle.parts.position.hierarchical import HierarchicalPositions
 from volvelle.parts.position.learned import LearnedPositions
@@ -73,6 +74,7 @@ ZOO: dict[str, Entry] = {
     "deberta v1": Entry(lambda: deberta(5), True),
     "deberta v2": Entry(lambda: deberta(6, 20), True),
     "deberta paper": Entry(lambda: deberta(5, p2c="paper"), True),
+    "dynamic": Entry(lambda: DynamicBias(HEADS, width=5, log_distance=True), True),
     "alibi": Entry(lambda: ALiBi(HEADS), True),
     "alibi both sides": Entry(lambda: ALiBi(HEADS, right_slopes=(0.1, 0.2, 0.3, 0.4), learnable=True), True),
     "rope": Entry(lambda: RotaryEmbedding(D, base=100.0), True),
