@@ -13,7 +13,12 @@ from typing import Any
 from benchmarks import protocol
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"language": "docs/language.md", "loader": "docs/training.md", "positions": "docs/positions.md"}
+PAGES = {
+    "language": "docs/language.md",
+    "loader": "docs/data.md",
+    "positions": "docs/positions.md",
+    "collectives": "docs/collectives.md",
+}
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
 
@@ -97,10 +102,55 @@ def positions(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def collectives(record: Mapping[str, Any]) -> list[str]:
+    """Time of every algorithm over gloo's, by ranks and size, and the errors of the fitted model."""
+    names = list(dict.fromkeys(row["algorithm"] for row in record["rows"]))
+    lines = [f"| ranks | bytes | gloo | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    cells = {(row["ranks"], row["bytes"], row["algorithm"]): row for row in record["rows"]}
+    for ranks, size in dict.fromkeys((row["ranks"], row["bytes"]) for row in record["rows"]):
+        found = [cells.get((ranks, size, name)) for name in names]
+        gloo = next(row["gloo_seconds"] for row in found if row)
+        shown = ["" if row is None else f"{row['time_ratio']:.2f}" if row["time_ratio"] else "none" for row in found]
+        lines.append(f"| {ranks} | {size:,} | {gloo * 1e3:.3g} ms | {' | '.join(shown)} |")
+    kinds = {"sizes": "held_out_sizes", "ranks": "held_out_ranks", "two-level": "held_out_algorithm"}
+    errors = {name: record["model"][key] for name, key in kinds.items() if key in record["model"]}
+    told = "; ".join(f"{name} {e['median']:.0%} median, {e['worst']:.0%} worst" for name, e in errors.items())
+    machine, setting = record["machine"], record["setting"]
+    return [
+        *lines,
+        "",
+        f"Time over gloo's own all-reduce, below 1 is faster; medians of {setting['rounds']} interleaved rounds, fp32 "
+        "sums over loopback, one thread a rank; none: gloo itself drifted by more than 15 %. Error of the model on "
+        f"what it was not fitted on: {told}. {machine['cpus']} cores of {machine['cpu']}, "
+        f"torch {machine['packages']['torch']}, {machine['date'][:10]}. Made by `python -m benchmarks.collectives`.",
+    ]
+
+
+def attention(record: Mapping[str, Any]) -> list[str]:
+    """Time and extra memory of every kind of call against SDPA."""
+    lines = [
+        "| call | tokens | threads | forward | forward and backward | extra memory, ours and SDPA |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        speeds = " | ".join(protocol.shown(row[kind]["speed"]) for kind in ("forward", "forward and backward"))
+        memory = " and ".join(f"{row['memory'][who] / 2**20:.0f}" for who in ("ours", "sdpa"))
+        lines.append(f"| {row['what']} | {row['tokens']} | {row['threads']} | {speeds} | {memory} MiB |")
+    growth, auto = record["memory_exponent"], record["auto"]
+    return [
+        *lines,
+        "",
+        f"Memory grows as n^{growth['tiled']:.2f} in tiles and as n^{growth['reference']:.2f} written out. Where SDPA "
+        f"serves the call, `backend='auto'` ends in {auto['kernel']} and adds {auto['added_us']:.0f} µs. "
+        + _footer("attention", record["machine"]),
+    ]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
     "loader": loader,
     "positions": positions,
+    "collectives": collectives,
 }
 
 

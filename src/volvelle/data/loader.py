@@ -69,7 +69,7 @@ class Loader:
 
     With `num_workers` threads or processes batches are read ahead, at most `prefetch` a worker; order, content and
     cursor stay the same. Workers live until `close()`, or until the loader is gone; leaving an epoch early ends them
-    too. docs/training.md says when which kind wins.
+    too. docs/data.md says when which kind wins.
 
     >>> loader = Loader(range(5), 2, seed=0, collate=list, shuffle=False)
     >>> [batch.value for batch in loader]
