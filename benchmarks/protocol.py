@@ -172,10 +172,11 @@ def peak_memory(work: Callable[[], object]) -> dict[str, int]:
     before = _status("VmRSS")
     work()
     peak = _status("VmHWM")
-    return {"rss_before": before, "rss_peak": peak, "rss_growth": peak - before, "tensor_growth": _tensor_peak(work)}
+    return {"rss_before": before, "rss_peak": peak, "rss_growth": peak - before, "tensor_growth": tensor_peak(work)}
 
 
-def _tensor_peak(work: Callable[[], object]) -> int:
+def tensor_peak(work: Callable[[], object]) -> int:
+    """Bytes of tensors alive at once, at most, that `work` allocates."""
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     assert profile.profiler is not None
