@@ -18,6 +18,7 @@ PAGES = {
     "loader": "docs/data.md",
     "positions": "docs/positions.md",
     "collectives": "docs/collectives.md",
+    "attention": "docs/attention.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -151,6 +152,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "loader": loader,
     "positions": positions,
     "collectives": collectives,
+    "attention": attention,
 }
 
 
