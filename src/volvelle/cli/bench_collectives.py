@@ -69,7 +69,7 @@ def _measure(groups: Sequence[int], ranks: int, sizes: Sequence[int], rounds: in
     with progress("again, restless sizes", len(restless)) as bar:
         for size in restless if repeats > SMOKE else ():
             cases = [Case(name, size) for name in names]
-            found[ranks] |= time_cases(ranks, cases, rounds=rounds, most=4 * rounds, repeats=repeats)
+            found[ranks] |= time_cases(ranks, cases, rounds=rounds, most=3 * rounds, repeats=repeats)
             bar.advance(note=short(size))
     return found
 
@@ -142,7 +142,7 @@ def _model(model: Calibration, groups: Sequence[int], held_out: Sequence[int], s
         "held-out algorithm two-level": model.held_out_algorithm,
         f"held-out sizes, a core for each rank (up to {model.cores})": model.held_out_apart,
     }
-    lines = [(what, percent(e.median), percent(e.worst), e.count) for what, e in errors.items()]
+    lines = [(what, percent(e.median), percent(e.worst), e.count) for what, e in errors.items() if e.count]
     table(("  error", "median", "worst", "of"), [(f"  {what}", *rest) for what, *rest in lines])
     many = [row for vector in (1 << 10, size) for row in model.extrapolate(MANY, vector, EXTRAPOLATED)]
     _extrapolated(many, "shared", "extrapolated, all ranks on this machine")

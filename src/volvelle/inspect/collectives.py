@@ -142,7 +142,8 @@ def time_cases(
     they are the ones returned. Two-level takes the first and the second half of the ranks as two nodes. VolvelleError
     when a rank failed.
     """
-    answers = on_ranks(ranks, _time_all, (list(cases), rounds, max(rounds, most), repeats), threads=threads)
+    work = (list(cases), rounds, max(rounds, most), repeats)
+    answers = on_ranks(ranks, _time_all, work, threads=threads, limit=3600.0)  # a machine may be slow; see SILENCE
     return {
         case: Rounds(
             [max(seconds) for seconds in zip(*(answer[i].wall for answer in answers), strict=True)],

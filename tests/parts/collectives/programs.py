@@ -126,6 +126,7 @@ def complain(rank: int) -> list[str]:
         lambda: all_reduce(x, dist.ReduceOp.BXOR),
         lambda: all_reduce(x.to(torch.uint16)),
         lambda: all_reduce(x[:1].expand(3)),
+        lambda: all_reduce(x.to("meta")),
         lambda: all_gather([x] * (p + 1), x),
         lambda: all_gather([x] * p, x[:2]),
         lambda: reduce_scatter(x.double(), [x] * p),

@@ -50,7 +50,7 @@ def all_reduce(
     Raises:
         ValueError: unknown algorithm or op, "two-level" without a topology, a topology of another size, a tensor whose
             elements share memory (`expand`).
-        TypeError: an op without meaning for the dtype, a sparse tensor.
+        TypeError: an op without meaning for the dtype, a sparse tensor, one on a device that the back end cannot send.
         PeerLost: a peer died or was silent; its `rank` is the one that began it.
         RanksDisagree: at the time-out all are alive, but another rank gave another count, dtype, op or algorithm.
 
@@ -63,7 +63,7 @@ def all_reduce(
     >>> dist.destroy_process_group()
     """
     wire = _wire("all_reduce", group, traffic, timeout)
-    _dense(wire.call, tensor)
+    _carried(wire, tensor)
     combine = combiner(wire.call, op, tensor.dtype, tensor.device)
     _writable(wire.call, tensor)
     chosen = _algorithm(wire, algorithm, topology, tensor.numel() * tensor.element_size())
@@ -172,9 +172,12 @@ def _algorithm(wire: Wire, name: str, topology: Topology | None, size: int) -> A
     return TwoLevel(topology, FLAT[choose(share, len(topology.nodes)).algorithm])
 
 
-def _dense(call: str, tensor: torch.Tensor) -> None:
+def _carried(wire: Wire, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided:
-        raise TypeError(f"{call}: needs a dense tensor, got layout {tensor.layout}")
+        raise TypeError(f"{wire.call}: needs a dense tensor, got layout {tensor.layout}")
+    if wire.plain and tensor.device.type != "cpu":
+        backend = dist.get_backend(wire.group)
+        raise TypeError(f"{wire.call}: {backend} sends memory of the CPU, got a tensor on {tensor.device.type}")
 
 
 def _writable(call: str, tensor: torch.Tensor) -> None:
@@ -199,7 +202,7 @@ def _list_sizes(wire: Wire, many: Sequence[torch.Tensor], one: torch.Tensor, nam
     if len(many) != wire.size:
         raise ValueError(f"{wire.call}: {names} needs one tensor a rank, {wire.size}, got {len(many)}")
     for tensor in (one, *many):
-        _dense(wire.call, tensor)
+        _carried(wire, tensor)
         if tensor.dtype != one.dtype:
             raise TypeError(f"{wire.call}: {names} must be {one.dtype} like {name}, got {tensor.dtype}")
     if many[wire.rank].numel() != one.numel():

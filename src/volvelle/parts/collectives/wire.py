@@ -99,7 +99,7 @@ class Wire:
         self.size = len(self.members)
         self.rank = self.members.index(group.rank())
         self._limit = None if timeout is None else timedelta(seconds=timeout)
-        self._plain = dist.get_backend(group) in {"gloo", "mpi"}
+        self.plain = dist.get_backend(group) in {"gloo", "mpi"}
         self.means(work)
 
     def means(self, work: str) -> None:
@@ -150,18 +150,18 @@ class Wire:
         if receive is not None:
             self.traffic.note_received(receive.numel() * receive.element_size())
             peer = self.members[source]
-            if self._plain:
+            if self.plain:
                 works.append(self.group.recv([receive], peer, self.tag))
             else:
                 operations.append(dist.P2POp(dist.irecv, receive, group=self.group, group_peer=peer))
         if send is not None:
             peer = self.members[to]
             self.traffic.note_sent(peer, send.numel() * send.element_size())
-            if self._plain:
+            if self.plain:
                 works.append(self.group.send([send], peer, self.tag))
             else:
                 operations.append(dist.P2POp(dist.isend, send, group=self.group, group_peer=peer))
-        return works if self._plain else dist.batch_isend_irecv(operations)
+        return works if self.plain else dist.batch_isend_irecv(operations)
 
     def wait(self, *transfers: Pending | None) -> None:
         """Block until the transfers are complete; a peer that dies or stays silent raises PeerLost with its rank."""
