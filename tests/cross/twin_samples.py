@@ -46,6 +46,13 @@ def attention(dtype: torch.dtype) -> Sample:
     return Sample(layer, (q, k, v), lambda: functional.attention(q, k, v, causal=True, scale=0.3))
 
 
+def linear_attention(dtype: torch.dtype) -> Sample:
+    q, k = torch.randn(2, 2, 3, 7, 8, dtype=dtype)
+    v = torch.randn(2, 3, 7, 5, dtype=dtype)
+    layer = parts.LinearAttention(causal=True, chunk=3)
+    return Sample(layer, (q, k, v), lambda: functional.linear_attention(q, k, v, causal=True, chunk=3))
+
+
 def sinusoidal_positions(dtype: torch.dtype) -> Sample:
     positions = torch.tensor([[0, 1, 2], [9, 4, 1000]])
     layer = parts.SinusoidalPositions(6, base=50.0, layout="half")
@@ -200,6 +207,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.DynamicBias": dynamic_bias,
     "nn.HierarchicalPositions": hierarchical_positions,
     "nn.LearnedPositions": learned_positions,
+    "nn.LinearAttention": linear_attention,
     "nn.LoRALinear": lora_linear,
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,
