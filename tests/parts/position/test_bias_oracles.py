@@ -51,7 +51,6 @@ def deviation(bias: Bias, expected: numpy.ndarray) -> float:
         K,
         V,
         bias=bias,
-        scale=bias.scale,
         q_positions=Q_POSITIONS,
         k_positions=K_POSITIONS,
         backend="reference",
@@ -318,6 +317,9 @@ def test_alibi_slopes(heads, slopes):
     assert module.state_dict() == {}
     assert module.slopes.dtype == torch.float64
     assert module.bias().learnable is False
+    with torch.device("meta"):
+        built_on_meta = alibi.ALiBi(heads)
+    assert torch.equal(built_on_meta.to_empty(device="cpu").slopes, module.slopes)
 
 
 @pytest.mark.parametrize(

@@ -126,14 +126,12 @@ def test_deberta_v2_attention(terms, d, buckets, far, shared, dtype):
         h, key, query, k=span, max_position=None if buckets < 0 else far, table=torch.nn.Parameter(table)
     )
     q, k, v = (heads(layer(x), h) for layer in (theirs.query_proj, theirs.key_proj, theirs.value_proj))
-    bias = position.bias()
-    out = attention(q, k, v, mask=seen, bias=bias, scale=bias.scale)
+    out = attention(q, k, v, mask=seen, bias=position.bias())
     torch.testing.assert_close(joined(out), expected, rtol=0, atol=ATOL[dtype])
     # the paper's printed p2c, δ(j, i), is not what the checkpoints were trained with
     if query is not None:
         position.p2c = "paper"
-        bias = position.bias()
-        printed = joined(attention(q, k, v, mask=seen, bias=bias, scale=bias.scale))
+        printed = joined(attention(q, k, v, mask=seen, bias=position.bias()))
         assert (printed - expected).abs().max() > 1e-2
 
 
@@ -171,8 +169,7 @@ def test_deberta_v1_attention(terms, d, far, dtype):
         k=far,
         table=torch.nn.Parameter(table),
     )
-    bias = position.bias()
-    out = attention(q, k, v, bias=bias, scale=bias.scale)
+    out = attention(q, k, v, bias=position.bias())
     torch.testing.assert_close(joined(out), expected, rtol=0, atol=ATOL[dtype])
 
 

@@ -83,6 +83,9 @@ def test_frequencies_survive_casting_and_compiling(module):
     before = module.frequencies.clone()
     assert torch.equal(module.to(torch.bfloat16).float().frequencies, before)
     assert module.state_dict() == {}
+    with torch.device("meta"):
+        fresh = AxialRotaryEmbedding(16) if isinstance(module, AxialRotaryEmbedding) else type(module)(module.sections)
+    assert torch.equal(fresh.to_empty(device="cpu").frequencies, before)
     q, positions = drawn(2, 3, 6, 16, dtype=torch.float32), grid_positions(3, 2)
     positions = positions if isinstance(module, AxialRotaryEmbedding) else positions[:, [0, 0, 1]]
     expected = module(q, q, positions)

@@ -109,14 +109,12 @@ class Layer(nn.Module):
         q, k, v = self.heads(ids, positions)
         q_positions, q = positions[..., -last:], q[:, :, -last:]
         mask = None if mask is None else mask[..., -last:, :]
-        bias = self.position.bias()
         return attention(
             q,
             k,
             v,
             mask=mask,
-            bias=bias,
-            scale=None if bias is None else bias.scale,
+            bias=self.position.bias(),
             q_positions=q_positions,
             k_positions=positions,
             backend=backend,

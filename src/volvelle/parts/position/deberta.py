@@ -27,8 +27,7 @@ from volvelle.parts.position.encoding import Bias, PositionEncoding, distances, 
 P2C = Literal["released", "paper"]
 
 
-@lru_cache(maxsize=64)
-def _edges(bucket_size: int, max_position: int) -> tuple[int, ...]:
+def _find_edges(bucket_size: int, max_position: int) -> tuple[int, ...]:
     """Return the least distance of bucket mid + c, c = 1 .. bucket_size - mid, where mid = bucket_size // 2.
 
     mid + ceil(log(x / mid) / log((M - 1) / mid) * L) >= mid + c, L = mid - 1, is x^L mid^(c-1) > (M - 1)^(c-1) mid^L,
@@ -46,6 +45,15 @@ def _edges(bucket_size: int, max_position: int) -> tuple[int, ...]:
             x += 1
         edges.append(x)
     return tuple(edges)
+
+
+_kept_edges = lru_cache(maxsize=64)(_find_edges)
+
+
+def _edges(bucket_size: int, max_position: int) -> tuple[int, ...]:
+    """Return the edges, found once in eager mode; torch.compile, which sees no cache, makes them a constant."""
+    find = _find_edges if torch.compiler.is_compiling() else _kept_edges
+    return find(bucket_size, max_position)
 
 
 @export("functional.deberta_log_buckets")
@@ -89,9 +97,9 @@ def disentangled_bias(
 
     q is (b, h, n_q, d) and k (b, h_kv, n_k, d), not scaled; positions are integers (n_q,) or (b, n_q), and (n_k,) or
     (b, n_k). pos_key K^r (c2p) and pos_query Q^r (p2c) are (h, 2k, d); either may be left out, and t is one more than
-    the number given: attend with scale = 1 / sqrt(t d). `max_position` puts distances into log buckets first (version
-    2). The result is (b, h, n_q, n_k), in fp32 for 16-bit q. Raises ValueError when both tables are missing, or differ
-    in length. He et al. 2021, section 3.1, equation 4.
+    the number given: q · k is scaled by 1 / sqrt(t d) too. `max_position` puts distances into log buckets first
+    (version 2). The result is (b, h, n_q, n_k), in fp32 for 16-bit q. Raises ValueError when both tables are missing or
+    differ in length. He et al. 2021, section 3.1, equation 4.
 
     >>> q, k = torch.ones(1, 1, 2, 1), torch.zeros(1, 1, 2, 1)
     >>> table = torch.tensor([[[0.0], [1.0], [2.0], [3.0]]])  # k = 2: distances -2, -1, 0, 1
@@ -159,7 +167,7 @@ class DisentangledBias(PositionEncoding):
     key is W_{k,r} and query W_{q,r}, each a Linear from width to heads * d: give those of the layer's content to share
     them (version 2's `share_att_key`), or None to leave the term out. Layers share P: pass one `table` to all of them.
     Version 1: k = the largest distance, no `max_position`. Version 2: k = `position_buckets`, with `max_position`.
-    Attend with `scale`, 1 / sqrt(t d), which `bias()` carries too.
+    `bias()` carries the `scale` 1 / sqrt(t d), which `attention` then takes for q · k too.
 
     >>> key, query = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
     >>> module, q = DisentangledBias(4, key, query, k=8), torch.randn(2, 4, 5, 8)

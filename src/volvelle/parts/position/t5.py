@@ -21,8 +21,7 @@ from volvelle.export import export
 from volvelle.parts.position.encoding import DistanceBias, PositionEncoding, distances
 
 
-@lru_cache(maxsize=64)
-def _edges(buckets: int, max_distance: int) -> tuple[int, ...]:
+def _find_edges(buckets: int, max_distance: int) -> tuple[int, ...]:
     """Return the least distance of each bucket but the first, for one direction.
 
     Bucket e + c, e = buckets // 2, begins at the least x with e + floor(log(x / e) / log(M / e) * L) >= e + c, where
@@ -40,6 +39,15 @@ def _edges(buckets: int, max_distance: int) -> tuple[int, ...]:
             x += 1
         edges.append(x)
     return tuple(edges)
+
+
+_kept_edges = lru_cache(maxsize=64)(_find_edges)
+
+
+def _edges(buckets: int, max_distance: int) -> tuple[int, ...]:
+    """Return the edges, found once in eager mode; torch.compile, which sees no cache, makes them a constant."""
+    find = _find_edges if torch.compiler.is_compiling() else _kept_edges
+    return find(buckets, max_distance)
 
 
 @export("functional.t5_relative_buckets")
