@@ -19,6 +19,7 @@ PAGES = {
     "positions": "docs/positions.md",
     "collectives": "docs/collectives.md",
     "attention": "docs/attention.md",
+    "amp": "docs/precision.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -147,12 +148,28 @@ def attention(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def amp(record: Mapping[str, Any]) -> list[str]:
+    """Seconds of a training step in every precision, and fp32's time over the others'."""
+    lines = ["| network | batch | fp32 | bf16 | fp16 | bf16 : fp32 | fp16 : fp32 |", "|---|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        times = " | ".join(f"{row['seconds'][kind]['wall_median']:.2f} s" for kind in ("fp32", "bf16", "fp16"))
+        speeds = " | ".join(protocol.shown(row["speed"][kind]) for kind in ("bf16", "fp16"))
+        lines.append(f"| {row['title']} | {row['batch']} | {times} | {speeds} |")
+    return [
+        *lines,
+        "",
+        "Forward, backward and an SGD update with momentum under autocast over fp32 weights, fp16 with dynamic loss "
+        f"scaling; a ratio above 1 means faster than fp32. {_footer('amp', record['machine'])}",
+    ]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
     "loader": loader,
     "positions": positions,
     "collectives": collectives,
     "attention": attention,
+    "amp": amp,
 }
 
 
