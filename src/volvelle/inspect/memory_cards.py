@@ -13,6 +13,7 @@ kept, which DDP does. The batch is the one card's own: N cards train N times as 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,16 +60,19 @@ def gigabytes(number: float) -> str:
 
 def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> CardPlan:
     """What one card holds at its peak."""
-    n = cards.count
-    if n == 1:
+    if cards.count == 1:
         return CardPlan(cards, shard, trace.peak, 0)
-    if shard == "ddp":
-        # One bucket a group of parameters, together as large as the gradients.
-        buckets = sum(p.numel() * p.element_size() for p in step.trainable)
-        return CardPlan(cards, shard, trace.peak + buckets, buckets)
-    amp = step.options.precision == "amp"
-    gathered = _gathered(step.model, amp)
-    best, casts = 0, 0
+    communication = _communication(step, cards, shard)
+    peak = max(math.ceil(fixed + growing) for fixed, growing in card_moments(trace, step, cards, shard))
+    return CardPlan(cards, shard, peak, communication)
+
+
+def card_moments(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> Iterator[tuple[float, float]]:
+    """Bytes on one card at each moment: those that persist or travel, and those that grow with the batch."""
+    n = cards.count if shard == "fsdp" else 1
+    extra = _communication(step, cards, shard)
+    # Autocast's copies of weights are gathered instead of kept.
+    amp = n > 1 and step.options.precision == "amp"
     blocks, entries = trace.ledger.blocks, trace.ledger.entries
     cast_sizes = {i: block.size for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
     casts = sum(entry.sign * cast_sizes.get(entry.block, 0) for entry in entries[: trace.start])
@@ -76,10 +80,19 @@ def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> C
         casts += entries[index].sign * cast_sizes.get(entries[index].block, 0)
         split = sum(sums[name] for name in _SPLIT)
         rest = sum(sums[name] for name in CATEGORIES if name not in _SPLIT) - casts
-        # The optimiser works on shards alone, and needs no block gathered.
-        total = (split + rest) / n if phase == "optimiser" else split / n + rest + gathered
-        best = max(best, math.ceil(total))
-    return CardPlan(cards, shard, best, gathered)
+        if phase == "optimiser" and n > 1:  # it works on shards alone, and needs no block gathered
+            yield (split + rest) / n, 0.0
+        else:
+            yield split / n + extra, rest
+
+
+def _communication(step: TrainingStep, cards: Cards, shard: Shard) -> int:
+    if cards.count == 1:
+        return 0
+    if shard == "fsdp":
+        return _gathered(step.model, step.options.precision == "amp")
+    # DDP: one bucket a group of parameters, together as large as the gradients.
+    return sum(p.numel() * p.element_size() for p in step.trainable)
 
 
 def _gathered(model: nn.Module, amp: bool) -> int:

@@ -38,6 +38,13 @@ class Inputs:
         if self.size < 1:
             raise VolvelleError(f"plan_memory: the batch size must be positive, got {self.size}")
 
+    @property
+    def elements(self) -> int:
+        """Elements of the largest input of whole numbers, for one sample; at least 1."""
+        example = self.batch(1) if callable(self.batch) and not isinstance(self.batch, Tensor) else self.batch
+        tensors = [t for t in tree_iter(example) if isinstance(t, Tensor) and t.dim() > 0 and not t.is_floating_point()]
+        return max([1, *(t[:1].numel() for t in tensors)])
+
     def real(self, size: int) -> Any:
         """Real inputs: rows of the example, repeated."""
         if callable(self.batch) and not isinstance(self.batch, Tensor):

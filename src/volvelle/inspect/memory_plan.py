@@ -16,12 +16,13 @@ from torch import nn
 
 from volvelle.errors import VolvelleError
 from volvelle.inspect.memory_advice import Alternative, alternatives
-from volvelle.inspect.memory_cards import CardPlan, card_plan
+from volvelle.inspect.memory_cards import CardPlan, card_moments, card_plan
 from volvelle.inspect.memory_inputs import Inputs
 from volvelle.inspect.memory_ledger import CATEGORIES, Ledger
 from volvelle.inspect.memory_options import Cards, Shard, StepOptions
 from volvelle.inspect.memory_session import Session, StepSession, Trace
 from volvelle.inspect.memory_step import Loss, model_loss
+from volvelle.inspect.memory_values import LARGEST
 
 POINTS = 600  # of a timeline
 
@@ -53,8 +54,9 @@ class MemoryPlan:
     """The memory of one training step. Sizes are bytes.
 
     `composition` splits `peak` by category; `phase`, `op` and `module` say where it is reached. `branches` lists what
-    was assumed where the model asks about its tensors. `card` is set when cards were given. `print(plan)` shows the
-    table, `plan.svg()` draws the timeline.
+    was assumed where the model asks about its tensors. `card` is set when cards were given, `largest_batch` when it was
+    searched for; `more_may_fit` says that the search ended before a card was full. `print(plan)` shows the table,
+    `plan.svg()` draws the timeline.
     """
 
     label: str
@@ -73,6 +75,7 @@ class MemoryPlan:
     branches: list[str] = field(default_factory=list)
     card: CardPlan | None = None
     largest_batch: int | None = None
+    more_may_fit: bool = False
     cheaper: list[Alternative] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -139,7 +142,8 @@ def plan_memory(
         plan.trainable = sum(p.numel() for p in session.step.trainable)
         if cards is not None:
             plan.card = card_plan(trace, session.step, cards, shard)
-            plan.largest_batch = _largest(session, inputs.size, plan.card) if search else None
+            if search:
+                plan.largest_batch, plan.more_may_fit = _largest(session, inputs, trace, plan.card)
     if advise:
 
         def replan(changed: StepOptions, changed_shard: Shard) -> tuple[int, CardPlan | None]:
@@ -224,42 +228,29 @@ def holdings(ledger: Ledger, at: int, count: int = 12) -> list[Holding]:
     return sorted(rows, key=lambda row: -row.size)[:count]
 
 
-def _largest(session: StepSession, size: int, first: CardPlan) -> int:
-    """The largest batch whose peak fits, by secant steps on traced peaks; 0 when not even one sample fits.
+def _largest(session: StepSession, inputs: Inputs, trace: Trace, first: CardPlan) -> tuple[int, bool]:
+    """The largest batch whose peak fits; 0 when not even one sample fits.
 
-    The peak is piecewise linear in the batch, so a few traces bracket the answer.
+    Newton's method from below: what is not fixed at each moment of the newest trace that fits is taken to grow with the
+    batch, where a part of it is constant, so the batch that then fills the card fits too. Every answer is traced, and
+    so is the batch after the last. The search ends, with True beside the batch, where a batch has more elements than
+    the plan can follow the values of.
     """
-    cards, peaks = first.cards, {size: first.peak}
-
-    def fits(batch: int) -> bool:
-        if batch not in peaks:
-            peaks[batch] = card_plan(session.trace(batch), session.step, cards, first.shard).peak
-        return peaks[batch] <= cards.capacity
-
-    if not fits(1):
-        return 0
-    low, high = 1, max(2, size)
-    while fits(high):
-        low = high
-        high = max(_extrapolate(peaks, cards.capacity), 2 * low) if len(peaks) < 4 else 2 * low
-    while high - low > 1:
-        guess = min(max(_interpolate(peaks, low, high, cards.capacity), low + 1), high - 1)
-        # From either side, so that an exact guess closes the bracket at once.
-        low, high = (guess, high) if fits(guess) else (low, guess)
-        if low == guess and low + 1 < high:
-            low, high = (low + 1, high) if fits(low + 1) else (low, low + 1)
-    return low
-
-
-def _extrapolate(peaks: dict[int, int], capacity: int) -> int:
-    (b0, p0), (b1, p1) = sorted(peaks.items())[-2:] if len(peaks) > 1 else [(0, 0), next(iter(peaks.items()))]
-    slope = max(1.0, (p1 - p0) / (b1 - b0))
-    return b1 + int((capacity - p1) / slope) + 1
-
-
-def _interpolate(peaks: dict[int, int], low: int, high: int, capacity: int) -> int:
-    share = (capacity - peaks[low]) / max(1, peaks[high] - peaks[low])
-    return low + int(share * (high - low))
+    cards, most = first.cards, max(1, LARGEST // inputs.elements)
+    low, high = 0, most + 1
+    batch, tried = inputs.size, first
+    while True:
+        if tried.fits:
+            low = batch
+            moments = card_moments(trace, session.step, cards, first.shard)
+            guess = int(batch * min((cards.capacity - fixed) / grows for fixed, grows in moments if grows > 0))
+        else:
+            high, guess = batch, (low + batch) // 2
+        if high - low == 1:
+            return low, low == most
+        batch = min(max(guess, low + 1), high - 1)
+        trace = session.trace(batch)
+        tried = card_plan(trace, session.step, cards, first.shard)
 
 
 def _short(op: str) -> str:

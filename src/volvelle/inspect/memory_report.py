@@ -58,6 +58,7 @@ def record(plan: MemoryPlan) -> dict[str, Any]:
             "verdict": card.verdict,
         },
         "largest_batch": plan.largest_batch,
+        "more_may_fit": plan.more_may_fit,
         "cheaper": [dataclasses.asdict(row) | {"says": str(row)} for row in plan.cheaper],
         "seconds": plan.seconds,
     }
@@ -101,4 +102,4 @@ def _largest(holdings: list[Holding]) -> list[str]:
 def _batch(plan: MemoryPlan) -> str:
     if plan.largest_batch == 0:
         return "largest batch that fits: none, not even one sample"
-    return f"largest batch that fits: {plan.largest_batch} a card"
+    return f"largest batch that fits: {'at least ' * plan.more_may_fit}{plan.largest_batch} a card"

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from volvelle.errors import VolvelleError
 
-# Elements. Masks and indices decide branches: 64 x 16384 tokens still count as small. Numbers do so rarely.
-LARGEST, LARGEST_FLOAT = 1 << 20, 4096
+# Elements. Masks and indices decide branches: 256 x 16384 tokens still count as small. Numbers do so rarely.
+LARGEST, LARGEST_FLOAT = 1 << 22, 4096
 MOST_QUESTIONS = 10_000  # at one line: more is a loop that waits for a value
 _VALUE, _FROM_ANY = "_volvelle_value", "_volvelle_from_any"
 _ATEN = torch.ops.aten
