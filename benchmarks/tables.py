@@ -84,7 +84,7 @@ def positions(record: Mapping[str, Any]) -> list[str]:
             f"{row['error_near']:.0e} and {row['error_far']:.0e} at {row['far']:,} |"
         )
     layers = list(record["leaks"][0]["layers"])
-    lines += ["", f"| padding of the convolutions | {' | '.join(f'{n} layers' for n in layers)} |"]
+    lines += ["", f"| padding, by number of convolutions | {' | '.join(layers)} |"]
     lines += ["|---" * (len(layers) + 1) + "|"]
     for row in record["leaks"]:
         cells = " | ".join(f"{max(value, 0):.2f}" for value in row["layers"].values())
