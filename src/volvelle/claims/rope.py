@@ -1,0 +1,109 @@
+"""What RoFormer says of its rotary embedding: relative in the inner product, decaying, and fit for linear attention."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least, at_most
+from volvelle.parts.attention.linear import linear_attention
+from volvelle.parts.position.rope import RotaryEmbedding, apply_rope, rope_frequencies
+
+CLAIM = Claim(
+    title="RoPE: rotary position embedding",
+    family="attention",
+    paper=Paper(
+        "Su et al.",
+        2021,
+        "RoFormer: Enhanced Transformer with Rotary Position Embedding",
+        "sections 3.2 to 3.4",
+        "https://arxiv.org/abs/2104.09864",
+    ),
+    sentence="valuable properties, including the flexibility of sequence length, decaying inter-token dependency with "
+    "increasing relative distances, and the capability of equipping the linear self-attention with relative position "
+    "encoding",
+    measured_by="inner products of random queries and keys at shifted positions in fp64; the mean bound on their size "
+    "(equation 37) by distance; linear attention with turned numerators, chunked against the written-out sum",
+    summary="Turns queries and keys by their position, so that scores depend on distance alone.",
+    summary_zh="按位置旋转查询与键,使注意力分数只取决于相对距离。",
+    seconds={"quick": 10, "full": 60},
+    parts=("functional.apply_rope", "nn.RotaryEmbedding", "functional.linear_attention"),
+)
+
+DIM = 128
+
+
+def measure(budget: Budget) -> Measurement:
+    """Shift, bound and linear form (full: more pairs, longer texts)."""
+    pairs, far = (200, 512) if budget == "quick" else (2000, 4096)
+    bound = decay(DIM, far)
+    marks = [d for d in (1, 8, 32, 64, 128, 256) if d < far]
+    findings = [
+        at_most("change of an inner product when both positions move by up to a million", _shift(pairs), 1e-8),
+        at_least("the same when one of them moves by one (must not be nothing)", _alone(pairs), 0.1),
+        at_most("mean bound at distance 256 over that at 0", float(bound[256] / bound[0]), 0.25),
+        at_least("share of doublings of distance at which the bound falls", _falls(bound), 1.0),
+        at_most("linear attention, chunked against the sum over all pairs", _linear(far // 4), 1e-12),
+        *(Finding(f"mean bound at distance {d}", float(bound[d])) for d in (0, *marks)),
+    ]
+    from volvelle.train.charts import Series, line_chart
+
+    chart = line_chart(
+        [Series("mean |S|, d = 128", [(float(d), float(bound[d])) for d in range(min(far, 256))])],
+        x_label="relative distance",
+        y_label="mean bound",
+    )
+    setting = {"d": DIM, "base": 10000, "pairs": pairs, "dtype": "fp64", "longest distance": far}
+    return Measurement(
+        findings, peers={"equations": "16, 19 and 37, in fp64"}, setting=setting, pictures={"decay": chart}
+    )
+
+
+def decay(dim: int, length: int) -> Tensor:
+    """Return the mean of |S_i|, i = 1 .. d/2, S_i = Σ_{j<i} exp(ι m θ_j), at distances m = 0 .. length - 1 (eq. 37)."""
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(dim)
+    return torch.polar(torch.ones_like(angles), angles).cumsum(-1).abs().mean(-1)
+
+
+def _falls(bound: Tensor) -> float:
+    """Over windows around doubling distances, for the curve oscillates."""
+    edges = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    means = [float(bound[a:b].mean()) for a, b in itertools.pairwise(edges)]
+    return sum(b < a for a, b in itertools.pairwise(means)) / (len(means) - 1)
+
+
+def _products(q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Inner products of rows of q turned to i and rows of k turned to j."""
+    turned_q = apply_rope(q[None, None], q[None, None], i)[0][0, 0]
+    turned_k = apply_rope(k[None, None], k[None, None], j)[1][0, 0]
+    return (turned_q * turned_k).sum(-1)
+
+
+def _draw(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, pairs, DIM, generator=generator, dtype=torch.float64)
+    i, j = torch.randint(4096, (2, pairs), generator=generator)
+    return q, k, i, j, torch.randint(1_000_000, (pairs,), generator=generator)
+
+
+def _shift(pairs: int) -> float:
+    q, k, i, j, s = _draw(pairs)
+    return float((_products(q, k, i + s, j + s) - _products(q, k, i, j)).abs().max())
+
+
+def _alone(pairs: int) -> float:
+    q, k, i, j, _ = _draw(pairs)
+    return float((_products(q, k, i + 1, j) - _products(q, k, i, j)).abs().mean())
+
+
+def _linear(n: int) -> float:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 1, 2, n, 16, generator=generator, dtype=torch.float64)
+    rotation = RotaryEmbedding(16).rotation(torch.arange(n), torch.float64)
+    chunked = linear_attention(q, k, v, causal=True, rotation=rotation, chunk=50)
+    feature_q, feature_k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+    turned_q, turned_k = rotation(feature_q, feature_k)
+    above, below = (turned_q @ turned_k.mT).tril(), (feature_q @ feature_k.mT).tril()
+    return float((chunked - above @ v / (below.sum(-1, keepdim=True) + 1e-6)).abs().max())
