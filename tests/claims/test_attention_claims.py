@@ -29,5 +29,7 @@ def test_a_table_of_all_scores_would_be_noticed():
 
 
 def test_an_absolute_rotation_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(rope, "apply_rope", lambda q, k, at: (q * torch.cos(at[:, None] / 100.0), k))
+    monkeypatch.setattr(
+        "volvelle.parts.position.rope.apply_rope", lambda q, k, at: (q * torch.cos(at[:, None] / 100.0), k)
+    )
     assert rope._shift(20) > 0.1

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from typing import TYPE_CHECKING, Any
 
 from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_most
-from volvelle.parts.attention.attention import attention
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CLAIM = Claim(
     title="FlashAttention: exact attention in linear memory",
@@ -25,8 +23,8 @@ CLAIM = Claim(
     ),
     sentence="Algorithm 1 returns O = softmax(QK^T)V with O(N²d) FLOPs and requires O(N) additional memory beyond "
     "inputs and output",
-    measured_by="the tiled back end in fp64 against the written-out formula (values and gradients, causal, grouped, with "
-    "a window); the largest tensor and the peak of live tensors in forward and backward, at doubling lengths",
+    measured_by="the tiled back end in fp64 against the written-out formula (values, gradients; causal, grouped, with a "
+    "window); the largest tensor and the peak of live tensors in forward and backward, at doubling lengths",
     summary="Attention tile by tile with an online softmax: the same numbers without the table of all scores.",
     summary_zh="逐块计算注意力并在线更新 softmax:结果相同,却无需整张分数表。",
     seconds={"quick": 20, "full": 120},
@@ -34,19 +32,6 @@ CLAIM = Claim(
 )
 
 HEADS, WIDTH = 2, 32
-
-
-class Watch(TorchDispatchMode):
-    """Remembers the most numbers that any single tensor held."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run the operation and look at what it returns."""
-        out = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.largest = max(self.largest, *sizes, 0)
-        return out
 
 
 def measure(budget: Budget) -> Measurement:
@@ -76,6 +61,8 @@ def measure(budget: Budget) -> Measurement:
 
 
 def _inputs(n: int, dtype: torch.dtype, h_kv: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     heads = (HEADS, h_kv, h_kv)
     q, k, v = (
@@ -86,6 +73,10 @@ def _inputs(n: int, dtype: torch.dtype, h_kv: int = HEADS) -> tuple[Tensor, Tens
 
 def _error() -> float:
     """The largest difference over several calls, lengths that no tile divides among them."""
+    import torch
+
+    from volvelle.parts.attention.attention import attention
+
     worst = 0.0
     calls: list[tuple[int, dict[str, Any]]] = [
         (700, {}),
@@ -103,11 +94,29 @@ def _error() -> float:
 
 
 def _step(n: int, backend: str) -> None:
+    import torch
+
+    from volvelle.parts.attention.attention import attention
+
     inputs = _inputs(n, torch.float32)
     torch.autograd.grad(attention(*inputs, causal=True, backend=backend).sum(), inputs)
 
 
 def _largest(n: int, backend: str) -> int:
+    """The most numbers that any single tensor holds."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            found = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.largest = max(self.largest, *(x.untyped_storage().nbytes() // x.element_size() for x in found), 0)
+            return out
+
     with Watch() as watch:
         _step(n, backend)
     return watch.largest
@@ -115,6 +124,8 @@ def _largest(n: int, backend: str) -> int:
 
 def _peak(n: int, backend: str) -> int:
     """Bytes of tensors alive at once."""
+    import torch
+
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         _step(n, backend)
     assert profile.profiler is not None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least, at_most
-from volvelle.parts.attention.linear import linear_attention
-from volvelle.parts.position.rope import RotaryEmbedding, apply_rope, rope_frequencies
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLAIM = Claim(
     title="RoPE: rotary position embedding",
@@ -63,6 +62,10 @@ def measure(budget: Budget) -> Measurement:
 
 def decay(dim: int, length: int) -> Tensor:
     """Return the mean of |S_i|, i = 1 .. d/2, S_i = Σ_{j<i} exp(ι m θ_j), at distances m = 0 .. length - 1 (eq. 37)."""
+    import torch
+
+    from volvelle.parts.position.rope import rope_frequencies
+
     angles = torch.arange(length, dtype=torch.float64)[:, None] * rope_frequencies(dim)
     return torch.polar(torch.ones_like(angles), angles).cumsum(-1).abs().mean(-1)
 
@@ -76,12 +79,16 @@ def _falls(bound: Tensor) -> float:
 
 def _products(q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Inner products of rows of q turned to i and rows of k turned to j."""
+    from volvelle.parts.position.rope import apply_rope
+
     turned_q = apply_rope(q[None, None], q[None, None], i)[0][0, 0]
     turned_k = apply_rope(k[None, None], k[None, None], j)[1][0, 0]
     return (turned_q * turned_k).sum(-1)
 
 
 def _draw(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, pairs, DIM, generator=generator, dtype=torch.float64)
     i, j = torch.randint(4096, (2, pairs), generator=generator)
@@ -99,6 +106,11 @@ def _alone(pairs: int) -> float:
 
 
 def _linear(n: int) -> float:
+    import torch
+
+    from volvelle.parts.attention.linear import linear_attention
+    from volvelle.parts.position.rope import RotaryEmbedding
+
     generator = torch.Generator().manual_seed(1)
     q, k, v = torch.randn(3, 1, 2, n, 16, generator=generator, dtype=torch.float64)
     rotation = RotaryEmbedding(16).rotation(torch.arange(n), torch.float64)
