@@ -138,6 +138,7 @@ def test_a_lost_worker_is_named_and_the_run_can_go_on(number, how, folder):
     assert code == 1
     assert f"error: rank 1 is lost: {how}" in err
     assert "is intact" in err
+    assert "tip: volvelle resume runs/a" in err
     assert err.count("error:") == 1
     assert workers("runs/a") == {}
     again = start(folder, "resume", "runs/a")

@@ -92,6 +92,8 @@ def start(kind: str, recipe: FitOptions, name: str | None) -> int:
     if launched():
         hush()
         return _as_worker(lambda ranks: _begun(kind, recipe, name, ranks), recipe)
+    if recipe.ranks == 1 and (recipe.shard == "fsdp" or recipe.all_reduce != "torch" or recipe.compress):
+        warn("shard, all_reduce and compress do nothing with one rank")
     run = RunFolder.create(name, kind=kind, config=to_dict(recipe))
     say(f"run {run.path}")
     with _dropped_if_idle(run):
@@ -163,11 +165,16 @@ def _as_worker(begin: Callable[[Ranks], Path], recipe: FitOptions) -> int:
     from volvelle.train.launch import joined
     from volvelle.train.observer import Quiet
     from volvelle.train.resume import resume_run
+    from volvelle.train.watch import RankLost
 
     with joined(recipe, device=getattr(recipe, "device", None)) as ranks:
         path = ranks.share(begin(ranks) if ranks.leads else Path())
-        with console() as observer:
-            outcome = resume_run(path, observer=observer if ranks.leads else Quiet(), ranks=ranks)
+        try:
+            with console() as observer:
+                outcome = resume_run(path, observer=observer if ranks.leads else Quiet(), ranks=ranks)
+        except RankLost as error:
+            error.tip = f"volvelle resume {path}"
+            raise
     if ranks.leads:
         return closing_lines(outcome)
     return 0 if outcome.interrupted is None else INTERRUPTED

@@ -267,20 +267,23 @@ class _Fit:
         return better and cursor.step > 0
 
     def _say_skipped(self, text: str) -> None:
-        self.observer.say(f"step {self.cursor.step + 1}, {text}")
+        self.observer.say(f"step {self.cursor.step + 1}, {self._cause(text)}")
+
+    def _cause(self, text: str) -> str:
+        """What all ranks say of an update: the words of the one whose samples were the cause."""
+        texts = self.ranks.collect(text)
+        found = next((text for text in texts if "samples" in text), texts[0])
+        # What every rank says is no rank's own.
+        return found if len(set(texts)) == 1 else f"rank {texts.index(found)}, {found}"
 
     def _kept(self) -> str:
         saved = self.checkpoints.steps() if self.checkpoints else []
         return f"; the checkpoint of step {saved[-1]} is intact" if saved else ""
 
     def _non_finite(self, error: NonFinite) -> NonFinite:
-        texts = self.ranks.collect(str(error))
-        # All ranks stop, and all say what the rank saw whose samples were the cause.
-        text = next((text for text in texts if "samples" in text), texts[0])
-        if self.ranks.world > 1:
-            text = f"rank {texts.index(text)}, {text}"
         return NonFinite(
-            f"step {self.cursor.step + 1}, {text}{self._kept()}", tip="lower learning_rate, or look at these samples"
+            f"step {self.cursor.step + 1}, {self._cause(str(error))}{self._kept()}",
+            tip="lower learning_rate, or look at these samples",
         )
 
     def _save(self) -> None:
