@@ -283,6 +283,26 @@ def test_the_head_s_gradients_survive_half_precision_only_scaled():
     assert error(1.0) > 3 * error(2.0**14)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_on_cuda_it_resumes_bit_for_bit(kind, tmp_path):
+    class OnCuda(Quieter):
+        def __init__(self):
+            super().__init__()
+            self.net.cuda()
+
+        def evaluate(self):
+            return {}
+
+    options = dataclasses.replace(HALF, precision=kind)
+    whole, part = OnCuda(), Folder(tmp_path / "part")
+    fit(whole, loader(), options=options, run=Folder(tmp_path / "whole"), observer=Quiet())
+    fit(interrupting(OnCuda(), 9), loader(), options=options, run=part, observer=Quiet())
+    resumed = OnCuda()
+    fit(resumed, loader(), options=options, run=part, observer=Quiet(), resume=True)
+    same(state(whole), state(resumed))
+
+
 # --- NaN ---
 
 

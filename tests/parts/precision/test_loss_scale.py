@@ -153,3 +153,21 @@ def test_the_update_compiles_and_never_asks_for_a_value():
     for bad in (True, False):
         a, b = compiled(state, torch.tensor(bad)), update_loss_scale(state, torch.tensor(bad))
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_cuda_it_is_gradscaler_and_nothing_waits():
+    ours, their = LossScaler(growth_interval=3).cuda(), torch.amp.GradScaler("cuda", growth_interval=3)
+    w = torch.zeros(4, device="cuda", requires_grad=True)
+    sgd = torch.optim.SGD([w], lr=0.0)
+    for step in range(20):
+        poison = torch.full((4,), math.inf if step % 6 == 5 else 2.0, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        gradient = ours(poison)
+        ours.update(ours.unscale([gradient]))
+        torch.cuda.set_sync_debug_mode("default")
+        their.scale(torch.zeros((), device="cuda"))
+        w.grad = poison * their.get_scale()
+        their.step(sgd)
+        their.update()
+        assert float(ours.scale) == their.get_scale()
