@@ -44,7 +44,12 @@ def test_the_list_says_what_is_here(capsys, monkeypatch, tmp_path):
     assert rows["loader"]
     monkeypatch.setattr(bench, "_checkout", lambda: tmp_path)
     assert main(["bench"]) == 0
-    assert "no checkout" in capsys.readouterr().out
+    assert "not here" in capsys.readouterr().out
+
+
+def test_every_script_has_a_row(repository):
+    scripts = {path.stem for path in (repository / "benchmarks").glob("*.py")} - {"__init__", "protocol", "tables"}
+    assert scripts <= {row.name for row in bench.BENCHES}
 
 
 def test_a_wheel_without_the_scripts_says_so(capsys, monkeypatch, tmp_path):
@@ -59,7 +64,7 @@ def test_scripts_run_and_their_failure_is_ours(capfd, monkeypatch, tmp_path):
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
-    (folder / "loader.py").write_text("import sys; print('ran with', *sys.argv[1:])")
+    (folder / "loader.py").write_text('import sys; print(\'ran with\', *sys.argv[1:])  # "--quick" "--rounds"')
     (folder / "planner.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(bench, "_checkout", lambda: tmp_path)
     assert main(["bench", "loader", "rounds=7", "quick=true"]) == 0
@@ -73,6 +78,7 @@ def test_scripts_run_and_their_failure_is_ours(capfd, monkeypatch, tmp_path):
     [
         (["colectives"], "did you mean collectives?"),
         (["loader", "ranks=3"], "error: bench loader: has no option ranks"),
+        (["planner", "quick=true"], "error: bench planner: has no option quick"),
         (["collectives", "ranks=1"], "needs ranks >= 2 and rounds >= 1, got 1 and 5"),
         (["collectives", "sizes=1K"], "needs two sizes"),
         (["collectives", "sizes=1K,many"], "bench: sizes=many is not a size from 4 bytes to 1G"),

@@ -33,6 +33,8 @@ BENCHES = (
     Bench("loader", "loader workers beside torch's DataLoader"),
     Bench("planner", "planned memory beside the profiler's"),
     Bench("amp", "bf16 autocast beside fp32"),
+    Bench("attention", "attention in tiles beside SDPA and the reference"),
+    Bench("positions", "what each position encoding can and cannot do"),
 )
 
 
@@ -55,7 +57,7 @@ class Options:
 def main(options: Options) -> int:
     """Measure, or list what can be measured."""
     if options.name is None:
-        rows = [(b.name, b.help, _script(b) or "no checkout") for b in BENCHES]
+        rows = [(b.name, b.help, _script(b) or "not here") for b in BENCHES]
         table(("bench", "what is measured", "by"), rows)
         result({"benches": [{"name": b.name, "help": b.help, "here": _script(b) is not None} for b in BENCHES]})
         return 0
@@ -103,14 +105,15 @@ def _checkout() -> Path:
 
 
 def _run_script(bench: Bench, options: Options) -> int:
-    for key in ("ranks", "sizes"):
-        if getattr(options, key):
-            raise UsageError(f"bench {bench.name}: has no option {key}", tip="ranks= and sizes= are for collectives")
     if _script(bench) is None:
         raise VolvelleError(
             f"bench {bench.name}: its script benchmarks/{bench.name}.py is not here: an installed package has none",
             tip="run it in a checkout of the repository; volvelle bench collectives works everywhere",
         )
+    source = (_checkout() / f"benchmarks/{bench.name}.py").read_text(encoding="utf-8")
+    for key in ("ranks", "sizes", "rounds", "quick"):
+        if getattr(options, key) and (key in {"ranks", "sizes"} or f'"--{key}"' not in source):
+            raise UsageError(f"bench {bench.name}: has no option {key}")
     command = [sys.executable, "-m", f"benchmarks.{bench.name}"]
     command += ["--quick"] * options.quick + ([] if options.rounds is None else [f"--rounds={options.rounds}"])
     say(f"in {_checkout()}: {' '.join(command[1:])}")
