@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from volvelle.claims import flash, rope
+from volvelle.claims import flash, precision, rope
 from volvelle.parts.attention import tiled
 
 
@@ -33,3 +33,10 @@ def test_an_absolute_rotation_would_be_noticed(monkeypatch):
         "volvelle.parts.position.rope.apply_rope", lambda q, k, at: (q * torch.cos(at[:, None] / 100.0), k)
     )
     assert rope._shift(20) > 0.1
+
+
+def test_precision_holds_and_a_rounded_table_would_be_noticed(monkeypatch):
+    found = precision.measure("quick")
+    assert found.verdict == "held", [f for f in found.findings if f.held is False]
+    monkeypatch.setattr(precision, "ours", lambda positions, dtype: precision._in_fp32(positions).to(dtype))
+    assert precision.measure("quick").verdict == "not held"
