@@ -22,8 +22,8 @@ CLAIM = Claim(
         "https://arxiv.org/abs/2104.09864",
     ),
     sentence="Θ = {θ_i = 10000^(-2(i-1)/d), i in [1, 2, ..., d/2]}, and f(x_m, m) turns by the angles mθ_i",
-    measured_by="the largest |cos| error of a table against fp64, at positions up to a million: angles in fp64 cast last "
-    "(nn.RotaryEmbedding), angles in fp32, frequencies stored in bf16, and transformers' own module after .to(bfloat16)",
+    measured_by="the largest |cos| error of a table against fp64, at positions up to a million: angles in fp64 cast "
+    "last (nn.RotaryEmbedding), angles in fp32, frequencies in bf16, and transformers' module after .to(bfloat16)",
     summary="Where a rotary table is rounded decides whether long contexts see positions or noise.",
     summary_zh="旋转位置表在何处舍入,决定了长上下文看到的是位置还是噪声。",
     seconds={"quick": 15, "full": 15},
