@@ -441,6 +441,11 @@ def test_nothing_but_nan_stops_after_twenty():
         train(Regression(), bad, steps=50, on_nan="skip")
 
 
+def test_many_that_are_not_in_a_row_do_not_stop():
+    result = train(Regression(), poisoned_loader(at=range(0, 22, 4)), steps=50, on_nan="skip")
+    assert result.skipped["fit"] > IN_A_ROW
+
+
 # --- averages ---
 
 
