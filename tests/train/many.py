@@ -105,8 +105,8 @@ def _work(rank: int, world: int, port: int, folder: Path, options: FitOptions, c
                 # Before the group decides who tells the user: the test wants to hear all.
                 told = {"error": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
                 raise
-    except (SystemExit, Exception):  # noqa: BLE001 - the outcome has it
-        pass
+    except (SystemExit, Exception) as error:  # noqa: BLE001 - the outcome has it
+        told = told or {"error": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
     finally:
         path = folder / f"outcome-{rank}.json"
         path.with_suffix(".part").write_text(json.dumps(told))

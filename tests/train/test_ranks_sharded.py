@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
-from tests.train.many import run
+from tests.train.many import Many, run
 from tests.train.programs import train, train_language
 from tests.train.toys import Folder
 
@@ -105,3 +107,30 @@ def train_players(ranks, out, options):
 def test_hooks_are_for_whole_weights():
     with pytest.raises(UsageError, match="shard=ddp"):
         FitOptions(shard="fsdp", all_reduce="ring")
+
+
+def test_a_full_disk_on_one_rank_stops_all_and_leaves_the_checkpoint_before(tmp_path):
+    options = FitOptions(ranks=2, shard="fsdp", **BASE)
+    outcomes = Many(tmp_path / "said", 2, options, train_on_a_full_disk, tmp_path, options).wait()
+    assert [outcome["error"] for outcome in outcomes] == ["VolvelleError"] * 2
+    for outcome in outcomes:
+        assert "the disk is full; the checkpoint of step 3 is intact" in outcome["text"]
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.verify(3)
+    assert list(checkpoints.folder.glob(".*")) == []
+
+
+def train_on_a_full_disk(ranks, out, options):
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    original, calls = FileSystemWriter.write_data, []
+
+    def write_data(*arguments):
+        calls.append(1)
+        if ranks.rank == 1 and len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments)
+
+    FileSystemWriter.write_data = write_data
+    return train_language(ranks, out, options)

@@ -188,7 +188,7 @@ def _group(options: FitOptions, world: int, device: str | None, leaving: threadi
     # The store outlives a restart of the workers; their keys must not.
     attempt = f"volvelle/attempt-{restarts()}"
     own = PrefixStore(f"{attempt}/watch", store.clone())
-    watch = Watch(own, rank, world, options.rank_timeout, leaving=leaving)
+    watch = Watch(own, rank, world, options.rank_timeout, hosted=not agent, leaving=leaving)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=PrefixStore(f"{attempt}/group", store),

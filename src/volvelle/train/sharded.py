@@ -178,10 +178,12 @@ class ShardedCheckpoints(SharedCheckpoints):
             action()
         except (OSError, SafetensorError) as found:
             error = found
-        said = [text for text in self.ranks.collect(None if error is None else str(error)) if text is not None]
-        if said:
-            failure = self._failed(step, error or OSError(said[0])) if self.ranks.leads else VolvelleError(said[0])
-            raise failure from error
+        found = next((one for one in self.ranks.collect(_plain_error(error)) if one is not None), None)
+        if found is None:
+            return
+        failure = self._failed(step, OSError(*found)) if self.ranks.leads else None
+        text, tip = self.ranks.share((str(failure), failure.tip) if failure else ("", None))
+        raise VolvelleError(text, tip=tip) from error
 
     def newest(self, say: Callable[[str], None]) -> tuple[int, Any] | None:
         """The newest checkpoint that rank 0 finds sound, each rank with its shards."""
@@ -216,6 +218,11 @@ class ShardedCheckpoints(SharedCheckpoints):
         }
         load(shards, storage_reader=reader)
         return unpack(tree, tensors, shards)
+
+
+def _plain_error(error: Exception | None) -> tuple[int | None, str] | None:
+    """Number and words of an error, to be sent to other ranks."""
+    return None if error is None else (getattr(error, "errno", None), str(error))
 
 
 def _save_shards(shards: dict[str, Any], folder: Path) -> None:

@@ -36,9 +36,10 @@ class RankLost(VolvelleError):
 class Watch:
     """One rank's heartbeat, and its view of the others'.
 
-    `store` is a connection of its own: the thread must not wait for what the main thread does. On this machine a
-    stopped process that is lost is killed: it can do no more good, and its closed connections wake up whoever waits for
-    it. A rank that still hangs `GRACE` seconds later ends through `leave`; `leaving` is set once it is on its way out.
+    `store` is a connection of its own: the thread must not wait for what the main thread does; `hosted` says whether it
+    lives in rank 0 (else in the launcher). On this machine a stopped process that is lost is killed: it can do no more
+    good, and its closed connections wake up whoever waits for it. A rank that still hangs `GRACE` seconds later ends
+    through `leave`; `leaving` is set once it is on its way out.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Watch:
         world: int,
         timeout: float,
         *,
+        hosted: bool = True,
         leaving: threading.Event | None = None,
         leave: Callable[[int], None] = os._exit,
     ):
         self.store, self.rank, self.world, self.timeout, self._leave = store, rank, world, timeout, leave
+        self.hosted = hosted
         self.interval = min(1.0, timeout / 10)
         self.found: tuple[int, str] | None = None
         self._count = 0
@@ -116,7 +119,10 @@ class Watch:
                 beats = self.store.multi_get([f"beat/{r}" for r in self._others])
                 words = self.store.multi_get([f"word/{r}" for r in self._others])
             except RuntimeError:
-                self.found = self._dead() or (0, "is lost: the store of the group cannot be reached")
+                where = (
+                    (0, "is lost, and the group's store with it") if self.hosted else (self.rank, "lost its launcher")
+                )
+                self.found = self._dead() or where
                 self._wind_up()
                 return
             now = clock()
