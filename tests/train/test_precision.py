@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from volvelle.data.loader import Loader
 from volvelle.errors import UsageError
 from volvelle.train.average import WeightAverage
+from volvelle.train.checkpoint import pack
 from volvelle.train.isolation import Isolation
 from volvelle.train.loop import fit
 from volvelle.train.losses import linear_cross_entropy
@@ -156,6 +157,39 @@ def test_one_of_two_players_overflowing_skips_only_its_own_step(tmp_path):
 def test_overflow_without_end_stops_and_says_where():
     with pytest.raises(NonFinite, match=r"(?s)step 20, phase 'a': the gradient's norm is (nan|inf).*20 updates"):
         train(Endless(), precision="fp16", steps=40, on_nan="skip")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_turn_changes_nothing_of_the_other_player(precision):
+    """Parameters, gradients, buffers, optimiser, masters, loss scale, average and counts of whoever does not play."""
+    objective = TwoPlayers()
+    objective.critic[4].bfloat16()  # with master weights
+    objective.critic.insert(4, Narrow())
+    modules, phases = objective.modules(), objective.phases(9)
+    isolation = Isolation(phases, modules)
+    numbers = Precision(precision, torch.device("cpu"))
+    players = {p.name: Player(p, isolation, numbers, Ranks(), average=0.9) for p in phases}
+
+    def everything(name):
+        tensors = {}
+        pack({"player": players[name].state_dict(), "module": modules[name].state_dict()}, tensors)
+        gradients = [p.grad for p in modules[name].parameters()]
+        return tensors, gradients, players[name].updates, players[name].skipped.state_dict()
+
+    for turn, batch in enumerate(itertools.chain(loader(), loader(seed=1))):
+        playing, other = ("critic", "generator") if turn % 3 else ("generator", "critic")
+        before, mine = everything(other), everything(playing)
+        players[playing].update([batch], str)
+        after, now = everything(other), everything(playing)
+        same(before[0], after[0])
+        assert before[1:] == after[1:]
+        assert all(gradient is None for gradient in after[1])
+        assert any(not torch.equal(mine[0][key], now[0][key]) for key in now[0] if key in mine[0])
+
+
+class Narrow(nn.Module):
+    def forward(self, x):
+        return x.bfloat16()
 
 
 class Endless(Pair):
