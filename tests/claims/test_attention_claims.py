@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from volvelle.claims import flash, precision, rope
+from volvelle.claims import flash, position_zoo, precision, rope
 from volvelle.parts.attention import tiled
+from volvelle.systems.language.config import ALiBi, Learned
 
 
 @pytest.mark.parametrize("claim", [flash, rope])
@@ -40,3 +41,12 @@ def test_precision_holds_and_a_rounded_table_would_be_noticed(monkeypatch):
     assert found.verdict == "held", [f for f in found.findings if f.held is False]
     monkeypatch.setattr(precision, "ours", lambda positions, dtype: precision._in_fp32(positions).to(dtype))
     assert precision.measure("quick").verdict == "not held"
+
+
+def test_one_run_of_the_zoo_learns_and_reads_longer_windows():
+    train, held = position_zoo.corpus()
+    assert not set(bytes(train.tolist()).split(b"\n\n")) >= set(bytes(held.tolist()).split(b"\n\n"))
+    found = position_zoo.run(ALiBi(), train, held, seed=0, steps=25)
+    assert set(found) == {1, 2, 4}
+    assert all(value < 100 for value in found.values())  # 256 bytes, so 256 before it has learnt anything
+    assert set(position_zoo.run(Learned(), train, held, seed=0, steps=1)) == {1}

@@ -98,6 +98,11 @@ POSITIONS: dict[PositionName, c.Position] = {
 }  # fmt: skip
 
 
+def embedding_scale(position: c.Position, width: int) -> float:
+    """What token embeddings are multiplied by: as much as makes them as large as position vectors of size 1."""
+    return width**0.5 if isinstance(position, c.Sinusoidal | c.Recurrent | c.Convolutional) else 1.0
+
+
 def build_config(shape: ModelShape, tokenizer: Any, position: PositionName = "rope") -> c.LanguageConfig:
     """A Llama-style configuration of that shape and position encoding, with the tokenizer's vocabulary."""
     return c.LanguageConfig(
@@ -111,6 +116,7 @@ def build_config(shape: ModelShape, tokenizer: Any, position: PositionName = "ro
         norm=c.RMSNorm(),
         mlp=c.GatedMLP(shape.inner),
         position=POSITIONS[position],
+        embedding_scale=embedding_scale(POSITIONS[position], shape.width),
         special=c.SpecialTokens(bos=tokenizer.bos_id, eos=tuple(tokenizer.eos_ids), pad=tokenizer.pad_id),
     )
 

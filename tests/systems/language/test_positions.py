@@ -162,3 +162,14 @@ def test_a_native_configuration_names_what_is_wrong(tmp_path):
     path.write_text(json.dumps(good))
     with pytest.raises(VolvelleError, match="config: width is missing"):
         read_folder(tmp_path)
+
+
+@torch.no_grad()
+def test_token_embeddings_are_scaled_and_no_foreign_file_forgets_it(tmp_path):
+    model, ids = build(dataclasses.replace(config("none"), embedding_scale=3.0)), some_ids()
+    embedded = model.model.embed(ids, torch.arange(ids.shape[1]), None)
+    assert torch.equal(embedded, 3 * model.model.embed_tokens.weight[ids])
+    write_folder(model, tmp_path)
+    assert torch.equal(read_folder(tmp_path)(ids).logits, model(ids).logits)
+    with pytest.raises(VolvelleError, match=r"cannot hold this model: embedding_scale = 3\.0"):
+        write_folder(build(dataclasses.replace(LLAMA, embedding_scale=3.0)), tmp_path / "llama")

@@ -233,7 +233,8 @@ class LanguageConfig:
 
     `order` is "pre" (Llama, GPT-2: x + f(norm(x)), one norm at the end) or "post" (BERT, RoFormer: norm(x + f(x)),
     one norm after the embeddings). `causal=False` makes a masked language model. `segments` > 0 adds that many
-    token-type embeddings; `embedding_width` unlike `width` adds a projection after the embeddings (RoFormer).
+    token-type embeddings; `embedding_width` unlike `width` adds a projection after the embeddings (RoFormer);
+    `embedding_scale` multiplies token embeddings (sqrt(width) in Vaswani et al. 2017, whose sinusoids are of size 1).
     `family` is the name used in Hugging Face's config.json, which chooses the key map when saving; "volvelle" is our
     own, for what none of the others can hold.
 
@@ -264,6 +265,7 @@ class LanguageConfig:
     causal: bool = True
     segments: int = 0
     embedding_width: int = 0
+    embedding_scale: float = 1.0
     head: Head = Head()
     dropout: Dropout = Dropout()
     special: SpecialTokens = SpecialTokens()

@@ -50,6 +50,7 @@ class Trunk(nn.Module):
         block = PostNormBlock if post else PreNormBlock
         self.embed_tokens = nn.Embedding(config.vocabulary, config.embedding_width)
         self.embed_segments = nn.Embedding(config.segments, config.embedding_width) if config.segments else None
+        self.scale = config.embedding_scale
         self.position = build_position(config)
         self.embed_norm = build_norm(config.norm, config.embedding_width) if post else nn.Identity()
         projected = config.embedding_width != config.width
@@ -77,6 +78,8 @@ class Trunk(nn.Module):
     def embed(self, ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
         """Map ids (b, n) -> (b, n, width): tokens, segments, absolute positions; normed, projected if configured."""
         x = self.embed_tokens(ids)
+        if self.scale != 1.0:
+            x = x * self.scale
         if self.embed_segments is not None:
             x = x + (self.embed_segments.weight[0] if segments is None else self.embed_segments(segments))
         x = self.position.embed(x, positions, ids)
