@@ -176,16 +176,36 @@ class TestKernels:
         planned, measured = _both(work)
         assert planned == pytest.approx(measured, rel=0.01)
 
-    @pytest.mark.parametrize("name", ["norm", "mixed", "batch norm", "masked softmax"])
+    @pytest.mark.parametrize(("m", "k", "n"), [(576, 256, 576), (128, 512, 128), (100, 70, 33)])
+    def test_half_products(self, m: int, k: int, n: int):
+        """Both packings: of a layer's product, and of the gradient of its weight."""
+
+        def work() -> Callable[[], None]:
+            layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+            x, grad = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(m, n, dtype=torch.bfloat16)
+
+            def run() -> None:
+                layer.weight.grad = None
+                layer(x).backward(grad)
+
+            return run
+
+        planned, measured = _both(work)
+        assert planned == pytest.approx(measured, rel=0.15)
+
+    @pytest.mark.parametrize("name", ["norm", "mixed", "batch norm", "masked softmax", "logsumexp", "expanded product"])
     def test_others(self, name: str):
         def work() -> Callable[[], None]:
             x = torch.zeros(8, 32, 10, 10, requires_grad=True)
             norm, batch_norm = nn.LayerNorm(10), nn.BatchNorm2d(32)
             half = torch.zeros(8, 32, 10, 10, dtype=torch.bfloat16)
+            weight = torch.zeros(10, 50, requires_grad=True)
             runs = {
                 "norm": lambda: norm(x.transpose(1, 2)).sum().backward(),
                 "mixed": lambda: (x * half + half).sum().backward(),
                 "batch norm": lambda: batch_norm(x).sum().backward(),
+                "logsumexp": lambda: x.logsumexp(1).sum().backward(),
+                "expanded product": lambda: (x.flatten(0, 2) @ weight).sum().backward(),
                 "masked softmax": lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1).sum().backward(),
             }
 

@@ -93,6 +93,7 @@ CASES = {
     "sgd": {"optimizer": "sgd"},
     "momentum": {"optimizer": "momentum"},
     "adafactor": {"optimizer": "adafactor"},
+    "adamw-foreach": {"optimizer": "adamw-foreach"},
     "bf16": {"precision": "bf16"},
     "amp": {"precision": "amp"},
     "bf16-master": {"precision": "bf16-master"},
@@ -109,8 +110,8 @@ def test_peak_is_the_profilers(name: str):
     half = "amp" in name or "bf16" in name
     batch = ids(9, 111) if half else ids()
     planned, measured = plan_memory(Toy, batch, **CASES[name]), measure_memory(Toy, batch, **CASES[name])
-    # Matrix products in bf16 on the CPU pack their operands into buffers that no rule covers.
-    tolerance = 0.05 if half else 0.01
+    # The blocks into which oneDNN cuts half-precision operands follow its heuristics, not a formula.
+    tolerance = 0.025 if half else 0.0005
     assert planned.peak == pytest.approx(measured.peak, rel=tolerance)
 
 
@@ -147,11 +148,11 @@ def test_convolutions_within_five_percent(precision: str):
     ],
 )
 def test_bytes_per_parameter(options, weights, gradients, optimiser):
-    """At a peak inside the optimiser all of them are alive: 16 bytes a parameter in fp32, 20 + ... with masters."""
+    """When the backward pass ends all of them are alive: 16 bytes a parameter in fp32, 20 with masters."""
     wide = lambda: nn.Linear(700, 700, bias=False)  # noqa: E731 - activations stay small beside it
     plan = plan_memory(wide, torch.zeros(1, 700), loss=_wide_loss, **options)
     n = 700 * 700
-    assert plan.phase == "optimiser" or options.get("optimizer") in ("sgd", "momentum")
+    assert plan.phase in ("backward", "optimiser")
     assert plan.composition["weights"] == weights * n
     assert plan.composition["gradients"] == gradients * n
     steps = 4 if "optimizer" not in options else 0  # Adam counts its steps in a 4-byte tensor
@@ -161,6 +162,15 @@ def test_bytes_per_parameter(options, weights, gradients, optimiser):
 
 def _wide_loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(x.to(next(model.parameters()).dtype)).sum()
+
+
+def test_foreach_takes_temporaries_on_cuda_and_fused_none():
+    wide = lambda: nn.Linear(700, 700, bias=False)  # noqa: E731
+    options = {"loss": _wide_loss, "device": "cuda"}
+    fused = plan_memory(wide, torch.zeros(1, 700), **options)
+    foreach = plan_memory(wide, torch.zeros(1, 700), optimizer="adamw-foreach", **options)
+    assert foreach.phase == "optimiser"
+    assert foreach.peak - fused.peak == pytest.approx(4 * 700 * 700, rel=0.01)
 
 
 def test_lora_trains_and_stores_only_its_own():
@@ -224,7 +234,7 @@ def test_batch_as_function_and_as_example_agree():
 
 
 def test_timeline_keeps_the_peak_and_the_phases():
-    plan = plan_memory(Toy, ids())
+    plan = plan_memory(Toy, ids(), optimizer="adamw-foreach")  # the fused form allocates nothing
     totals = [sum(point.sizes) for point in plan.timeline]
     assert max(totals) == plan.peak
     phases = [phase for phase in dict.fromkeys(point.phase for point in plan.timeline) if phase != "setup"]

@@ -47,6 +47,7 @@ VERBS = (
     Verb("eval", "measure a run or a model on held-out data", "eval", "use"),
     Verb("generate", "continue a prompt", "generate", "use"),
     Verb("chat", "talk to a model", "chat", "use"),
+    Verb("plan", "the memory of a training step, before it is run", "plan", "look"),
     Verb("claim", "measure what a paper says, on this machine", "claim", "look"),
     Verb("bench", "how fast it is here, beside the implementation people trust", "bench", "look"),
     Verb("inspect gradients", "why a parameter learns nothing, and where a NaN began", "inspect_gradients", "look"),

@@ -225,15 +225,22 @@ def _product(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], re
     of the one and two panels of the other, else all panels of the second operand, both within the cache.
     """
     a, b = args[-2:]
+    copies = _bytes(*(t for t in (a, b) if not _has_leading_dimension(t)))
     if b.dtype not in _HALF:
-        return 0
+        return copies
     k, n = _up(a.shape[-1], 32), _up(b.shape[-1], 32)
     if a.stride(-1) != 1:
         rows = min(_up(-(-a.shape[-2] // kernels.threads), 32), 256)
         panels = min(2 * k * (rows + 64), 800 * 1024)
     else:
         panels = min(2 * k * n, 1280 * 1024)
-    return kernels.threads * (panels + 5 * 1024)
+    return copies + kernels.threads * (panels + 5 * 1024)
+
+
+def _has_leading_dimension(matrix: Tensor) -> bool:
+    """Whether BLAS can read the matrix where it lies; an expanded gradient, for one, is written out first."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    return (right == 1 and down >= max(1, columns)) or (down == 1 and right >= max(1, rows))
 
 
 def _logsumexp(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def measure_peak(setup: Callable[[], Callable[[], Any]]) -> Measurement:
 
     Everything is built under the profiler: it only knows the size of memory that it saw being allocated.
     """
+    gc.collect()  # garbage of an earlier measurement that is freed in this one would count as less memory
     before = resident("VmRSS")
     with contextlib.suppress(OSError):  # the peak counter cannot be reset in some containers
         Path("/proc/self/clear_refs").write_text("5")

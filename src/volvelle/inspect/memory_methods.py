@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.errors import VolvelleError
+from volvelle.systems.language.components import SelfAttention, Step
+from volvelle.systems.language.decoder import Decoder
 
 REDUCTION = 16  # bottleneck width = width / 16 (Houlsby et al. 2019 use 8 to 256 of 1024)
 PREFIX_LENGTH = 20
@@ -28,7 +30,7 @@ def adapt(model: nn.Module, method: Any) -> nn.Module:
     if method == "adapter":
         return add_bottlenecks(model)
     if method == "prefix":
-        return PrefixModel(model)
+        return add_prefixes(model) if isinstance(model, Decoder) else PrefixModel(model)
     if hasattr(method, "install"):
         from volvelle.adapt.model import apply
 
@@ -86,6 +88,38 @@ def _width(module: nn.Module) -> int:
     """Features of the module's result: those of its last linear layer."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return layers[-1].out_features if layers else 0
+
+
+class PrefixAttention(nn.Module):
+    """One layer of prefix tuning around our decoder's attention. `prefix` has shape (2, kv_heads, m, head_width)."""
+
+    def __init__(self, attention: SelfAttention, length: int = PREFIX_LENGTH):
+        super().__init__()
+        self.attention = attention
+        dtype = next(attention.parameters()).dtype
+        self.prefix = nn.Parameter(torch.zeros(2, attention.kv_heads, length, attention.head_width, dtype=dtype))
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Map x (b, n, width) -> (b, n, width), every position also attending to the prefix."""
+        mask = step.mask
+        if mask is not None:
+            mask = torch.nn.functional.pad(mask, (self.prefix.shape[2], 0), value=True)
+        # Causal attention is aligned to the end, so whatever comes first is seen by all.
+        return self.attention(x, step._replace(mask=mask, cache=self))  # type: ignore[arg-type]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stand in the place of a cache: the prefix, then the new keys and values."""
+        keys, values = (part.to(k.dtype).expand(k.shape[0], -1, -1, -1) for part in self.prefix)
+        return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+
+
+def add_prefixes(model: nn.Module) -> nn.Module:
+    """Give every attention of our decoder a trained prefix, and freeze the rest."""
+    model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SelfAttention):
+            model.set_submodule(path, PrefixAttention(module))
+    return model
 
 
 class PrefixModel(nn.Module):
