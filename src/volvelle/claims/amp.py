@@ -229,7 +229,7 @@ def _gradients(model: Any, batch: Any) -> tuple[list[Finding], str]:
     import torch
 
     from volvelle.claims.amp_drawing import histogram
-    from volvelle.nn import LossScaler
+    from volvelle.parts.precision.loss_scale import LossScaler
 
     exact, exact_weight = _output_gradients(model, batch, None, 1.0)
     scaler = LossScaler(initial=2.0**32)
@@ -294,7 +294,7 @@ def _against_gradscaler() -> Finding:
     """Our scaler and torch's on the same gradients, every seventh of them infinite: the largest difference in scale."""
     import torch
 
-    from volvelle.nn import LossScaler
+    from volvelle.parts.precision.loss_scale import LossScaler
 
     ours, theirs = LossScaler(growth_interval=5), torch.amp.GradScaler("cpu", growth_interval=5)
     w = torch.zeros(2, requires_grad=True)
