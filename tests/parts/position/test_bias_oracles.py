@@ -280,6 +280,18 @@ def test_the_published_shift_gives_the_same_block(offset):
     torch.testing.assert_close(ours, expected * D**-0.5, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_a_network_run_once_a_distance_gives_the_same(log):
+    """A block of neighbours looks distances up, far pairs run the network each: one pair at a time is the oracle."""
+    module = dynamic.DynamicBias(H, width=5, log_distance=log).double()
+    i, j = torch.arange(3, 9), torch.arange(9)
+    block = module(i, j)
+    for row in range(6):
+        for column in range(9):
+            pair = module(i[row : row + 1], j[column : column + 1])
+            torch.testing.assert_close(block[0, :, row, column], pair[0, :, 0, 0], rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize(("buckets", "far"), [(32, 128), (8, 20), (12, 50), (64, 1000)])
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_t5_buckets_are_monotone_exact_near_and_saturated_far(buckets, far, bidirectional):

@@ -190,9 +190,11 @@ def test_autocast_leaves_blocks_in_fp32(name):
     q, k, _ = layer.heads(ids(2, 7), positions)
     bias = layer.position.bias()
     assert bias is not None
-    expected = bias.tile(q, k, positions, positions)
+    exact = Layer(name).position.bias().tile(q.double(), k.double(), positions, positions)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(bias.tile(q, k, positions, positions), expected)
+        tile = bias.tile(q, k, positions, positions)
+    assert tile.dtype == torch.float32
+    torch.testing.assert_close(tile.double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
