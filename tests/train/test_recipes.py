@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -272,9 +273,11 @@ def test_a_run_of_another_kind_or_one_still_running_is_not_resumed(tmp_path):
     with pytest.raises(VolvelleError, match="kind tour cannot be resumed"):
         resume_run(run.path)
     run = RunFolder.create("busy", root=tmp_path, kind="adapt", config={})
-    run.update_manifest(pid=os.getppid())
-    with pytest.raises(VolvelleError, match="still running"):
-        resume_run(run.path)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        run.update_manifest(pid=other.pid)
+        with pytest.raises(VolvelleError, match="still running"):
+            resume_run(run.path)
+        other.kill()
 
 
 def test_answers_before_and_after_are_kept_and_shown(tmp_path, base):
