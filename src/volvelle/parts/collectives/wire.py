@@ -194,7 +194,7 @@ class Wire:
                 return PeerLost(f"{self.call}: {text}: {reason}", peer)
             text = f"the ranks do not agree: rank {me} has {self.work}, rank {other} has {works[other]}"
             return RanksDisagree(f"{self.call}: {text}")
-        if not answered and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if not answered and me != 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             culprit = 0  # torch keeps the store there, unless torchrun does
         more = "" if culprit == peer else f" (it was waiting for rank {culprit})"
         if not answered:
