@@ -87,7 +87,10 @@ class _BucketBias(DistanceBias):
 
     def at(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         bucket = t5_relative_buckets(-distance, self.bidirectional, self.weight.shape[0], self.max_distance)
-        return functional.embedding(bucket, self.weight.to(dtype)).movedim(-1, 0)
+        weight = self.weight.to(dtype)
+        if bucket.device.type == "cpu":  # heads first in memory: the fused kernel is twice as fast on it
+            return weight.t().index_select(1, bucket.flatten()).unflatten(1, bucket.shape)
+        return functional.embedding(bucket, weight).movedim(-1, 0)  # whose gradient is summed in a fixed order on CUDA
 
 
 @export("functional.t5_bias")
