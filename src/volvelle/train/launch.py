@@ -12,9 +12,11 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volvelle.errors import UsageError, VolvelleError
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code of workers that were stopped, have saved, and can be resumed."""
+TOLD = "VOLVELLE_TOLD"
+"""Environment variable with the file that the worker makes which tells the user of an error."""
 PATIENCE = timedelta(hours=6)
 """The longest that ranks wait in a collective: rank 0 may evaluate meanwhile. Lost ranks are the watch's business."""
 SHUTDOWN = 600
@@ -82,23 +86,29 @@ def launch(ranks: int, words: Sequence[str]) -> int:
     before = logging.root.manager.disable
     # Its own account of a failure is a page long; the workers have said in one line what happened.
     logging.disable(logging.CRITICAL)
-    try:
-        elastic_launch(config, sys.executable)("-m", "volvelle", *words)
-    except ChildFailedError as error:
-        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException:
-        return INTERRUPTED
-    finally:
-        logging.disable(before)
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told"
+        os.environ[TOLD] = str(told)
+        try:
+            elastic_launch(config, sys.executable)("-m", "volvelle", *words)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return _exit_code(codes, told.exists())
+        except SignalException:
+            return INTERRUPTED
+        finally:
+            logging.disable(before)
+            del os.environ[TOLD]
     return 0
 
 
-def _exit_code(codes: dict[int, int]) -> int:
+def _exit_code(codes: dict[int, int], told: bool) -> int:
+    """One code for the workers that failed first; when no worker has told why, this process does."""
     said = [code for code in codes.values() if code > 0]
-    if not said:
+    if not said and not told:
         rank, code = next(iter(codes.items()))
         raise VolvelleError(f"rank {rank} was ended by {signal.Signals(-code).name}, and no rank could say more")
-    return next((code for code in said if code != INTERRUPTED), INTERRUPTED)
+    return next((code for code in said if code != INTERRUPTED), INTERRUPTED if said else 1)
 
 
 def _cores() -> int:
@@ -128,6 +138,8 @@ def joined(options: FitOptions, *, device: str | None = None) -> Iterator[Ranks]
             leaving.set()
             if not ranks.tells(error):
                 raise SystemExit(getattr(error, "exit_code", 1)) from None
+            if TOLD in os.environ:
+                Path(os.environ[TOLD]).touch()
             raise
 
 

@@ -112,19 +112,18 @@ class Watch:
         clock = time.monotonic
         seen = {r: ("", clock()) for r in self._others}
         last = clock()
-        while not self._ended.wait(self.interval):
+        while not self.found and not self._ended.wait(self.interval):
             try:
                 self._count += 1
                 self.store.set(f"beat/{self.rank}", str(self._count))
                 beats = self.store.multi_get([f"beat/{r}" for r in self._others])
                 words = self.store.multi_get([f"word/{r}" for r in self._others])
+                self.found = self._last_words() if any(words) else None
             except RuntimeError:
-                where = (
-                    (0, "is lost, and the group's store with it") if self.hosted else (self.rank, "lost its launcher")
-                )
-                self.found = self._dead() or where
-                self._wind_up()
-                return
+                gone = (0, "is lost, and the group's store with it")
+                self.found = self._dead() or (gone if self.hosted else (self.rank, "lost its launcher"))
+            if self.found:
+                break
             now = clock()
             # This process itself was stopped, or the machine slept: what it did not see says nothing about others.
             forgive, last = now - last > self.timeout / 2, now
@@ -133,8 +132,8 @@ class Watch:
                     seen[r] = (beat, now)
                 elif now - seen[r][1] > self.timeout:
                     self.found = self._dead() or (r, self._end_stopped(r))
-                    self._wind_up()
-                    return
+        if self.found:
+            self._wind_up()
 
     def _last_words(self) -> tuple[int, str] | None:
         lost = None
@@ -166,6 +165,8 @@ class Watch:
         if _state(who) in ("T", "t"):
             how += " (its process was stopped)"
         if _state(who) is not None:
+            # On its behalf, and first: the others would see a process that died.
+            self.store.set(f"word/{rank}", json.dumps({"lost": rank, "how": how}))
             with contextlib.suppress(OSError):
                 os.kill(who["pid"], signal.SIGKILL)
         return how
