@@ -103,7 +103,7 @@ _SMOL: dict[str, Any] = {"vocabulary": 49152, "context": 8192, "base": 1e5, "tie
 KNOWN: Mapping[str, Known] = {
     "smollm2-135m": Known(_llama(576, 1536, 30, 9, kv_heads=3, **_SMOL), 134_515_008),
     "smollm2-360m": Known(_llama(960, 2560, 32, 15, kv_heads=5, **_SMOL), 361_821_120),
-    "smollm2-1.7b": Known(_llama(2048, 8192, 24, 32, **_SMOL | {"base": 1.3e5}), 1_711_376_384),
+    "smollm2-1.7b": Known(_llama(2048, 8192, 24, 32, **{**_SMOL, "base": 1.3e5}), 1_711_376_384),
     "gpt2": Known(_gpt2(768, 12, 12), 124_439_808),
     "gpt2-xl": Known(_gpt2(1600, 48, 25), 1_557_611_200),
     "llama-2-7b": Known(_llama(4096, 11008, 32, 32), 6_738_415_616),

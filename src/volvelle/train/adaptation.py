@@ -15,7 +15,7 @@ from volvelle.data.text import Corpus
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.huggingface import write_folder
-from volvelle.train.estimate import estimate_memory
+from volvelle.train.estimate import estimate_memory, largest_batch
 from volvelle.train.evaluate import bleu, evaluation_loader, prompted, spread, write
 from volvelle.train.language import LanguageObjective, held_out_loss
 from volvelle.train.loop import fit
@@ -33,7 +33,6 @@ from volvelle.train.text_run import (
     first_line,
     keep_samples,
     kept_samples,
-    longest_batch,
     read_split,
     training_loader,
 )
@@ -77,13 +76,13 @@ class _Adaptation:
         self.model.gradient_checkpointing = recipe.checkpointing
         memory = estimate_memory(
             self.model.config,
-            total=total,
-            trainable=trainable,
-            weight_bytes=dtype.itemsize,
-            tokens=longest_batch(self.loader),
-            activation_bytes=4 if recipe.precision == "fp32" else 2,
+            largest_batch(self.loader),
+            method=recipe.lora if recipe.method == "lora" else "full",
+            autocast=recipe.precision != "fp32",
+            stored=dtype,
             checkpointing=recipe.checkpointing,
             average=recipe.average is not None,
+            device=self.device.type,
         )
         numbers = f"{recipe.precision} base" if small else NUMBERS[recipe.precision]
         label = "LoRA" if recipe.method == "lora" else "full fine-tuning"

@@ -1,16 +1,45 @@
-"""How much memory a training step of a decoder will take, from its configuration: a sum, not a simulation."""
+"""The memory of a training step of a decoder, planned from its configuration: nothing is allocated.
+
+`plan_language` plans the step that the training loop takes. `estimate_memory` is its quick form for a run's first line:
+a deep model is planned at two small depths and continued to its own.
+
+A step's memory at a given moment (the loss, the last block of the backward pass, ...) is a line in the number of equal
+blocks: each block adds its weights, gradients, optimiser state and activations. The peak of a stretch of the step is
+therefore a line in the depth too, and the peak of the step the largest of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from volvelle.systems.language.config import GatedMLP, LanguageConfig
-from volvelle.train.losses import CHUNK_BYTES
+import torch
+from torch import Tensor, nn
+
+from volvelle.data.loader import Loader
+from volvelle.data.tokens import IGNORE
+from volvelle.inspect.memory_ledger import CATEGORIES
+from volvelle.inspect.memory_plan import MemoryPlan, plan_memory
+from volvelle.inspect.memory_step import cast
+from volvelle.systems.language.config import LanguageConfig
+from volvelle.systems.language.decoder import Decoder
+from volvelle.train.language import completion_loss
+from volvelle.train.losses import _Fused as FusedLoss
+from volvelle.train.losses import _rows as chunk_rows
+
+DEPTHS = (3, 5)
+"""Planned depths; models of up to `SHALLOW` blocks are planned as they are."""
+SHALLOW = 8
+CHUNKS = 3
+
+Batch = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each part; `total` is their sum."""
+    """Bytes of each part at the peak; `total` is their sum. `activations` holds inputs, buffers and temporaries too."""
 
     weights: int
     gradients: int
@@ -34,38 +63,117 @@ class MemoryEstimate:
         return f"about {_size(self.total)}" + (f" ({named})" if named else "")
 
 
+def plan_language(
+    config: LanguageConfig, batch: Batch, *, stored: torch.dtype = torch.float32, **planning: Any
+) -> MemoryPlan:
+    """Plan one step of the training loop for a fresh decoder of this configuration, weights stored as `stored`.
+
+    `batch` holds ids and targets (b, n), and mask and positions where the data has them, or makes them from b.
+    `planning` are the arguments of `plan_memory`: method, precision, checkpointing, optimizer, size, gpus and so on.
+    """
+
+    def build() -> Decoder:
+        model = Decoder(config)
+        if stored != torch.float32:
+            cast(model, stored)
+        return model
+
+    return plan_memory(build, batch, loss=_loss, **planning)
+
+
+def whole_windows(length: int) -> Callable[[int], dict[str, Tensor]]:
+    """A batch of b windows of `length` tokens, every one of them learnt."""
+
+    def batch(size: int) -> dict[str, Tensor]:
+        ids = torch.zeros(size, length, dtype=torch.long)
+        return {"ids": ids, "targets": ids}
+
+    return batch
+
+
 def estimate_memory(
     config: LanguageConfig,
+    batch: Mapping[str, Tensor],
     *,
-    total: int,
-    trainable: int,
-    weight_bytes: int,
-    tokens: int,
-    activation_bytes: int = 4,
+    method: Any = "full",
+    autocast: bool = False,
+    stored: torch.dtype = torch.float32,
     checkpointing: bool = False,
     average: bool = False,
+    device: str = "cpu",
 ) -> MemoryEstimate:
-    """Weights, gradients and Adam's two moments (fp32), and what a block keeps for the backward pass a token.
+    """What a step on `batch` takes at its peak on one rank, unsharded, by category.
 
-    A block keeps about its input, its two norms, q, k, v, the attention output, and the MLP's inner features: where all
-    weights are trained 8 d + 4 d_kv + 4 w numbers a token (w the MLP's width; half the last term without a gate), under
-    a frozen base, whose linear layers need not remember their inputs, 6 d + 2 d_kv + 3 w. Measured peaks of a
-    135M model lie within a tenth of this. With checkpointing only each block's input stays, and one block is computed
-    again at a time. The loss adds two chunks of logits. `tokens` are those of one micro-batch, padding included;
-    attention is taken not to keep its n x n scores. An `average` of the weights is counted with the optimiser.
+    `method` is "full" or a method of volvelle.adapt; `autocast` runs the forward pass in half precision; `average`
+    keeps a moving average of what is trained, counted with the optimiser.
     """
-    kv, d, w = config.kv_heads * config.head_width, config.width, config.mlp.width
-    inner = w if isinstance(config.mlp, GatedMLP) else w // 2
-    frozen = trainable < total // 2
-    block = 6 * d + 2 * kv + 3 * inner if frozen else 8 * d + 4 * kv + 4 * inner
-    kept = config.depth * d + block if checkpointing else config.depth * block
-    head = 2 * CHUNK_BYTES + (0 if frozen else 4 * config.vocabulary * d)
-    return MemoryEstimate(
-        weights=total * weight_bytes + trainable * (4 - weight_bytes),
-        gradients=4 * trainable,
-        optimizer=(12 if average else 8) * trainable,
-        activations=tokens * kept * activation_bytes + head,
-    )
+    options: dict[str, Any] = {
+        "method": method,
+        "precision": "amp" if autocast else "fp32",
+        "checkpointing": checkpointing,
+        "device": "cuda" if device == "cuda" else "cpu",
+        "stored": stored,
+    }
+    # A method that names blocks by index means blocks of the whole model.
+    if config.depth <= SHALLOW or getattr(method, "layers", None) is not None:
+        return _estimate(plan_language(config, batch, **options).composition, average)
+    plans = [plan_language(dataclasses.replace(config, depth=depth), batch, **options) for depth in DEPTHS]
+    return _estimate(deeper(plans[0], plans[1], DEPTHS, config.depth), average)
+
+
+def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth: int) -> dict[str, float]:
+    """The composition of the peak at `depth`, from plans at two smaller depths: the largest of all stretches' lines."""
+    slope = (depth - depths[0]) / (depths[1] - depths[0])
+    lines = []
+    for one, two in zip(_stretches(first), _stretches(second), strict=True):
+        lines.append([low + slope * (high - low) for low, high in zip(one, two, strict=True)])
+    return dict(zip(CATEGORIES, max(lines, key=sum), strict=True))
+
+
+def _stretches(plan: MemoryPlan) -> list[tuple[int, ...]]:
+    """The largest moments of the halves of the forward and the backward pass, and of the update."""
+    phases: dict[str, list[tuple[int, ...]]] = {"forward": [], "backward": [], "optimiser": []}
+    for point in plan.timeline:
+        name = "backward" if point.phase == "recompute" else point.phase
+        if name in phases:
+            phases[name].append(point.sizes)
+    # A forward pass ends, and a backward pass begins, at the loss, where most activations are alive; at the other ends
+    # they are none, but the gradients are there. Each half has its own line.
+    halves = []
+    for moments in filter(None, phases.values()):  # the fused update allocates nothing
+        middle = max(1, len(moments) // 2)
+        halves += [moments[:middle], moments[middle:] or moments]
+    return [max(half, key=sum) for half in halves]
+
+
+def largest_batch(loader: Loader) -> Any:
+    """The batch of an epoch that holds the most positions, read and collated."""
+    batches = loader.plan(0)
+    if loader.lengths is not None:
+        lengths = loader.lengths
+        return loader.load(max(batches, key=lambda ids: len(ids) * max(lengths[i] for i in ids)))
+    return loader.load(max(batches, key=len))
+
+
+def _estimate(composition: Mapping[str, float], average: bool) -> MemoryEstimate:
+    main = {name: round(composition[name]) for name in ("weights", "gradients", "optimiser")}
+    rest = round(sum(composition.values())) - sum(main.values())
+    # The average is one number a trained parameter, Adam's moments are two.
+    kept = main["optimiser"] // 2 if average else 0
+    return MemoryEstimate(main["weights"], main["gradients"], main["optimiser"] + kept, rest)
+
+
+def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The training loop's loss in memory; of its many equal chunks of logits only the first few are planned."""
+    if not model.plain_head or type(model.lm_head) is not nn.Linear:
+        return completion_loss(model, batch).value
+    targets = batch["targets"].reshape(-1)
+    hidden = model.hidden(batch["ids"], mask=batch.get("mask"), positions=batch.get("positions")).flatten(0, 1)
+    kept = (targets != IGNORE).nonzero()[:, 0]
+    chosen, wanted = hidden.index_select(0, kept), targets.index_select(0, kept)
+    weight = model.output_weight
+    rows = chunk_rows(weight.shape[0])
+    return FusedLoss.apply(chosen, weight, wanted[: CHUNKS * rows], rows)  # type: ignore[return-value]
 
 
 def _size(value: int) -> str:

@@ -14,7 +14,7 @@ from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import write_folder
 from volvelle.systems.language.tokenizer import TextTokenizer
-from volvelle.train.estimate import estimate_memory
+from volvelle.train.estimate import estimate_memory, largest_batch
 from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.language import LanguageObjective
 from volvelle.train.loop import FitResult, fit
@@ -30,7 +30,6 @@ from volvelle.train.text_run import (
     finish,
     first_line,
     keep_samples,
-    longest_batch,
     read_split,
     training_loader,
 )
@@ -72,13 +71,11 @@ def train_language(
         count = sum(p.numel() for p in model.parameters())
         memory = estimate_memory(
             model.config,
-            total=count,
-            trainable=count,
-            weight_bytes=4,
-            tokens=longest_batch(loader),
-            activation_bytes=4 if recipe.precision == "fp32" else 2,
+            largest_batch(loader),
+            autocast=recipe.precision != "fp32",
             checkpointing=recipe.checkpointing,
             average=recipe.average is not None,
+            device=device.type,
         )
         subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, from scratch", count, count, memory)
         observer.say(subtitle)

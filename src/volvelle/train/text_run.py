@@ -109,17 +109,6 @@ def training_loader(corpus: Corpus, tokenizer: Tokenizer, recipe: TextOptions, c
     )
 
 
-def longest_batch(loader: Loader) -> int:
-    """Positions in the largest micro-batch, padding included."""
-    dataset = loader.dataset
-    if isinstance(dataset, Windows):
-        return loader.batch_size * dataset.length
-    if isinstance(dataset, PackedExamples):
-        return loader.batch_size * dataset.length
-    lengths = sorted(loader.lengths or [0])
-    return min(loader.batch_size, len(lengths)) * lengths[-1]
-
-
 def choose_device(name: str | None) -> tuple[torch.device, str]:
     """The device, and why it."""
     if name is not None:
