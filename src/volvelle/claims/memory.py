@@ -27,7 +27,7 @@ CLAIM = Claim(
     ),
     sentence="mixed-precision training with Adam needs 16 to 20 bytes a parameter before any activation; recomputing "
     "activations (checkpointing) makes their memory sublinear in depth for one more forward pass",
-    measured_by="small decoders: plan_memory's bytes a parameter at the end of a step, its peak against that of torch's "
+    measured_by="small decoders: plan_memory's bytes a parameter at the end of a step, its peak against that of the "
     "profiler, activations at two depths with and without checkpointing, and the CPU time of both steps",
     summary="Know before the run what a training step will hold: weights, gradients, optimiser, activations, "
     "temporaries.",

@@ -8,8 +8,10 @@ memory that a kernel takes and gives back inside an operation, which `workspace`
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from volvelle.inspect.memory_values import KnownValues
 _random_state = torch.get_rng_state
 _DEVICE = torch.ops.prim.device.default
 _ATEN = torch.ops.aten
-_CAST = _ATEN._to_copy.default
+_WRAPPERS = ("torch/_compile.py", "_dynamo/eval_frame.py")  # torch puts them around every dispatch function
+_CAST, _ADD = _ATEN._to_copy.default, _ATEN.add.Tensor
 # Autograd's own formulas branch on tensor subclasses, to which fake tensors belong: there they scatter a gradient into
 # a copy of fresh zeros, for plain tensors into the zeros themselves. The plan is about plain tensors.
 _IN_PLACE: dict[Any, Any] = {
@@ -74,6 +77,8 @@ class StorageTracker(TorchDispatchMode):
             return answer
         if func in _IN_PLACE and self.in_engine and self._made_by(args[0], "zeros"):
             func = _IN_PLACE[func]
+        elif func is _ADD and self.in_engine and _sums_gradients(args, sys._getframe(1)):
+            func = _ATEN.add_.Tensor
         result = self.values.follow(func, args, kwargs)
         if func.is_view:
             return result
@@ -176,3 +181,20 @@ class StorageTracker(TorchDispatchMode):
         if index is not None:
             self.live_bytes -= self.ledger.blocks[index].size
             self.ledger.release(index, self._op, self.phase)
+
+
+def _sums_gradients(args: tuple[Any, ...], caller: FrameType) -> bool:
+    """Whether the engine itself adds a second gradient to one that nobody else holds.
+
+    It does so in place, but not for tensor subclasses.
+    """
+    frame: FrameType | None = caller
+    while frame is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
+        frame = frame.f_back
+    if frame is None or torch.is_grad_enabled() or not frame.f_code.co_filename.endswith("autograd/graph.py"):
+        return False
+    old, new = args[:2]
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or (old.shape, old.dtype) != (new.shape, new.dtype):
+        return False
+    # Held by the engine's buffer, and by the Python object that is asked here.
+    return torch._C._storage_Use_Count(old.untyped_storage()._cdata) == 2
