@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ from volvelle.parts.collectives.model import Error, work_of
 ALGORITHMS = (*FITTED, "star", TWO_LEVEL)
 MANY = (10, 100, 1000, 10_000)
 EXTRAPOLATED = ("ring", "halving-doubling", "recursive-doubling", TWO_LEVEL)
+PATIENCE = 60.0
+"""Seconds after which no further restless size is timed again."""
 SMOKE = 5
 """Repeats of a short vector in a smoke run."""
 QUICK = (1 << 10, 64 << 10, 1 << 20, 4 << 20)
@@ -66,10 +69,13 @@ def _measure(groups: Sequence[int], ranks: int, sizes: Sequence[int], rounds: in
             bar.advance(note=f"{p} ranks timed")
     names = {case.algorithm for case in found[ranks]}
     restless = [size for size in sizes if found[ranks][Case(GLOO, size)].drift > RESTLESS]
+    end = time.monotonic() + PATIENCE
     with progress("again, restless sizes", len(restless)) as bar:
         for size in restless if repeats > SMOKE else ():
+            if time.monotonic() > end:
+                break  # a machine this busy does not become calm
             cases = [Case(name, size) for name in names]
-            found[ranks] |= time_cases(ranks, cases, rounds=rounds, most=3 * rounds, repeats=repeats)
+            found[ranks] |= time_cases(ranks, cases, rounds=rounds, most=2 * rounds, repeats=repeats)
             bar.advance(note=short(size))
     return found
 
