@@ -115,6 +115,25 @@ def test_peak_is_the_profilers(name: str):
     assert planned.peak == pytest.approx(measured.peak, rel=tolerance)
 
 
+@pytest.mark.parametrize("use", ["linear", "product", "sum"])
+def test_gradients_of_a_shared_weight_are_summed_as_the_engine_does(use: str):
+    """In place where nobody else holds the first one, into a third tensor otherwise."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5000, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x, weight = self.embed(ids), self.embed.weight
+            if use == "linear":
+                return nn.functional.linear(x, weight).square().mean()
+            return (x @ weight.t() if use == "product" else (weight * x.mean()).sum(0)).square().mean()
+
+    batch = ids(1, 3)
+    assert abs(plan_memory(Tied, batch).peak - measure_memory(Tied, batch).peak) <= 16
+
+
 def test_fp32_peak_is_exact_to_the_byte():
     # A wrapped Python number takes 8 bytes for a moment in a real run; there is no other difference.
     assert abs(plan_memory(Toy, ids()).peak - measure_memory(Toy, ids()).peak) <= 16
