@@ -168,9 +168,9 @@ def test_convolutions_within_five_percent(precision: str):
 )
 def test_bytes_per_parameter(options, weights, gradients, optimiser):
     """When the backward pass ends all of them are alive: 16 bytes a parameter in fp32, 20 with masters."""
-    wide = lambda: nn.Linear(700, 700, bias=False)  # noqa: E731 - activations stay small beside it
-    plan = plan_memory(wide, torch.zeros(1, 700), loss=_wide_loss, **options)
-    n = 700 * 700
+    wide = lambda: nn.Linear(2000, 2000, bias=False)  # noqa: E731 - all else stays small beside it
+    plan = plan_memory(wide, torch.zeros(1, 2000), loss=_wide_loss, **options)
+    n = 2000 * 2000
     assert plan.phase in ("backward", "optimiser")
     assert plan.composition["weights"] == weights * n
     assert plan.composition["gradients"] == gradients * n

@@ -105,7 +105,16 @@ def check_gradients(world, hook, accumulate, tmp_path):
         assert relative(found[0]["gradients"][0], expected["gradients"][0]) > 1e-6, "nothing was rounded"
 
 
-def test_two_players_keep_apart_and_train_as_in_one_process(tmp_path):
+@pytest.fixture
+def one_thread():
+    """As each rank has it: sums of other orders would differ by more than the ranks do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_players_keep_apart_and_train_as_in_one_process(tmp_path, one_thread):
     options = {"steps": 4, "batch": 4}
     one, expected = alone(tmp_path / "one", "SteadyPlayers", FitOptions(accumulate=2, **options))
     said, found = together(tmp_path, 2, "SteadyPlayers", FitOptions(ranks=2, **options))
@@ -113,8 +122,11 @@ def test_two_players_keep_apart_and_train_as_in_one_process(tmp_path):
     for name, weight in expected["weights"].items():
         same = [torch.equal(found[0]["weights"][name], other["weights"][name]) for other in found]
         assert all(same), name
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(found[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
+        # A bias in front of a batch norm has no gradient but rounding, of which Adam makes steps of full size.
+        if "running" not in name and "num_batches" not in name and not name.endswith(".0.bias"):
+            torch.testing.assert_close(
+                found[0]["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
     assert said[0]["value"]["metrics"]["critic_loss"] == pytest.approx(one["metrics"]["critic_loss"], rel=1e-4)
 
 
