@@ -1,7 +1,24 @@
 """Adaptation methods as frozen data. Importing this file does not import torch: the command line shows these fields.
 
-A method is one dataclass here and one file beside it that rewrites the model; `install` and the two PEFT conversions
-are the whole contract, so a new method touches nothing else.
+The contract, which is all that `model.py` and `files.py` know of a method:
+
+- A **Method** is one frozen dataclass (here, or in a torch-free file of its own) and one file that rewrites the model.
+  `install(model, name, switch, generator)` puts its layers into the model and returns them by their path in it.
+- An **AdapterLayer** is what an adapter has at one place. `own` are its parameters, by their names below that place:
+  `apply` trains exactly these. `restore` takes the layer out and `insert` puts it back; `merge` folds it into the
+  weights, after `why_not_merge` has found nothing against it.
+- The model's **Switch** (`switch.py`) says which adapter acts. A layer calls `switch.selection()` once in every forward
+  and gets its adapter's name, another's, None (the base model), or a tuple with one of these for each row of the batch;
+  wherever it is not named, it changes nothing.
+- Several adapters, of any methods, live on one model under different names.
+
+A layer may be anything that keeps this. Three ways, in order of preference:
+
+- `sites.seat(model, path, update, name, switch)` for whatever changes the *result* of one module: LoRA, DoRA,
+  bottlenecks. `update` is an nn.Module with forward(layer, x, result) -> result; rows come for free.
+- The same with an `update` that has `around(layer, forward, args, kwargs)`, for whatever changes what a module *gets*
+  (prefixes); there the update sees the rows itself.
+- Nothing at all: full fine-tuning installs no layer and sets `trains_base`.
 """
 
 from __future__ import annotations
@@ -9,13 +26,43 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from volvelle.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from volvelle.adapt.switch import Switch
+
+
+class AdapterLayer(Protocol):
+    """What an adapter has at one place of a model."""
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, by their names below the layer's path."""
+        ...
+
+    def restore(self) -> None:
+        """Take this layer out: what stands at its place is what stood there before, bit for bit."""
+        ...
+
+    def insert(self) -> None:
+        """Undo `restore`."""
+        ...
+
+    def why_not_merge(self, model: nn.Module) -> str | None:
+        """The reason why this layer cannot be folded into the weights, or None."""
+        ...
+
+    def merge(self, *, originals: bool) -> None:
+        """Fold into the weights and leave the tree; with `originals` keep what the weights were."""
+        ...
+
+    def unmerge(self) -> None:
+        """Undo `merge`: bit for bit with originals, else by arithmetic."""
+        ...
 
 
 class Method(Protocol):
@@ -26,12 +73,20 @@ class Method(Protocol):
         """The short name that messages use, such as "LoRA"."""
         ...
 
-    def install(self, model: nn.Module, generator: torch.Generator | None) -> dict[str, nn.Module]:
-        """Rewrite `model` in place and return the new modules by their path in it."""
+    @property
+    def trains_base(self) -> bool:
+        """Whether the model's own parameters are trained; True only for full fine-tuning."""
         ...
 
-    def to_peft(self) -> dict[str, Any]:
-        """The fields of PEFT's adapter_config.json that describe this method."""
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate that a run starts from when none is given."""
+        ...
+
+    def install(
+        self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
+    ) -> dict[str, AdapterLayer]:
+        """Put the adapter `name` into `model`; its layers by their path. On an error the model is unchanged."""
         ...
 
 
@@ -39,11 +94,12 @@ class Method(Protocol):
 class LoRA:
     """Low-rank adaptation (Hu et al. 2021): W + scale · B A with trained A (rank, k) and B (d, rank).
 
-    `targets` chooses the layers as PEFT does: a tuple of names, each a whole path or the end of one ("q_proj"); one
-    string as a regular expression over the whole path; or "all-linear", every linear layer but the output head.
-    `exclude` removes layers by the same rules. `layers` keeps only these block indices. scale = alpha / rank, or
-    alpha / √rank with `rslora` (Kalajdzievski 2023). `rank_pattern` and `alpha_pattern` map regular expressions for
-    the end of a path to another rank or alpha. `dropout` acts on the input of the low-rank path.
+    Of linear layers, transformers' Conv1D, 2-D convolutions and embeddings. `targets` chooses the layers as PEFT does:
+    a tuple of names, each a whole path or the end of one ("q_proj"); one string as a regular expression over the whole
+    path; or "all-linear", every linear layer but the output head. `exclude` removes layers by the same rules. `layers`
+    keeps only these block indices. scale = alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski 2023).
+    `rank_pattern` and `alpha_pattern` map regular expressions for the end of a path to another rank or alpha. `dropout`
+    acts on the input of the low-rank path (on embeddings, whose input are numbers, it does nothing).
 
     >>> LoRA(rank=4, alpha=8).scale_of("model.layers.0.self_attn.q_proj")
     2.0
@@ -72,16 +128,26 @@ class LoRA:
         ranks = {"rank": self.rank, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if rank < 1:
-                raise UsageError(f"LoRA: {name} must be at least 1, got {rank}")
+                raise UsageError(f"{self.label}: {name} must be at least 1, got {rank}")
         if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"LoRA: dropout must be in [0, 1), got {self.dropout}")
+            raise UsageError(f"{self.label}: dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
-            raise UsageError("LoRA: targets is empty", tip='name the layers, for example ("q_proj", "v_proj")')
+            raise UsageError(f"{self.label}: targets is empty", tip='name the layers, for example ("q_proj", "v_proj")')
 
     @property
     def label(self) -> str:
         """The short name that messages use."""
         return "LoRA"
+
+    @property
+    def trains_base(self) -> bool:
+        """Only the factors are trained."""
+        return False
+
+    @property
+    def learning_rate(self) -> float:
+        """Low-rank matrices start at zero and take far larger steps than trained weights bear."""
+        return 1e-3
 
     def rank_of(self, path: str) -> int:
         """The rank at the layer `path`."""
@@ -96,32 +162,141 @@ class LoRA:
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
-    def install(self, model: nn.Module, generator: torch.Generator | None = None) -> dict[str, nn.Module]:
-        """Replace the targeted layers by `LoRALinear` modules that share their weights."""
+    def install(
+        self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
+    ) -> dict[str, AdapterLayer]:
+        """Seat a low-rank update on every targeted layer."""
         from volvelle.adapt import lora
 
-        return lora.install(model, self, generator)
+        return lora.install(model, self, name, switch, generator)
 
-    def to_peft(self) -> dict[str, Any]:
-        """The fields of PEFT's LoraConfig that differ between adapters."""
-        return {
-            "peft_type": "LORA",
-            "r": self.rank,
-            "lora_alpha": _whole(self.alpha),
-            "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "exclude_modules": (self.exclude if isinstance(self.exclude, str) else list(self.exclude)) or None,
-            "layers_to_transform": None if self.layers is None else list(self.layers),
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": {key: _whole(alpha) for key, alpha in self.alpha_pattern.items()},
-        }
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation (Liu et al. 2024): m · (W + scale · B A) / ‖W + scale · B A‖.
+
+    The norm is taken of each output's weights, m starts as the norm of W and is trained; all other fields are LoRA's.
+    As in section 4.3 of the paper the norm is treated as a constant when gradients are taken.
+    """
+
+    @property
+    def label(self) -> str:
+        """The short name that messages use."""
+        return "DoRA"
+
+
+Form = Literal["houlsby", "pfeiffer", "parallel"]
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Bottleneck adapters: x + scale · up(f(down(x))) at the sublayers of every block, with up = 0 at the start.
+
+    houlsby: behind attention and behind the feed-forward network, before the residual is added (Houlsby et al. 2019,
+    figure 2). pfeiffer: behind the feed-forward network only (Pfeiffer et al. 2021). parallel: beside the feed-forward
+    network, from its input to its output (He et al. 2022, "Towards a unified view", section 4.2, where scale = 4).
+    """
+
+    form: Form = "houlsby"
+    """houlsby: two a block; pfeiffer: one; parallel: one, beside the feed-forward network."""
+    width: int | None = None
+    """Features in the bottleneck; None: the model's width / reduction."""
+    reduction: int = 16
+    """The model's width over the bottleneck's, where `width` is not given."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """The nonlinearity f."""
+    scale: float = 1.0
+    """Factor on what is added."""
+    dropout: float = 0.0
+    """Share of the bottleneck's features dropped while training."""
+    targets: tuple[str, ...] | str | None = None
+    """The layers behind (or modules beside) which adapters go; None: found by the names of the model's family."""
+    exclude: tuple[str, ...] | str = ()
+    """Layers to leave out, by the same rules as LoRA's."""
+    layers: tuple[int, ...] | None = None
+    """Block indices to adapt; None: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "reduction"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{self.label}: {name} must be at least 1, got {value}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"{self.label}: dropout must be in [0, 1), got {self.dropout}")
+        if self.targets is not None and not self.targets:
+            raise UsageError(f"{self.label}: targets is empty", tip="leave it out to have them found by family")
+
+    @property
+    def label(self) -> str:
+        """The short name that messages use."""
+        return f"{self.form.capitalize()} adapters"
+
+    @property
+    def trains_base(self) -> bool:
+        """Only the bottlenecks are trained."""
+        return False
+
+    @property
+    def learning_rate(self) -> float:
+        """As for LoRA: what is trained starts without effect."""
+        return 1e-3
+
+    def install(
+        self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
+    ) -> dict[str, AdapterLayer]:
+        """Seat a bottleneck on every chosen layer."""
+        from volvelle.adapt import bottleneck
+
+        return bottleneck.install(model, self, name, switch, generator)
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full fine-tuning: nothing is added, every parameter is trained. What is saved are the model's own weights."""
+
+    @property
+    def label(self) -> str:
+        """The short name that messages use."""
+        return "full fine-tuning"
+
+    @property
+    def trains_base(self) -> bool:
+        """All of it."""
+        return True
+
+    @property
+    def learning_rate(self) -> float:
+        """Trained weights bear small steps only."""
+        return 3e-5
+
+    def install(
+        self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
+    ) -> dict[str, AdapterLayer]:
+        """Nothing to install."""
+        return {}
 
 
 def _from_pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
     from volvelle.adapt.targets import matches_end
 
     return next((value for key, value in pattern.items() if matches_end(key, path)), default)
+
+
+def to_peft(method: LoRA) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig that differ between adapters."""
+    return {
+        "peft_type": "LORA",
+        "r": method.rank,
+        "lora_alpha": _whole(method.alpha),
+        "target_modules": method.targets if isinstance(method.targets, str) else list(method.targets),
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+        "use_dora": isinstance(method, DoRA),
+        "exclude_modules": (method.exclude if isinstance(method.exclude, str) else list(method.exclude)) or None,
+        "layers_to_transform": None if method.layers is None else list(method.layers),
+        "rank_pattern": dict(method.rank_pattern),
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in method.alpha_pattern.items()},
+    }
 
 
 def _whole(value: float) -> float:

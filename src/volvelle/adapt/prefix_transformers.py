@@ -1,0 +1,224 @@
+"""Keys and values before the text for transformers' decoder models, through hooks on the modules they have.
+
+transformers would take them as `past_key_values`, but drops those where layers are recomputed (gradient checkpointing),
+counts them as text in every later step, and no longer sees where packed rows begin. Here the model keeps its own cache,
+or none, and each self-attention gets its past behind ours: a face over the cache puts the given keys first, the mask
+gets their columns, and the trunk's positions begin after them. A layer that is recomputed asks again and gets the same.
+
+Shapes: b batch, h_kv key/value heads, l keys that come before, n new tokens, m keys in reach, d features a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from volvelle.errors import VolvelleError
+from volvelle.parts.attention.before import Before, Recorder
+
+_PAST = ("past_key_values", "past_key_value", "layer_past")
+_OTHERS = re.compile(r"encoder|cross|EncDec")  # attention that does not read the text that is written
+_MASKED = ("sdpa", "eager")  # implementations whose masks are (b, h, n, m) tensors
+
+
+class Sizes(NamedTuple):
+    """What a prefix must fit: one keys-and-values pair a layer, and the width of a token's embedding."""
+
+    layers: int
+    kv_heads: int
+    head_width: int
+    embedding: int
+
+
+def sizes(model: nn.Module) -> Sizes:
+    """The sizes in a transformers model's configuration."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not (heads and width and layers):
+        raise VolvelleError(
+            f"{type(model).__name__}: its configuration does not say how many layers and heads it has",
+            tip="prefixes and prompts go to our decoders and to transformers' decoder models",
+        )
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    return Sizes(
+        layers,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or width // heads,
+        embeddings.weight.shape[1],
+    )
+
+
+class Graft:
+    """The hooks on one model. `preface(model, b)` gives what comes before the b rows of a text, or None for nothing."""
+
+    def __init__(self, model: nn.Module, preface: Callable[[nn.Module, int], Before | None]):
+        trunk, attentions = _find(model)
+        self.model, self.trunk, self.preface = model, trunk, preface
+        # By class: a copied model has modules of its own.
+        self.arguments = {type(module): _Arguments(module) for module in (trunk, *attentions)}
+        self._source: Before | Recorder | None = None
+        modules = [(trunk, self._enter), *((module, self._attend) for module in attentions)]
+        self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in modules]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def states_of(self, x: Tensor) -> Tensor:
+        """The keys and values (layers, 2, b, h_kv, n, d) that token embeddings x (b, n, embedding) give."""
+        recorder, outer = Recorder(x.device), self._source
+        self._source = recorder
+        try:
+            with _without_checkpointing(self.trunk):
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+                self.trunk(inputs_embeds=x, position_ids=positions, use_cache=False)
+        finally:
+            self._source = outer
+        return recorder.states
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self._source, Recorder):
+            return None
+        known = self.arguments[type(module)]
+        values = known.named(args, kwargs)
+        past = values.get(known.past)
+        seen = 0 if past is None else int(past.get_seq_length())
+        text = values["inputs_embeds"] if values.get("input_ids") is None else values["input_ids"]
+        # In later steps of a generation the keys are what they were in the first.
+        if seen == 0 or self._source is None or torch.is_grad_enabled():
+            self._source = self.preface(self.model, len(text))
+        if self._source is None:
+            return None
+        positions = values.get("position_ids")
+        if positions is None:
+            positions = torch.arange(seen, seen + text.shape[1], device=text.device)[None]
+        return (), values | {"position_ids": positions + self._source.lengths}
+
+    def _attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source, known = self._source, self.arguments[type(module)]
+        if source is None:
+            return None
+        values = known.named(args, kwargs)
+        past, n = values.get(known.past), values["hidden_states"].shape[1]
+        past = getattr(past, "self_attention_cache", past)
+        mask, alone = values.get("attention_mask"), False
+        if isinstance(source, Before):
+            alone = mask is None and n > 1
+            reach = n if past is None or n > 1 else n + past.get_seq_length(module.layer_idx)
+            mask = _widened(mask, source, n, reach, module)
+        return (), values | {"attention_mask": mask, known.past: _Behind(past, source, n if alone else None)}
+
+
+class _Behind:
+    """A past as an attention module of transformers uses one: `update` returns all keys and values."""
+
+    def __init__(self, cache: Any, source: Before | Recorder, alone: int | None):
+        self._cache, self._source, self._alone = cache, source, alone
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write k and v to the model's cache, if it has one, and put the given keys and values first."""
+        if self._cache is not None:
+            k, v = self._cache.update(k, v, layer_idx, *args, **kwargs)
+            if self._alone is not None:  # a static cache returns the slots that are still empty as well
+                k, v = k[:, :, : self._alone], v[:, :, : self._alone]
+        return self._source.append(layer_idx, k, v)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+class _Arguments:
+    """The names of the arguments of a module's forward."""
+
+    def __init__(self, module: nn.Module):
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.past = next((name for name in _PAST if name in self.names), "")
+
+    def named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+
+def _widened(mask: Any, before: Before, n: int, reach: int, module: nn.Module) -> Tensor | None:
+    """The mask of n queries over `reach` keys with the columns of what comes before in front; None: all is visible."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "eager")
+    if implementation not in _MASKED or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+        raise VolvelleError(
+            f"a prefix needs masks that are tensors of (b, h, n, m); attention {implementation!r} has others",
+            tip='model.set_attn_implementation("sdpa")',
+        )
+    if mask is None:
+        if before.present is None and (n == 1 or not getattr(module, "is_causal", True)):
+            return None
+        weight = next(module.parameters())
+        mask = torch.ones(1, 1, n, reach, dtype=torch.bool, device=weight.device).tril(reach - n)
+        mask = mask if implementation == "sdpa" else _added(mask, weight.dtype)
+    if before.present is None:
+        return nn.functional.pad(mask, (before.length, 0), value=True if mask.dtype == torch.bool else 0.0)
+    front = before.present[:, None, None]
+    front = front if mask.dtype == torch.bool else _added(front, mask.dtype)
+    rows, heads = len(front), mask.shape[1]
+    return torch.cat((front.expand(rows, heads, n, -1), mask.expand(rows, heads, n, -1)), -1)
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as numbers that are added to the scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _find(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that gives tokens their positions, and the self-attentions under it, one a layer."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or _OTHERS.search(path) or _is_block(module):
+            continue
+        arguments = _Arguments(module)
+        if arguments.past and "attention_mask" in arguments.names:
+            if index in found:
+                raise _unknown(model, f"{found[index][0]} and {path} both attend in layer {index}")
+            found[index] = path, module
+    layers = sizes(model).layers
+    if sorted(found) != list(range(layers)):
+        raise _unknown(model, f"{len(found)} of its {layers} layers have a self-attention with a past")
+    parts = [path.split(".") for path, _ in found.values()]
+    common = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
+    for depth in range(len(common), -1, -1):
+        trunk = model.get_submodule(".".join(common[:depth]))
+        if {"position_ids", "inputs_embeds"} <= set(inspect.signature(trunk.forward).parameters):
+            return trunk, [found[index][1] for index in range(layers)]
+    raise _unknown(model, "it takes no position_ids")
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+
+
+def _unknown(model: nn.Module, why: str) -> VolvelleError:
+    return VolvelleError(
+        f"{type(model).__name__}: cannot put keys before its text: {why}",
+        tip="this works on our decoders and on transformers' decoder models such as Llama, Qwen, Mistral and GPT-2",
+    )
+
+
+@contextlib.contextmanager
+def _without_checkpointing(trunk: nn.Module) -> Iterator[None]:
+    """No recomputation inside: the few tokens of a prompt are cheap, and a recorder writes once."""
+    switched = [module for module in trunk.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # pyright: ignore[reportAttributeAccessIssue]
