@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning on any nn.Module: `apply`, `merge`, `save` and `load` in PEFT's file format.
+"""Parameter-efficient fine-tuning on any nn.Module: `apply` a method, `merge`, `save` and `load` in PEFT's file format.
 
 Names are resolved on first use, so importing the torch-free `volvelle.adapt.methods` does not import torch.
 """
@@ -9,19 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from volvelle.adapt.methods import LoRA
-    from volvelle.adapt.model import Adapted, adapted, apply, disabled, merge, remove, unmerge
-    from volvelle.adapt.peft_files import load, save
+    from volvelle.adapt.files import load, save
+    from volvelle.adapt.methods import Bottleneck, DoRA, Full, LoRA
+    from volvelle.adapt.model import Adapted, activate, adapted, apply, disabled, merge, remove, unmerge, using
     from volvelle.adapt.run import load_run
 
 _HOME = {
-    "LoRA": "methods",
-    **dict.fromkeys(("Adapted", "adapted", "apply", "disabled", "merge", "remove", "unmerge"), "model"),
-    **dict.fromkeys(("load", "save"), "peft_files"),
+    **dict.fromkeys(("Bottleneck", "DoRA", "Full", "LoRA"), "methods"),
+    **dict.fromkeys(
+        ("Adapted", "activate", "adapted", "apply", "disabled", "merge", "remove", "unmerge", "using"), "model"
+    ),
+    **dict.fromkeys(("load", "save"), "files"),
     "load_run": "run",
 }
 
-__all__ = ["Adapted", "LoRA", "adapted", "apply", "disabled", "load", "load_run", "merge", "remove", "save", "unmerge"]
+__all__ = [
+    "Adapted",
+    "Bottleneck",
+    "DoRA",
+    "Full",
+    "LoRA",
+    "activate",
+    "adapted",
+    "apply",
+    "disabled",
+    "load",
+    "load_run",
+    "merge",
+    "remove",
+    "save",
+    "unmerge",
+    "using",
+]
 
 
 def __getattr__(name: str) -> Any:

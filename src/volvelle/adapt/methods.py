@@ -11,11 +11,12 @@ The contract, which is all that `model.py` and `files.py` know of a method:
   and gets its adapter's name, another's, None (the base model), or a tuple with one of these for each row of the batch;
   wherever it is not named, it changes nothing.
 - Several adapters, of any methods, live on one model under different names.
+- A method whose adapters are files of their own adds a Format to `files.formats()`.
 
 A layer may be anything that keeps this. Three ways, in order of preference:
 
 - `sites.seat(model, path, update, name, switch)` for whatever changes the *result* of one module: LoRA, DoRA,
-  bottlenecks. `update` is an nn.Module with forward(layer, x, result) -> result; rows come for free.
+  bottlenecks. `update` is an nn.Module with update(layer, x, result) -> result; rows come for free.
 - The same with an `update` that has `around(layer, forward, args, kwargs)`, for whatever changes what a module *gets*
   (prefixes); there the update sees the rows itself.
 - Nothing at all: full fine-tuning installs no layer and sets `trains_base`.
@@ -26,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from volvelle.errors import UsageError
 
@@ -280,24 +281,3 @@ def _from_pattern(pattern: Mapping[str, float], path: str, default: float) -> fl
     from volvelle.adapt.targets import matches_end
 
     return next((value for key, value in pattern.items() if matches_end(key, path)), default)
-
-
-def to_peft(method: LoRA) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig that differ between adapters."""
-    return {
-        "peft_type": "LORA",
-        "r": method.rank,
-        "lora_alpha": _whole(method.alpha),
-        "target_modules": method.targets if isinstance(method.targets, str) else list(method.targets),
-        "lora_dropout": method.dropout,
-        "use_rslora": method.rslora,
-        "use_dora": isinstance(method, DoRA),
-        "exclude_modules": (method.exclude if isinstance(method.exclude, str) else list(method.exclude)) or None,
-        "layers_to_transform": None if method.layers is None else list(method.layers),
-        "rank_pattern": dict(method.rank_pattern),
-        "alpha_pattern": {key: _whole(alpha) for key, alpha in method.alpha_pattern.items()},
-    }
-
-
-def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from volvelle.adapt.methods import LoRA
 from volvelle.systems.language.config import LanguageConfig
 
+Shapes = dict[str, tuple[int, ...]]
+"""Parameter names and shapes."""
+
 
 class LowRank(NamedTuple):
-    """One layer's adapter: a (r, k), b (d, r), and the factor on B A."""
+    """One layer's adapter: a (r, k), b (d, r), the factor on B A, and DoRA's magnitude (d)."""
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
 class Place(NamedTuple):
@@ -51,7 +55,7 @@ def places(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Plac
     return None if all(place.ours == (place.theirs,) for place in found) else found
 
 
-def foreign_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def foreign_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     """Base parameter names and shapes as the model's files have them."""
     if places(model, shapes) is None:
         return dict(shapes)
@@ -61,8 +65,11 @@ def foreign_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> d
     return dict(sorted((binding.theirs, binding.their_shape) for binding in bindings))
 
 
-def to_foreign(layers: Mapping[str, LowRank], where: list[Place]) -> dict[str, LowRank]:
-    """Rename and join adapters for a file; the products B A do not change."""
+def to_foreign(layers: Mapping[str, LowRank], where: list[Place], norm: Callable[[str], Tensor]) -> dict[str, LowRank]:
+    """Rename and join adapters for a file; the products B A do not change.
+
+    Where DoRA adapts a part of a joined layer only, the other parts' magnitudes are the `norm` of their weights.
+    """
     joined = {}
     for place in where:
         parts = [layers.get(path) for path in place.ours]
@@ -81,7 +88,12 @@ def to_foreign(layers: Mapping[str, LowRank], where: list[Place]) -> dict[str, L
                 block[:, column : column + len(part.a)] = part.b * (part.scale / scale)
                 column += len(part.a)
             blocks.append(block)
-        joined[place.theirs] = LowRank(torch.cat([part.a for part in present]), torch.cat(blocks), scale)
+        magnitude = None
+        if present[0].magnitude is not None:
+            both = zip(place.ours, parts, strict=True)
+            own = [norm(path).to(present[0].magnitude) if part is None else part.magnitude for path, part in both]
+            magnitude = torch.cat([each for each in own if each is not None])
+        joined[place.theirs] = LowRank(torch.cat([part.a for part in present]), torch.cat(blocks), scale, magnitude)
     return joined
 
 
@@ -94,8 +106,9 @@ def from_foreign(layers: Mapping[str, LowRank], where: list[Place]) -> dict[str,
         if place is None or sum(place.rows) != len(layer.b):
             parted[name if place is None else place.ours[0]] = layer
             continue
-        for path, b in zip(place.ours, layer.b.split(place.rows), strict=True):
-            parted[path] = LowRank(layer.a, b, layer.scale)
+        magnitudes = [None] * len(place.rows) if layer.magnitude is None else layer.magnitude.split(place.rows)
+        for path, b, magnitude in zip(place.ours, layer.b.split(place.rows), magnitudes, strict=True):
+            parted[path] = LowRank(layer.a, b, layer.scale, magnitude)
     return parted
 
 

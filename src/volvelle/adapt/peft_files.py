@@ -1,34 +1,31 @@
-"""Adapters on disk in PEFT's format, so that PEFT and vLLM read ours and we read theirs.
+"""LoRA and DoRA as PEFT writes them: adapter_config.json with peft_type LORA, and the tensors of each layer.
 
-A folder holds adapter_config.json (the method and the base model's name) and adapter_model.safetensors, whose tensors
-are named `base_model.model.<path>.lora_A.weight` (r, k) and `….lora_B.weight` (d, r). Beside the tensors we store the
-base model's layer shapes in the file's metadata, which PEFT ignores: a wrong base is then refused by name.
+They are named `base_model.model.<path>.lora_A.weight` and `….lora_B.weight`, for embeddings `….lora_embedding_A` and
+`….lora_embedding_B`, with DoRA also `….lora_magnitude_vector`. Shapes are ours (kinds.py) but for the magnitude of a
+convolution, (1, d, 1, 1), and A of a grouped one, which sees all channels there: we write zeros where ours does not.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from volvelle.adapt import names
-from volvelle.adapt.methods import LoRA, Method
-from volvelle.adapt.model import Adapted, Record, apply, record_of
+from volvelle.adapt.files import CONFIG, WEIGHTS, Settings, Unpacked, refuse, some
+from volvelle.adapt.methods import DoRA, LoRA, Method
+from volvelle.adapt.model import Adapter
 from volvelle.adapt.names import LowRank
+from volvelle.adapt.sites import Seat
 from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path
+from volvelle.parts.lowrank.dora import column_norm
+from volvelle.parts.lowrank.kinds import CONV2D, EMBEDDING, TRANSPOSED, Kind, kind_of, why_not
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_SHAPES, _HASH = "volvelle.base_shapes", "volvelle.base_sha256"
 
 # Fields of LoraConfig that change nothing in the result of a loaded adapter, whatever their value.
 _INERT = {
@@ -37,107 +34,136 @@ _INERT = {
     "loftq_config", "eva_config", "runtime_config",
 }  # fmt: skip
 _READ = {
-    "peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "exclude_modules",
+    "peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "exclude_modules",
     "layers_to_transform", "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 # These initialisations only choose the first A and B; the others (PiSSA, OLoRA, …) also change the base weights.
 _HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
+_NAME = re.compile(
+    r"(?P<path>.+)\.(lora_(embedding_)?(?P<half>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
+)
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, base: str | None = None) -> Path:
-    """Write the model's adapter to `folder` in PEFT's format and return the folder.
+class LowRankFormat:
+    """The format of LoRA and DoRA."""
 
-    `base` is recorded as `base_model_name_or_path` (default: the model's own `name_or_path`, when it has one). Both
-    files are written beside the old ones first and renamed when complete, so a full disk leaves the previous adapter.
-    Raises VolvelleError when the model carries no adapter.
-    """
-    record = record_of(model)
-    if record is None:
-        raise VolvelleError("save: this model carries no adapter", tip="volvelle.adapt.apply(model, LoRA()) adds one")
-    folder = Path(folder)
-    bare = base_shapes(model, record)
-    shapes = json.dumps({name: list(shape) for name, shape in names.foreign_shapes(model, bare).items()})
-    metadata = {"format": "pt", _SHAPES: shapes, _HASH: hashlib.sha256(shapes.encode()).hexdigest()}
-    where = names.places(model, bare)
-    layers = {path: LowRank(layer.a.detach(), layer.b.detach(), layer.scale) for path, layer in record.modules.items()}
-    method = record.method
-    if where is not None:
-        layers = names.to_foreign(layers, where)
-        method = names.spelled_out(_lora(method), layers)
-    settings = _peft_config(model, record, method, base)
-    try:
-        with atomic_path(folder / CONFIG) as config, atomic_path(folder / WEIGHTS) as weights:
-            # Not save_file: it puts a file of its own, private to the user, in the place of ours.
-            weights.write_bytes(to_bytes(_peft_tensors(layers), metadata=metadata))
-            config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise VolvelleError(
-            f"{folder}: the adapter could not be written ({error})", tip="what the folder held before is unchanged"
-        ) from error
-    return folder
+    peft_types = ("LORA",)
 
+    def writes(self, method: Method) -> bool:
+        """LoRA and DoRA."""
+        return isinstance(method, LoRA)
 
-def load(model: nn.Module, folder: str | os.PathLike[str]) -> Adapted:
-    """Put the adapter stored in `folder` (written by us or by PEFT) on `model`, in place, and describe it.
+    def pack(self, model: nn.Module, adapter: Adapter, bare: names.Shapes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's settings and tensors; layers of our Decoder under the names of its family."""
+        method, where = adapter.method, names.places(model, bare)
+        assert isinstance(method, LoRA)
+        seats = {path: layer for path, layer in adapter.layers.items() if isinstance(layer, Seat)}
+        layers = {path: _low_rank(layer.update) for path, layer in seats.items()}
+        kinds: dict[str, tuple[Kind, Any]] = {path: (seat.update.kind, seat.layer) for path, seat in seats.items()}
+        if where is not None:
+            layers = names.to_foreign(layers, where, lambda path: _norm(model.get_submodule(path)))
+            kinds = {place.theirs: kinds[path] for place in where for path in place.ours if path in kinds}
+            method = names.spelled_out(method, layers)
+        tensors: dict[str, Tensor] = {}
+        for path, layer in layers.items():
+            tensors |= {f"{PREFIX}{path}.{key}": value for key, value in _to_peft(layer, *kinds[path]).items()}
+        transposed = [kind == TRANSPOSED for kind, _ in kinds.values()]
+        return _settings(model, method, list(layers), fan_in_fan_out=all(transposed)), tensors
 
-    The layers are those the file names. Raises VolvelleError when the folder or a file is missing or damaged, when
-    the adapter uses something not supported (named), or when it belongs to another base model (the layers are named);
-    the model is then unchanged.
-    """
-    folder = Path(folder)
-    method = read_config(folder)
-    tensors, metadata = _read_tensors(folder / WEIGHTS)
-    pairs = _pair(tensors, folder / WEIGHTS)
-    _check_ranks(method, pairs, folder)
-    layers = {path: LowRank(a, b, method.scale_of(path)) for path, (a, b) in pairs.items()}
-    bare = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    where = names.places(model, bare)
-    if where is not None:
-        layers = names.from_foreign(layers, where)
-        method = names.spelled_out(method, layers)
-    _check_base(model, layers, folder)
-    _check_shapes(names.foreign_shapes(model, bare), metadata, folder)
-    apply(model, names.spelled_out(method, layers))
-    record = record_of(model)
-    assert record is not None
-    record.method = method
-    with torch.no_grad():
-        for path, layer in record.modules.items():
-            layer.a.copy_(layers[path].a)
-            layer.b.copy_(layers[path].b)
-    return Adapted.of(model, record)
+    def read_method(self, settings: Settings, path: Path) -> Method:
+        """The method that the settings describe; every field asking for what is not supported is named."""
+        refused = [f"{key}={value!r}" for key, value in settings.items() if not _understood(key, value)]
+        if refused:
+            raise VolvelleError(f"{path}: not supported: {', '.join(refused)}")
+        return _method(settings, path)
+
+    def unpack(
+        self, model: nn.Module, method: Method, tensors: Mapping[str, Tensor], folder: Path, name: str
+    ) -> Unpacked:
+        """The layers that the file names, as ours, each checked against the model's."""
+        assert isinstance(method, LoRA)
+        found = _parts(tensors, folder / WEIGHTS, dora=isinstance(method, DoRA))
+        _check_ranks(method, found, folder)
+        layers = {path: LowRank(scale=method.scale_of(path), **parts) for path, parts in found.items()}
+        where = names.places(model, {key: tuple(p.shape) for key, p in model.named_parameters()})
+        if where is not None:
+            layers = names.from_foreign(layers, where)
+            method = names.spelled_out(method, layers)
+        layers = _fitted(model, layers, folder)
+        values = {
+            f"{path}.adapters.{name}.{key}": value
+            for path, layer in layers.items()
+            for key, value in (("a", layer.a), ("b", layer.b), ("magnitude", layer.magnitude))
+            if value is not None
+        }
+        return Unpacked(method, names.spelled_out(method, layers), values)
 
 
-def read_config(folder: str | os.PathLike[str]) -> LoRA:
-    """Read adapter_config.json; raises VolvelleError that names every field asking for what is not supported."""
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise VolvelleError(f"{path}: no such file", tip="an adapter folder holds adapter_config.json and its weights")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VolvelleError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise VolvelleError(f"{path}: not an adapter configuration, it has no peft_type")
-    if config["peft_type"] != "LORA":
-        raise VolvelleError(f"{path}: peft_type {config['peft_type']} is not supported; supported: LORA")
-    refused = [f"{key}={value!r}" for key, value in config.items() if not _understood(key, value)]
-    if refused:
-        raise VolvelleError(f"{path}: not supported: {', '.join(refused)}")
-    return _method(config, path)
+def _low_rank(update: Any) -> LowRank:
+    magnitude = getattr(update, "magnitude", None)
+    return LowRank(
+        update.a.detach(), update.b.detach(), update.scale, None if magnitude is None else magnitude.detach()
+    )
 
 
-def base_name(folder: str | os.PathLike[str]) -> str | None:
-    """The `base_model_name_or_path` that an adapter folder records, or None."""
-    path = Path(folder) / CONFIG
-    return json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
+def _norm(layer: Any) -> Tensor:
+    return column_norm(kind_of(layer).matrix(layer.weight.detach()))
 
 
-def base_shapes(model: nn.Module, record: Record) -> dict[str, tuple[int, ...]]:
-    """Parameter names and shapes of the model without its adapter, sorted by name."""
-    own = record.parameters()
-    named = ((name, tuple(p.shape)) for name, p in model.named_parameters() if name not in own)
-    return dict(sorted(named))
+def _to_peft(layer: LowRank, kind: Kind, module: Any) -> dict[str, Tensor]:
+    """One layer's tensors by PEFT's names."""
+    a, magnitude = layer.a, layer.magnitude
+    if kind == CONV2D and module.groups > 1:
+        a = _all_channels(a, module.groups)
+    if kind == CONV2D and magnitude is not None:
+        magnitude = magnitude[None, :, None, None]
+    embedding = kind == EMBEDDING
+    named = {"lora_embedding_A" if embedding else "lora_A.weight": a}
+    named["lora_embedding_B" if embedding else "lora_B.weight"] = layer.b
+    return named if magnitude is None else {**named, "lora_magnitude_vector": magnitude}
+
+
+def _all_channels(a: Tensor, groups: int) -> Tensor:
+    """A (r, c/g, …) as one that sees all channels (r, c, …), with zeros for those of other groups."""
+    rank, width = a.shape[:2]
+    wide = a.new_zeros(rank, width * groups, *a.shape[2:])
+    for group, part in enumerate(a.chunk(groups)):
+        wide[group * (rank // groups) :][: rank // groups, group * width : (group + 1) * width] = part
+    return wide
+
+
+def _own_channels(a: Tensor, groups: int) -> Tensor:
+    """Undo `_all_channels`, dropping what other groups' channels had."""
+    return torch.cat([part.chunk(groups, 1)[group] for group, part in enumerate(a.chunk(groups))])
+
+
+def _fitted(model: nn.Module, layers: Mapping[str, LowRank], folder: Path) -> dict[str, LowRank]:
+    """The layers with shapes as the model's own layers want them; those that do not fit are named."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    fitted, wrong = {}, []
+    for path, layer in layers.items():
+        if path not in modules or why_not(modules[path]):
+            reason = why_not(modules[path]) if path in modules else None
+            wrong.append(f"{path} ({reason or 'the model has no such layer'})")
+            continue
+        module, a, magnitude = modules[path], layer.a, layer.magnitude
+        kind = kind_of(module)
+        if kind == CONV2D and module.groups > 1 and a.ndim == 4 and a.shape[1] == module.in_channels:
+            a = _own_channels(a, module.groups)
+            if not torch.equal(_all_channels(a, module.groups), layer.a):
+                raise VolvelleError(
+                    f"{folder}: {path} is a convolution of {module.groups} groups, and this adapter's A mixes them",
+                    tip="such an update is no weight of the layer; PEFT can run it, and cannot merge it either",
+                )
+        magnitude = None if magnitude is None else magnitude.reshape(-1)
+        outputs, inputs = kind.matrix(module.weight).shape
+        want, got = kind.shapes(module, len(a)), (tuple(a.shape), tuple(layer.b.shape))
+        if got != want or (magnitude is not None and len(magnitude) != outputs):
+            shown = f"{layer.b.shape[0]} x {a[0].numel()}"
+            wrong.append(f"{path} (adapter {shown}, model {outputs} x {inputs})")
+        fitted[path] = LowRank(a, layer.b, layer.scale, magnitude)
+    refuse(wrong, folder)
+    return fitted
 
 
 def _understood(key: str, value: Any) -> bool:
@@ -146,124 +172,93 @@ def _understood(key: str, value: Any) -> bool:
     return (key == "init_lora_weights" and value in _HARMLESS_INIT) or (key == "bias" and value == "none")
 
 
-def _method(config: Mapping[str, Any], path: Path) -> LoRA:
-    def names(value: Any) -> tuple[str, ...] | str:
+def _method(settings: Settings, path: Path) -> LoRA:
+    def words(value: Any) -> tuple[str, ...] | str:
         return value if isinstance(value, str) else tuple(sorted(value or ()))
 
-    layers = config.get("layers_to_transform")
+    layers = settings.get("layers_to_transform")
     try:
-        return LoRA(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            targets=names(config.get("target_modules")),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            rslora=bool(config.get("use_rslora", False)),
-            exclude=names(config.get("exclude_modules")),
+        return (DoRA if settings.get("use_dora") else LoRA)(
+            rank=int(settings["r"]),
+            alpha=float(settings["lora_alpha"]),
+            targets=words(settings.get("target_modules")),
+            dropout=float(settings.get("lora_dropout", 0.0)),
+            rslora=bool(settings.get("use_rslora", False)),
+            exclude=words(settings.get("exclude_modules")),
             layers=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
-            rank_pattern=dict(config.get("rank_pattern") or {}),
-            alpha_pattern=dict(config.get("alpha_pattern") or {}),
+            rank_pattern=dict(settings.get("rank_pattern") or {}),
+            alpha_pattern=dict(settings.get("alpha_pattern") or {}),
         )
     except (KeyError, TypeError, ValueError, VolvelleError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise VolvelleError(f"{path}: {reason}") from None
 
 
-def _lora(method: Method) -> LoRA:
-    if not isinstance(method, LoRA):
-        raise VolvelleError(f"save: {method.label} has no PEFT format")
-    return method
-
-
-def _peft_config(model: nn.Module, record: Record, method: Method, base: str | None) -> dict[str, Any]:
-    fields = method.to_peft()
-    if isinstance(fields["target_modules"], str) and fields["layers_to_transform"] is not None:
+def _settings(model: nn.Module, method: LoRA, paths: list[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets)
+    exclude: Any = method.exclude if isinstance(method.exclude, str) else list(method.exclude)
+    layers = None if method.layers is None else list(method.layers)
+    if isinstance(targets, str) and layers is not None:
         # PEFT takes no layer indices beside a pattern, so the layers are written out.
-        fields |= {"target_modules": list(record.modules), "layers_to_transform": None, "exclude_modules": None}
+        targets, layers, exclude = paths, None, None
     return {
+        "peft_type": "LORA",
         "auto_mapping": None,
-        "base_model_name_or_path": base or getattr(model, "name_or_path", None) or None,
         "bias": "none",
-        "fan_in_fan_out": all(layer.transposed for layer in record.modules.values()),
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None,
-        **fields,
+        "r": method.rank,
+        "lora_alpha": _whole(method.alpha),
+        "target_modules": targets,
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+        "use_dora": isinstance(method, DoRA),
+        "exclude_modules": exclude or None,
+        "layers_to_transform": layers,
+        "rank_pattern": dict(method.rank_pattern),
+        "alpha_pattern": {key: _whole(alpha) for key, alpha in method.alpha_pattern.items()},
     }
 
 
-def _peft_tensors(layers: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.a.cpu().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.b.cpu().contiguous()
-    return tensors
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").is_file()
-        tip = "adapter_model.bin is a pickle; save it again with safetensors" if pickled else None
-        raise VolvelleError(f"{path}: no such file", tip=tip)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise VolvelleError(f"{path}: truncated or damaged ({error})", tip="copy or download the file again") from None
-
-
-def _pair(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    halves: dict[str, dict[str, Tensor]] = {}
+def _parts(tensors: Mapping[str, Tensor], file: Path, *, dora: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer, as a, b and magnitude; VolvelleError names what does not belong there."""
+    found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for name, tensor in tensors.items():
-        path, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
-        if name.startswith(PREFIX) and path and kind in {"A.weight", "B.weight"} and tensor.ndim == 2:
-            halves.setdefault(path, {})[kind[0]] = tensor
-        else:
+        match = _NAME.fullmatch(name.removeprefix(PREFIX))
+        dimensions = (1, 4) if match and match["m"] else (2, 4)
+        known = match is not None and name.startswith(PREFIX) and (dora or not match["m"])
+        if match is None or not known or tensor.ndim not in dimensions:
             unknown.append(name)
-    unknown += [f"{path} (only lora_{next(iter(half))})" for path, half in halves.items() if len(half) < 2]
-    if unknown or not halves:
-        what = _list(unknown) if unknown else "the file holds no tensors"
-        raise VolvelleError(f"{file}: not a LoRA of linear layers: {what}")
-    return {path: (half["A"], half["B"]) for path, half in halves.items()}
+        else:
+            found.setdefault(match["path"], {})["magnitude" if match["m"] else match["half"].lower()] = tensor
+    wanted = {"a", "b", "magnitude"} if dora else {"a", "b"}
+    shown = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector"}
+    unknown += [
+        f"{path} (only {' and '.join(shown[key] for key in sorted(parts))})"
+        for path, parts in found.items()
+        if set(parts) != wanted
+    ]
+    if unknown or not found:
+        what = some(unknown) if unknown else "the file holds no tensors"
+        raise VolvelleError(f"{file}: not a {'DoRA' if dora else 'LoRA'} of layers we know: {what}")
+    return found
 
 
-def _check_base(model: nn.Module, layers: Mapping[str, LowRank], folder: Path) -> None:
-    modules = dict(model.named_modules())
-    wrong = []
-    for path, layer in layers.items():
-        weight = getattr(modules.get(path), "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            wrong.append(f"{path} (the model has no such layer)")
-            continue
-        d, k = weight.shape if isinstance(modules[path], nn.Linear) else weight.shape[::-1]
-        if (len(layer.b), layer.a.shape[1]) != (d, k):
-            wrong.append(f"{path} (adapter {len(layer.b)} x {layer.a.shape[1]}, model {d} x {k})")
-    _refuse(wrong, folder)
-
-
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], folder: Path) -> None:
-    stored = json.loads(metadata.get(_SHAPES, "{}"))
-    differ = [name for name, shape in stored.items() if name in shapes and tuple(shape) != shapes[name]]
-    _refuse([f"{name} (adapter's base {tuple(stored[name])}, model {shapes[name]})" for name in differ], folder)
-
-
-def _refuse(wrong: list[str], folder: Path) -> None:
-    if wrong:
-        base = base_name(folder)
-        tip = f"it was made for {base}" if base else None
-        raise VolvelleError(f"{folder}: this adapter belongs to another base model: {_list(wrong)}", tip=tip)
-
-
-def _check_ranks(method: LoRA, pairs: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
-    for path, (a, b) in pairs.items():
-        if not a.shape[0] == b.shape[1] == method.rank_of(path):
+def _check_ranks(method: LoRA, found: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+    for path, parts in found.items():
+        rank = len(parts["a"])
+        # A grouped convolution's B holds a share of the rank for every group.
+        columns = parts["b"].shape[1]
+        if rank != method.rank_of(path) or rank % columns or (parts["b"].ndim == 2 and columns != rank):
             raise VolvelleError(
-                f"{folder}: {path} has rank {a.shape[0]}, but {CONFIG} says {method.rank_of(path)}",
+                f"{folder}: {path} has rank {rank}, but {CONFIG} says {method.rank_of(path)}",
                 tip="the two files come from different saves",
             )
-
-
-def _list(items: list[str], limit: int = 4) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from volvelle.adapt.files import CONFIG, base_name, load
 from volvelle.adapt.model import merge
-from volvelle.adapt.peft_files import CONFIG, base_name, load
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.load import load_language_model

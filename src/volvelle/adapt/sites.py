@@ -4,14 +4,14 @@ This is the surgery of torch.nn.utils.parametrize. The module stays the same obj
 same names, whatever kind it is; an adapter adds `adapters.<name>.…` below it. The last one to leave gives the module
 its own class back.
 
-What sits there is an *update*: an nn.Module with forward(layer, x, result) -> result, where x (b, …) is the module's
+What sits there is an *update*: an nn.Module with update(layer, x, result) -> result, where x (b, …) is the module's
 first input and result (b, …) what the adapters before it are not part of: the module's own result (the first entry,
 where it returns a tuple). It may also have
 
 - `merged(layer) -> Folded`, the weight with the update in it, and `unmerged(layer, folded) -> weight`, its inverse;
 - `mixed(layer, x, result, rows) -> result`, one computation for a batch whose rows have different updates of its class
   (`rows[i]` is the update of row i, or None); without it the rows are grouped by update;
-- `around(layer, chosen, forward, args, kwargs) -> output` in place of forward, when it changes what the module gets;
+- `around(layer, chosen, forward, args, kwargs) -> output` in place of update, when it changes what the module gets;
   `chosen` is the update for all rows, or the list `rows`.
 """
 
@@ -20,13 +20,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from volvelle.adapt.switch import Switch, check_rows
 from volvelle.errors import VolvelleError
+from volvelle.parts.lowrank.lora import Folded
 
 Update = Any  # an nn.Module as described above
 Forward = Callable[..., Any]
@@ -84,11 +85,11 @@ def through_adapters(host: Host, forward: Forward, args: tuple[Any, ...], kwargs
 
 def _changed(host: Host, chosen: Update | list[Update | None], x: Tensor, result: Tensor) -> Tensor:
     if not isinstance(chosen, list):
-        return chosen(host, x, result)
+        return chosen.update(host, x, result)
     check_rows(chosen, len(result), type(host).__name__.removeprefix("Adapted"))
     if all(row is chosen[0] for row in chosen):
         assert chosen[0] is not None
-        return chosen[0](host, x, result)
+        return chosen[0].update(host, x, result)
     kinds = {type(row) for row in chosen if row is not None}
     mixed = getattr(next(iter(kinds)), "mixed", None) if len(kinds) == 1 else None
     together = None if mixed is None else mixed(host, x, result, chosen)
@@ -105,7 +106,7 @@ def by_group(layer: nn.Module, x: Tensor, result: Tensor, rows: Sequence[Update 
         update = rows[indices[0]]
         at = torch.tensor(indices, device=result.device)
         part = result.index_select(0, at)
-        parts.append(part if update is None else update(layer, x.index_select(0, at), part))
+        parts.append(part if update is None else update.update(layer, x.index_select(0, at), part))
         order += indices
     joined = torch.cat(parts)
     if order == sorted(order):
@@ -126,13 +127,6 @@ def _around(chosen: Update | list[Update | None]) -> Forward | None:
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's first input, however it was passed."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-class Folded(NamedTuple):
-    """A weight with an update in it, and what its inverse needs: the factor on each output, where there is one."""
-
-    weight: Tensor
-    factor: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -172,7 +166,7 @@ class Seat:
     def why_not_merge(self, model: nn.Module) -> str | None:
         """The reason why the update cannot be part of the weight, or None."""
         if not hasattr(self.update, "merged"):
-            return f"a {type(self.update).__name__} is no linear function of the weights"
+            return "what it adds is no linear function of a weight"
         reason = self.update.why_not_merge(self.layer)
         if reason is not None:
             return reason
@@ -205,6 +199,18 @@ class Seat:
             weight = self.update.unmerged(layer, Folded(layer.weight, self.factor))
             layer.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
         self.original = self.factor = None
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules by their path, without those that adapters brought."""
+    brought: set[nn.Module] = set()
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Host):
+            brought.update(module.adapters.modules())
+        if path and module not in brought:
+            found[path] = module
+    return found
 
 
 def seat(model: nn.Module, path: str, update: nn.Module, name: str, switch: Switch) -> Seat:
