@@ -72,16 +72,16 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch, protocol.alone():
         facts = protocol.machine(("torch", "pillow", "numpy"))
-        rows = []
+        rows = {row["what"]: row for row in protocol.read("loader").get("rows", [])}
         for name in options.only:
             dataset = DATASETS[name](Path(scratch), options.quick)
             if dataset is None:
                 print(f"{name}: the data folder is absent, skipped")
                 continue
-            rows.append(measure(name, dataset, options.workers, options.rounds))
-        if not options.quick:
-            print(protocol.write("loader", {"batch": BATCH, "machine": facts, "rows": rows}))
-            tables.write("loader")
+            rows[name] = measure(name, dataset, options.workers, options.rounds)
+            if not options.quick:  # after every row: a run that is cut keeps what it measured
+                print(protocol.write("loader", {"batch": BATCH, "machine": facts, "rows": list(rows.values())}))
+                tables.write("loader")
 
 
 def measure(name: str, dataset: Any, workers: int, rounds: int) -> dict[str, Any]:
