@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> `LanguageConfig`, both ways, without torch.
+"""Hugging Face's config.json <-> our configurations, both ways, without torch.
 
 Reading refuses what would change the computation and is not built (sliding windows, quantised weights); writing reads
 its own result back and refuses when anything was lost.
@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from volvelle.errors import VolvelleError, did_you_mean
+from volvelle.systems.language import bart
 from volvelle.systems.language import config as c
 from volvelle.systems.language.config_fields import Fields
+from volvelle.systems.language.encoder_decoder_config import ModelConfig
 from volvelle.systems.language.native_config import ARCHITECTURE, read_native, write_native
 
 ARCHITECTURES = {
@@ -22,6 +24,8 @@ ARCHITECTURES = {
     "RoFormerForCausalLM": "roformer",
     "RoFormerForMaskedLM": "roformer",
     ARCHITECTURE: "volvelle",
+    bart.ARCHITECTURE: "bart",
+    "BartModel": "bart",
 }
 
 
@@ -46,7 +50,7 @@ def family_of(values: Mapping[str, Any], source: str = "config.json") -> str:
     raise VolvelleError(f"{source}: architecture {name!r} is not supported", tip=f"{near} {known}" if near else known)
 
 
-def config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> c.LanguageConfig:
+def config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Read the content of a config.json. Raises VolvelleError that names the field.
 
     >>> config_from_dict({
@@ -65,7 +69,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config.json") -> 
         raise VolvelleError(f"{source}: {error}") from error
 
 
-def config_to_dict(config: c.LanguageConfig) -> dict[str, Any]:
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Write the content of a config.json that transformers 4 and 5 read.
 
     Raises VolvelleError when the family's files cannot hold this configuration.
@@ -148,12 +152,17 @@ def _write_rope(position: c.Rope) -> dict[str, Any]:
             given = {"rope_type": "yarn", **dataclasses.asdict(scaling)}
         case c.LongRopeScaling():
             given = {"rope_type": "longrope", "factor": scaling.factor, "attention_factor": scaling.attention_factor}
-            given |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+            given |= {
+                "short_factor": list(scaling.short_factors or ()),
+                "long_factor": list(scaling.long_factors or ()),
+            }
             given |= {"original_context": scaling.original_context}
         case c.Llama3Scaling():
             given = {"rope_type": "llama3", "factor": scaling.factor, "original_context": scaling.original_context}
             given |= {"low_freq_factor": scaling.low_frequency_factor}
             given |= {"high_freq_factor": scaling.high_frequency_factor}
+        case c.NtkScaling() | c.ProportionalScaling():
+            raise VolvelleError(f"a llama config.json has no name for {scaling}")
     if "original_context" in given:
         given["original_max_position_embeddings"] = given.pop("original_context")
     given = {name: value for name, value in given.items() if value is not None}
@@ -336,17 +345,19 @@ def _write_roformer(config: c.LanguageConfig) -> dict[str, Any]:
     }
 
 
-_READERS: dict[str, Callable[[Fields], c.LanguageConfig]] = {
+_READERS: dict[str, Callable[[Fields], ModelConfig]] = {
     "llama": _read_llama,
     "qwen2": _read_qwen2,
     "gpt2": _read_gpt2,
     "roformer": _read_roformer,
     "volvelle": read_native,
+    "bart": bart.read_bart,
 }
-_WRITERS: dict[str, Callable[[c.LanguageConfig], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "llama": _write_llama,
     "qwen2": _write_llama,
     "gpt2": _write_gpt2,
     "roformer": _write_roformer,
     "volvelle": write_native,
+    "bart": bart.write_bart,
 }

@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter of `Decoder`: one declarative map a family.
+"""Which tensor of a Hugging Face checkpoint is which parameter of ours: one declarative map a family.
 
 A rule says `theirs = concat(ours...)`, transposed for GPT-2's (in, out) matrices. Both directions are derived from it:
 `Binding.split` reads, `Binding.join` writes, and one undoes the other bit by bit. Placeholders: `{i}` a layer number,
-`{p}` "weight" or "bias", `{rest}` whatever is left of the name.
+`{p}` "weight" or "bias", `{rest}` whatever is left of the name, `{side}` "encoder" or "decoder".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from volvelle.errors import VolvelleError
 from volvelle.systems.language.config import Family
 
 _PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)", "rest": r"(?P<rest>.+)"}
+_PLACEHOLDERS |= {"side": r"(?P<side>encoder|decoder)"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ class KeyMap:
 
     `aliases` are names that hold the same values as another name (tied weights): either may be present in a file, we
     write the second only. `prefix` is what checkpoints of the bare model leave out. `ignored` are glob patterns of
-    buffers that carry nothing to learn.
+    buffers that carry nothing to learn. A file may lack the names in `optional`, which are then zero.
     """
 
     rules: tuple[Rule, ...]
     aliases: Mapping[str, str]
     prefix: str
     ignored: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Binding]:
         """Apply the rules to parameters given as name -> shape, in the order of `shapes`.
@@ -139,7 +142,7 @@ class KeyMap:
                 spare[self.aliases[canonical]] = name
         for canonical, name in spare.items():
             found.setdefault(canonical, name)
-        missing = sorted(wanted - found.keys())
+        missing = sorted(wanted - found.keys() - self.optional)
         if missing or unknown:
             parts = [f"missing {_some(missing)}"] if missing else []
             parts += [f"unknown {_some(unknown)}"] if unknown else []
@@ -250,6 +253,36 @@ ROFORMER = KeyMap(
     ignored=("*encoder.embed_positions.weight", "*embeddings.position_ids"),
 )
 
+_BART_SIDE = "model.{side}"
+_BART_LAYER = "model.{side}.layers.{i}"
+
+BART = KeyMap(
+    rules=tuple(
+        _rule(name, name)
+        for name in (
+            "model.shared.weight",
+            f"{_BART_SIDE}.embed_positions.weight",
+            f"{_BART_SIDE}.layernorm_embedding.{{p}}",
+            *(
+                f"{_BART_LAYER}.{attention}.{name}_proj.{{p}}"
+                for attention in ("self_attn", "encoder_attn")
+                for name in ("q", "k", "v", "out")
+            ),
+            *(f"{_BART_LAYER}.{name}_layer_norm.{{p}}" for name in ("self_attn", "encoder_attn", "final")),
+            *(f"{_BART_LAYER}.{name}.{{p}}" for name in ("fc1", "fc2")),
+            "lm_head.weight",
+            "final_logits_bias",
+        )
+    ),
+    aliases=dict.fromkeys(
+        ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"),
+        "model.shared.weight",
+    ),
+    prefix="model.",
+    ignored=("*encoder.version", "*decoder.version"),
+    optional=frozenset({"final_logits_bias"}),
+)
+
 VOLVELLE = KeyMap(
     rules=(_rule("{rest}", "{rest}"),),
     aliases={"lm_head.weight": "model.embed_tokens.weight"},
@@ -257,7 +290,7 @@ VOLVELLE = KeyMap(
 )
 """Our own files: every parameter under its own name."""
 
-KEY_MAPS: dict[Family, KeyMap] = {
-    "llama": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "roformer": ROFORMER, "volvelle": VOLVELLE,
+KEY_MAPS: dict[Family | Literal["bart"], KeyMap] = {
+    "llama": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "roformer": ROFORMER, "volvelle": VOLVELLE, "bart": BART,
 }  # fmt: skip
 """The map of each family; Qwen2 uses Llama's names."""

@@ -9,10 +9,10 @@ import torch
 
 from volvelle.errors import VolvelleError
 from volvelle.hub import resolve
-from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.gguf import read_gguf
 from volvelle.systems.language.gguf_file import describe_bytes
 from volvelle.systems.language.huggingface import from_tensors, read_folder
+from volvelle.systems.language.models import LanguageModel
 
 _ACCEPTED = "accepted: a .gguf file, a folder with one .gguf file, or a Hugging Face folder (config.json + safetensors)"
 
@@ -22,7 +22,7 @@ def load_language_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Decoder:
+) -> LanguageModel:
     """Load a model in evaluation mode, with its tokenizer in `model.tokenizer`.
 
     `path_or_name` is a .gguf file, a folder that holds one, a Hugging Face folder, a known model ("smollm2") or a
@@ -75,7 +75,7 @@ def _head(path: Path) -> bytes:
         raise VolvelleError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _check_vocabulary(model: Decoder, path: Path) -> None:
+def _check_vocabulary(model: LanguageModel, path: Path) -> None:
     """More embedding rows than tokens are padding; a token without a row would fail in the middle of a run."""
     if model.tokenizer is None:
         return

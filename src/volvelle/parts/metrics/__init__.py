@@ -1,0 +1,1 @@
+"""Metrics of what models produce, one file a metric."""
