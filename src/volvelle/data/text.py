@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from volvelle.data.templates import Template, TemplateProblem
 from volvelle.errors import UsageError, VolvelleError
 
+T = TypeVar("T")
 OnBad = Literal["stop", "skip"]
 TEXT = (".txt", ".text", ".md")
 LINES = (".jsonl", ".ndjson")
@@ -248,3 +249,13 @@ def _messages(found: Any) -> tuple[dict[str, str], ...]:
     if found[-1]["role"] != "assistant":
         raise TemplateProblem(f"the last message must be the assistant's, it is the {found[-1]['role']}'s")
     return tuple({"role": m["role"], "content": m["content"]} for m in found)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` items at even distances: files are often sorted, and their beginning is no sample of them.
+
+    >>> spread("abcdefgh", 3)
+    ['a', 'c', 'f']
+    """
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

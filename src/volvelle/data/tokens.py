@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -196,7 +196,19 @@ def shifted(ids: Tensor, learn: Tensor) -> Tensor:
     return torch.where(learn[1:], ids[1:], IGNORE)
 
 
+class Layout(NamedTuple):
+    """How a model wants its examples: `encode(corpus, tokenizer, context=, on_bad=)`, and `collate` of a batch."""
+
+    encode: Callable[..., TokenDataset]
+    collate: Callable[[Any], dict[str, Tensor]]
+
+
+ONE_TEXT = Layout(encode_corpus, collate)
+"""A decoder's: prompt and completion are one text."""
+
+
 def batch_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Real tokens in a batch."""
-    mask = batch.get("mask")
-    return batch["ids"].numel() if mask is None or mask.ndim != 2 else int(mask.sum())
+    """Real tokens in a batch, those of sources included."""
+    mask, read = batch.get("mask"), batch.get("source_mask")
+    count = batch["ids"].numel() if mask is None or mask.ndim != 2 else int(mask.sum())
+    return count if read is None else count + int(read.sum())

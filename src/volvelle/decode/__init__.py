@@ -1,4 +1,4 @@
-"""Generating text with a language model: `generate`, `generate_batch`, `stream`, and how tokens are chosen.
+"""Generating text with a language model: `generate`, `generate_batch`, `stream`, `beam_search`; how tokens are chosen.
 
 Names are resolved on first use, so importing the torch-free `volvelle.decode.options` does not import torch.
 """
@@ -9,19 +9,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volvelle.decode.beam import beam_search
     from volvelle.decode.generation import generate, generate_batch, stream
     from volvelle.decode.loop import Draft, Drafter
-    from volvelle.decode.options import Sampling
+    from volvelle.decode.options import Beams, Rules, Sampling
     from volvelle.decode.request import Generation, Token
 
 _HOME = {
-    "Sampling": "options",
+    **dict.fromkeys(("Beams", "Rules", "Sampling"), "options"),
+    "beam_search": "beam",
     **dict.fromkeys(("generate", "generate_batch", "stream"), "generation"),
     **dict.fromkeys(("Draft", "Drafter"), "loop"),
     **dict.fromkeys(("Generation", "Token"), "request"),
 }
 
-__all__ = ["Draft", "Drafter", "Generation", "Sampling", "Token", "generate", "generate_batch", "stream"]
+__all__ = [
+    "Beams",
+    "Draft",
+    "Drafter",
+    "Generation",
+    "Rules",
+    "Sampling",
+    "Token",
+    "beam_search",
+    "generate",
+    "generate_batch",
+    "stream",
+]
 
 
 def __getattr__(name: str) -> Any:

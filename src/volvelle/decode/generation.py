@@ -10,36 +10,41 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from volvelle.decode.loop import Event, evaluating, run
-from volvelle.decode.options import Sampling
-from volvelle.decode.request import Generation, Limits, Request, Token
+from volvelle.decode.options import Rules, Sampling
+from volvelle.decode.request import NO_RULES, Generation, Limits, Request, Token
 from volvelle.decode.stop import StopText
 from volvelle.errors import UsageError
+from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.projections import fuse_projections
 
 if TYPE_CHECKING:
-    from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.models import LanguageModel
 
 GREEDY = Sampling()
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompt_ids: Sequence[int] | Tensor,
     *,
     sampling: Sampling = GREEDY,
     max_tokens: int | None = 256,
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] | None = None,
+    rules: Rules = NO_RULES,
     on_token: Callable[[Token], object] | None = None,
 ) -> Generation:
-    """Continue one prompt.
+    """Continue one prompt; an encoder-decoder reads it and writes an answer to it.
 
     The answer ends at an eos id (default: the tokenizer's; `()` = none), before a stop string, or after `max_tokens`
-    (None: when the context is full). `on_token` is called with every Token as it comes. Computes in the model's own
+    (None: when the context is full). `rules` say what else it must and must not hold. `on_token` is called with every
+    Token as it comes. Computes in the model's own
     dtype, without gradients and dropout. Raises VolvelleError when the prompt is empty or the prompt and `max_tokens`
     do not fit into the context: nothing is cut silently.
     """
-    answer = stream(model, prompt_ids, sampling=sampling, max_tokens=max_tokens, stop=stop, eos_ids=eos_ids)
+    answer = stream(
+        model, prompt_ids, sampling=sampling, max_tokens=max_tokens, stop=stop, eos_ids=eos_ids, rules=rules
+    )
     while True:
         try:
             token = next(answer)
@@ -50,20 +55,21 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: LanguageModel,
     prompt_ids: Sequence[int] | Tensor,
     *,
     sampling: Sampling = GREEDY,
     max_tokens: int | None = 256,
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] | None = None,
+    rules: Rules = NO_RULES,
 ) -> Generator[Token, None, Generation]:
     """Continue one prompt as an iterator of Tokens, whose texts join to the answer's; it returns the Generation.
 
     The arguments are those of `generate`, and are checked at once, before the first token is asked for. A part of a
     stop string or of a UTF-8 character is never in a Token's text.
     """
-    request = Request(model, prompt_ids, sampling, _limits(max_tokens, stop, eos_ids))
+    request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules))
 
     def tokens() -> Generator[Token, None, Generation]:
         [answer] = yield from _tokens(model, [request])
@@ -73,13 +79,14 @@ def stream(
 
 
 def generate_batch(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int] | Tensor],
     *,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     max_tokens: int | None = 256,
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] | None = None,
+    rules: Rules = NO_RULES,
     on_token: Callable[[int, Token], object] | None = None,
 ) -> list[Generation]:
     """Continue several prompts in one batch, padded on the left; rows finish when they finish.
@@ -94,8 +101,8 @@ def generate_batch(
         raise UsageError(f"generate_batch: {len(prompts)} prompts, but {len(sampling)} samplings")
     if not prompts:
         return []
-    limits = _limits(max_tokens, stop, eos_ids)
-    requests = [Request(model, prompt, options, limits) for prompt, options in zip(prompts, sampling, strict=True)]
+    ends = limits(max_tokens, stop, eos_ids, rules)
+    requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
     events = _events(model, requests)
     while True:
         try:
@@ -106,7 +113,7 @@ def generate_batch(
             on_token(row, token)
 
 
-def _tokens(model: Decoder, requests: list[Request]) -> Generator[Token, None, list[Generation]]:
+def _tokens(model: LanguageModel, requests: list[Request]) -> Generator[Token, None, list[Generation]]:
     events = _events(model, requests)
     while True:
         try:
@@ -115,33 +122,37 @@ def _tokens(model: Decoder, requests: list[Request]) -> Generator[Token, None, l
             return end.value
 
 
-def _events(model: Decoder, requests: list[Request]) -> Generator[Event, None, list[Generation]]:
+def _events(model: LanguageModel, requests: list[Request]) -> Generator[Event, None, list[Generation]]:
     started, ends, first = time.perf_counter(), [0.0] * len(requests), 0.0
     with evaluating(model):
-        fuse_projections(model)
+        if isinstance(model, Decoder):
+            fuse_projections(model)
         for events in run(model, requests):
             now = time.perf_counter() - started
             first = first or now
             for event in events:
                 ends[event.row] = now
             yield from events
-    return [
-        Generation(
-            tokens=request.tokens,
-            text=request.text,
-            finish=request.finish or "length",
-            prompt_tokens=len(request.prompt),
-            steps=request.steps,
-            seconds=end,
-            prompt_seconds=first,
-        )
-        for request, end in zip(requests, ends, strict=True)
-    ]
+    return [finished(request, end, first) for request, end in zip(requests, ends, strict=True)]
 
 
-def _limits(max_tokens: int | None, stop: Sequence[str], eos_ids: Sequence[int] | None) -> Limits:
+def finished(request: Request, seconds: float, prompt_seconds: float) -> Generation:
+    """The request as a finished answer."""
+    return Generation(
+        tokens=request.tokens,
+        text=request.text,
+        finish=request.finish or "length",
+        prompt_tokens=len(request.source or request.prompt),
+        steps=request.steps,
+        seconds=seconds,
+        prompt_seconds=prompt_seconds,
+    )
+
+
+def limits(max_tokens: int | None, stop: Sequence[str], eos_ids: Sequence[int] | None, rules: Rules) -> Limits:
+    """The arguments of the calls above as one."""
     StopText(stop)  # checks it: a lone string would be taken for one stop string a character
-    return Limits(max_tokens, tuple(stop), None if eos_ids is None else tuple(eos_ids))
+    return Limits(max_tokens, tuple(stop), None if eos_ids is None else tuple(eos_ids), rules)
 
 
 def _for_row(sampling: Sampling, row: int) -> Sampling:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.request import Request, Token
+from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
 
 if TYPE_CHECKING:
-    from volvelle.parts.attention.cache import KVCache
+    from volvelle.parts.attention.cache import Cache
     from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.models import LanguageModel
 
 
 class Draft(NamedTuple):
@@ -50,11 +52,13 @@ class Accepted(NamedTuple):
     """What a step gained: new tokens a row (a finished row's are ignored), and which slots of the step stay.
 
     `path` (b, m) are offsets into the step, -1 = none, or None for all. A row's path holds the newest token (0) and its
-    accepted draft tokens; the last of `tokens` comes from the target itself and is not in the step.
+    accepted draft tokens; the last of `tokens` comes from the target itself and is not in the step. In a search other
+    rows take the place of these: `rows` are those that they go on from, one for each of `tokens`.
     """
 
     tokens: list[list[int]]
     path: Tensor | None = None
+    rows: Sequence[int] | None = None
 
 
 Acceptance = Callable[[Tensor, "Draft | None", Sequence[Request]], Accepted]
@@ -78,13 +82,17 @@ def choose_next(logits: Tensor, draft: Draft | None, requests: Sequence[Request]
 
 
 def run(
-    model: Decoder,
+    model: LanguageModel,
     requests: Sequence[Request],
     *,
     drafter: Drafter | None = None,
     accept: Acceptance = choose_next,
+    choose: Acceptance = choose_next,
 ) -> Iterator[list[Event]]:
-    """Decode all requests together; yields what each step gained until every row is finished."""
+    """Decode all requests together; yields what each step gained until every row is finished.
+
+    `accept` is the rule for steps with a draft, `choose` for those without.
+    """
     longest = max(len(request.prompt) for request in requests)
     lengths = [request.max_tokens for request in requests]
     # Rows that accept less leave holes where others accept more, so with drafts a step may fill slots for one row only.
@@ -92,13 +100,17 @@ def run(
     ids, mask = left_pad([request.prompt for request in requests], model.device)
     draft: Draft | None = None
     with computing(model):
-        cache = model.new_cache(len(requests), room)
+        writer = reader(model, requests)
+        cache = writer.new_cache(len(requests), room)
     while True:
         with computing(model):
-            hidden, logits = step(model, cache, ids, mask, 1 if draft is None else 1 + draft.tokens.shape[1])
-            rule = choose_next if draft is None else accept
+            hidden, logits = step(writer, cache, ids, mask, 1 if draft is None else 1 + draft.tokens.shape[1])
+            rule = choose if draft is None else accept
             accepted = rule(logits, draft, requests)
             cache.commit(accepted.path)
+            if accepted.rows is not None:
+                cache.reorder(torch.tensor(accepted.rows, device=model.device))
+                requests = [requests[row].fork() for row in accepted.rows]
         yield observe(requests, accepted)
         if all(request.finish for request in requests):
             return
@@ -110,7 +122,15 @@ def run(
                 mask = tree_mask(draft, len(requests))
 
 
-def step(model: Decoder, cache: KVCache, ids: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+def reader(model: LanguageModel, requests: Sequence[Request]) -> Decoder | Answering:
+    """What writes the answers: a decoder itself, an encoder-decoder once it has read the requests' sources."""
+    if not isinstance(model, EncoderDecoder):
+        return model
+    source, mask = left_pad([request.source or [] for request in requests], model.device)
+    return Answering(model, model.read(source, mask=mask, keep=True))
+
+
+def step(model: Decoder | Answering, cache: Cache, ids: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
     """One forward over `ids`; hidden states (b, n, width) and logits (b, n, v) of the last n tokens."""
     hidden = model.hidden(ids, mask=mask, cache=cache)[:, -n:]
     return hidden, model.logits(hidden)
@@ -159,14 +179,14 @@ def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 @contextlib.contextmanager
-def computing(model: Decoder) -> Iterator[None]:
+def computing(model: LanguageModel) -> Iterator[None]:
     """No gradients, and the model's own dtype: keys and values in the cache do not follow a caller's autocast."""
     with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         yield
 
 
 @contextlib.contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Dropout off; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

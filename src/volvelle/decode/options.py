@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from volvelle.errors import UsageError
 
@@ -48,3 +49,57 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an answer must and must not hold, whatever is likely; each is a rule of the same name in transformers.
+
+    `min_tokens`: no end before so many tokens (min_new_tokens). `no_repeat_ngram_size` n: no n tokens in a row that
+    occur in the prompt or the answer already (Paulus et al. 2018); 0 = no such rule. `forced_first` is the answer's
+    first token, `forced_last` its last one where `max_tokens` cuts it off; None: what the model's configuration asks
+    for (BART's forced_bos_token_id and forced_eos_token_id).
+    """
+
+    min_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    forced_first: int | None = None
+    forced_last: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_tokens", "no_repeat_ngram_size", "forced_first", "forced_last"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"rules.{name} must not be negative, got {value}")
+
+    def bind(self, written: int, max_tokens: int) -> bool:
+        """Whether any rule has a say on the token after `written` ones of at most `max_tokens`."""
+        return (
+            written < self.min_tokens
+            or self.no_repeat_ngram_size > 0
+            or (written == 0 and self.forced_first is not None)
+            or (written == max_tokens - 1 and self.forced_last is not None)
+        )
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Beam search: the `width` likeliest beginnings of an answer are continued side by side (num_beams).
+
+    A finished answer's score is its log-probability / (its tokens ** `length_penalty`): above 0 longer ones gain.
+    `early_stopping` True ends the search with the `width`-th finished answer, False when the best open one would not
+    reach the worst finished one if it ended now, "never" when it could not even at the length that suits it best.
+
+    >>> Beams(width=4, length_penalty=2.0).early_stopping
+    False
+    """
+
+    width: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UsageError(f"beams.width must be at least 1, got {self.width}")
+        if self.early_stopping not in (True, False, "never"):
+            raise UsageError(f"beams.early_stopping must be true, false or never, got {self.early_stopping!r}")

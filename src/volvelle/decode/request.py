@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from volvelle.decode.options import Sampling
+from volvelle.decode.options import Rules, Sampling
+from volvelle.decode.rules import constrain
 from volvelle.decode.sampling import choose
 from volvelle.decode.stop import StopText
 from volvelle.errors import UsageError, VolvelleError
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
 
 if TYPE_CHECKING:
-    from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.models import LanguageModel
     from volvelle.systems.language.tokenizer import TextTokenizer
 
 Finish = Literal["eos", "stop", "length"]
+NO_RULES = Rules()
 
 
 class Token(NamedTuple):
@@ -60,18 +64,32 @@ class Generation:
 
 @dataclass(frozen=True)
 class Limits:
-    """When an answer ends: after `max_tokens` (None: when the context is full), at an eos id, at a stop string."""
+    """When an answer ends, and what it may hold.
+
+    It ends after `max_tokens` (None: when the context is full), at an eos id, at a stop string.
+    """
 
     max_tokens: int | None = 256
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] | None = None
+    rules: Rules = NO_RULES
 
 
 class Request:
-    """The state of one row of a batch."""
+    """The state of one row of a batch.
 
-    def __init__(self, model: Decoder, prompt: Sequence[int] | Tensor, sampling: Sampling, limits: Limits):
-        self.prompt = [int(token) for token in prompt]
+    A decoder goes on from the `prompt`. An encoder-decoder reads it as its `source` (None for a decoder), and the
+    answer goes on from the model's start token alone.
+    """
+
+    def __init__(self, model: LanguageModel, prompt: Sequence[int] | Tensor, sampling: Sampling, limits: Limits):
+        self.prompt, self.rules = [int(token) for token in prompt], limits.rules
+        self.source: list[int] | None = None
+        _check_prompt(model, self.prompt)
+        _check_rules(model, self.rules)
+        if isinstance(model.config, EncoderDecoderConfig):
+            self.source, self.prompt = self.prompt, [model.config.start]
+            self.rules = _filled(limits.rules, model.config)
         self.sampling = sampling
         self.max_tokens = _room(model, self.prompt, limits.max_tokens)
         tokenizer = model.tokenizer
@@ -93,7 +111,12 @@ class Request:
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token is the likeliest, with no rule before it."""
-        return self.sampling.greedy and self._seen is None
+        return self.sampling.greedy and self._seen is None and not self.is_bound
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a rule has a say on the next token."""
+        return self.rules.bind(len(self.tokens), self.max_tokens)
 
     @property
     def last(self) -> int:
@@ -102,7 +125,20 @@ class Request:
 
     def choose(self, logits: Tensor) -> int:
         """Pick the next token from logits (v,) with this request's rules and random numbers."""
-        return choose(logits, self.sampling, self._seen, self._generator)
+        return choose(self.constrain(logits), self.sampling, self._seen, self._generator)
+
+    def constrain(self, scores: Tensor) -> Tensor:
+        """The scores (v,) of the next token as this request's rules leave them."""
+        if not self.is_bound:
+            return scores
+        return constrain(scores, self.prompt, self.tokens, self.rules, eos=self.eos_ids, max_tokens=self.max_tokens)
+
+    def fork(self) -> Request:
+        """A row of a search that goes on from here. It makes no text: a hypothesis is read when it is chosen."""
+        other = copy.copy(self)
+        other.tokens, other._stream = list(self.tokens), None
+        other._seen = None if self._seen is None else self._seen.clone()
+        return other
 
     def add(self, token: int, drafted: bool = False) -> Token:
         """Take one more token; sets `finish` when it is the last."""
@@ -129,21 +165,45 @@ def seeded(seed: int | None) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
 
-def _room(model: Decoder, prompt: list[int], max_tokens: int | None) -> int:
-    context, vocabulary = model.config.context, model.config.vocabulary
+def _check_prompt(model: LanguageModel, prompt: list[int]) -> None:
+    vocabulary = model.config.vocabulary
     if not prompt:
         raise VolvelleError("the prompt is empty: a model needs at least one token to go on from")
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         wrong = next(token for token in prompt if not 0 <= token < vocabulary)
         raise VolvelleError(f"prompt token {wrong} is outside the model's vocabulary of {vocabulary}")
+    if len(prompt) > model.room:
+        raise _too_long(prompt, model.room)
+
+
+def _check_rules(model: LanguageModel, rules: Rules) -> None:
+    for name in ("forced_first", "forced_last"):
+        token = getattr(rules, name)
+        if token is not None and token >= model.config.vocabulary:
+            raise UsageError(f"rules.{name} = {token} is outside the model's vocabulary of {model.config.vocabulary}")
+
+
+def _too_long(prompt: list[int], context: int) -> VolvelleError:
+    return VolvelleError(
+        f"the prompt has {len(prompt)} tokens, the model's context is {context}: no room for an answer",
+        tip="shorten the prompt; nothing is cut silently",
+    )
+
+
+def _filled(rules: Rules, config: EncoderDecoderConfig) -> Rules:
+    """The rules, and the model's own where they leave it to the model."""
+    first = config.forced_first if rules.forced_first is None else rules.forced_first
+    last = config.forced_last if rules.forced_last is None else rules.forced_last
+    return replace(rules, forced_first=first, forced_last=last)
+
+
+def _room(model: LanguageModel, prompt: list[int], max_tokens: int | None) -> int:
+    context = model.room
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
     room = context - len(prompt)
     if room < 1:
-        raise VolvelleError(
-            f"the prompt has {len(prompt)} tokens, the model's context is {context}: no room for an answer",
-            tip="shorten the prompt; nothing is cut silently",
-        )
+        raise _too_long(prompt, context)
     if max_tokens is not None and max_tokens > room:
         raise VolvelleError(
             f"the prompt's {len(prompt)} tokens and max_tokens={max_tokens} exceed the model's context of {context}",
