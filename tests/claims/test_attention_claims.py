@@ -5,7 +5,6 @@ import torch
 
 from volvelle.claims import flash, position_zoo, precision, rope
 from volvelle.parts.attention import tiled
-from volvelle.systems.language.config import ALiBi, Learned
 
 
 @pytest.mark.parametrize("claim", [flash, rope])
@@ -46,7 +45,22 @@ def test_precision_holds_and_a_rounded_table_would_be_noticed(monkeypatch):
 def test_one_run_of_the_zoo_learns_and_reads_longer_windows():
     train, held = position_zoo.corpus()
     assert not set(bytes(train.tolist()).split(b"\n\n")) >= set(bytes(held.tolist()).split(b"\n\n"))
-    found = position_zoo.run(ALiBi(), train, held, seed=0, steps=25)
-    assert set(found) == {1, 2, 4}
-    assert all(value < 100 for value in found.values())  # 256 bytes, so 256 before it has learnt anything
-    assert set(position_zoo.run(Learned(), train, held, seed=0, steps=1)) == {1}
+    found = position_zoo.run("alibi", (train, held), seed=0, steps=25)
+    assert set(found["alibi"]) == {1, 2, 4}
+    assert all(value < 100 for value in found["alibi"].values())  # 256 bytes, so 256 before it has learnt anything
+    assert position_zoo.run("learned", (train, held), seed=0, steps=1)["learned"].keys() == {1}
+
+
+def test_the_zoo_reads_what_rope_learnt_with_every_scaling_and_has_linear_attention(monkeypatch):
+    texts = position_zoo.corpus()
+    texts = texts[0], texts[1][: 64 * 16]
+    found = position_zoo.run("rope", texts, seed=0, steps=2, stretched=True)
+    assert set(found) == {"rope", *position_zoo.STRETCHED}
+    inside = [found[name][1] for name in ("rope", "rope-dynamic", "rope-longrope")]
+    assert inside[0] == pytest.approx(inside[1]) == pytest.approx(inside[2])  # they wait for longer texts
+    assert len({round(values[4], 9) for values in found.values()}) == len(found)
+    name = f"rope{position_zoo.LINEAR}"
+    assert set(position_zoo.run(name, texts, seed=0, steps=2)[name]) == {1, 2, 4}
+    drawing = position_zoo._chart({f"encoding {i}": [{1: 3.0 + i, 2: 4.0, 4: 5.0}] for i in range(23)})
+    assert drawing.count("<circle") == 69
+    assert all(f">encoding {i}</text>" in drawing for i in range(23))

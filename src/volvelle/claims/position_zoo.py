@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least, at_most
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from volvelle.systems.language.config import Position
+    from volvelle.systems.language.config import LanguageConfig
+    from volvelle.systems.language.decoder import Decoder
 
 CLAIM = Claim(
     title="Train short, test long: position encodings beyond the trained length",
@@ -24,33 +26,57 @@ CLAIM = Claim(
         "https://arxiv.org/abs/2108.12409",
     ),
     sentence="Attention with Linear Biases (ALiBi) … enables input length extrapolation",
-    measured_by="the perplexity of a small byte-level decoder per encoding, on held-out text in windows of the trained "
-    "length L, of 2 L and of 4 L; the text is Python's own language reference, which every installation carries",
+    measured_by="the perplexity of a small byte-level decoder per encoding, and of one with linear attention, on "
+    "held-out text in windows of the trained length L, of 2 L and of 4 L; the text is Python's own language "
+    "reference, which every installation carries",
     summary="Which encodings keep working on texts longer than any they were trained on, and which do not.",
     summary_zh="哪些位置编码在比训练更长的文本上仍然有效,哪些则不然。",
     seconds={"quick": 60, "full": 900},
-    parts=("nn.ALiBi", "nn.T5Bias", "nn.ShawBias", "nn.TransformerXLBias", "nn.RotaryEmbedding"),
+    parts=(
+        "nn.ALiBi",
+        "nn.T5Bias",
+        "nn.ShawBias",
+        "nn.TransformerXLBias",
+        "nn.DisentangledBias",
+        "nn.DynamicBias",
+        "nn.RotaryEmbedding",
+        "nn.LinearAttention",
+    ),
     recipe="volvelle train language data=book.txt position=alibi",
 )
 
 LENGTH = 64
 QUICK = ("sinusoidal", "rope", "alibi")
+LINEAR = ", linear attention"
+"""Behind the name of an encoding."""
+STEPS = 400
+"""Of the full budget."""
+STRETCHED = ("rope-linear", "rope-ntk", "rope-dynamic", "rope-yarn", "rope-longrope", "rope-llama3")
+"""Scalings that a model trained with plain RoPE is read with: what they are for."""
 BOUNDED = ("learned", "multiplicative")
 """Encodings with one vector a position, which longer texts do not have."""
+
+Found = dict[str, list[dict[int, float]]]
+"""Of each encoding, for each seed: the perplexity by multiples of the trained length."""
 
 
 def measure(budget: Budget) -> Measurement:
     """Train 3 encodings with one seed (full: all, with three seeds) and read longer windows."""
     import torch
 
-    from volvelle.train.scratch import POSITIONS
+    from volvelle.train.recipes.choices import POSITIONS
 
-    names, seeds, steps = (QUICK, 1, 400) if budget == "quick" else (tuple(POSITIONS), 3, 400)
-    train, held = corpus()
+    everything = (*(name for name in POSITIONS if name not in STRETCHED), f"rope{LINEAR}")
+    names, seeds, steps = (QUICK, 1, 400) if budget == "quick" else (everything, 3, STEPS)
+    texts = corpus()
     before = torch.get_num_threads()
     torch.set_num_threads(min(2, before))
+    found: Found = {}
     try:
-        found = {name: [run(POSITIONS[name], train, held, seed, steps) for seed in range(seeds)] for name in names}
+        for name in names:
+            for seed in range(seeds):
+                for reading, values in run(name, texts, seed, steps, stretched=budget == "full").items():
+                    found.setdefault(reading, []).append(values)
     finally:
         torch.set_num_threads(before)
     findings = []
@@ -70,7 +96,9 @@ def measure(budget: Budget) -> Measurement:
         ),
     ]
     setting = {"L": LENGTH, "width": 64, "blocks": 2, "steps": steps, "seeds": seeds, "tokens": "bytes"}
-    notes = tuple(f"{name} has no vectors beyond L" for name in names if name in BOUNDED)
+    notes = [f"{name} has no vectors beyond L" for name in names if name in BOUNDED]
+    if budget == "full":
+        notes.append(f"{', '.join(STRETCHED)}: the models trained with rope, read with factor 4")
     return Measurement(findings, setting=setting, notes=notes, pictures={"perplexity": _chart(found)})
 
 
@@ -86,40 +114,67 @@ def corpus() -> tuple[Tensor, Tensor]:
     return train, held
 
 
-def run(position: Position, train: Tensor, held: Tensor, seed: int, steps: int) -> dict[int, float]:
-    """Train one model; the held-out perplexity in windows of 1, 2 and 4 times the trained length."""
+def run(
+    name: str, texts: tuple[Tensor, Tensor], seed: int, steps: int, *, stretched: bool = False
+) -> dict[str, dict[int, float]]:
+    """Train one model on the first of `texts`; the perplexity of the second in windows of 1, 2 and 4 times the length.
+
+    By the name of the encoding it is read with: `stretched` reads a model of "rope" with all scalings besides.
+    """
     import torch
 
     from volvelle.data.loader import Loader
     from volvelle.data.packing import Windows, collate_windows
-    from volvelle.systems.language import config as c
     from volvelle.systems.language.decoder import Decoder
-    from volvelle.train.language import LanguageObjective, held_out_loss
+    from volvelle.systems.language.positions import build_position
+    from volvelle.train.language import LanguageObjective
     from volvelle.train.loop import fit
     from volvelle.train.observer import Quiet
     from volvelle.train.options import FitOptions
-    from volvelle.train.scratch import embedding_scale
+    from volvelle.train.recipes.choices import POSITIONS
 
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"vocabulary": 256, "width": 64, "depth": 2, "heads": 4, "context": LENGTH}
-    model = Decoder(
-        c.LanguageConfig(
-            "volvelle",
-            **sizes,
-            norm=c.RMSNorm(),
-            mlp=c.GatedMLP(160),
-            position=position,
-            embedding_scale=embedding_scale(position, sizes["width"]),
-        )
-    )
+    config = _config(name)
+    model = Decoder(config)
     options = FitOptions(steps=steps, batch=16, learning_rate=1e-2, seed=seed, checkpoint_every=None)
-    loader = Loader(Windows(train, LENGTH), options.batch, seed=seed, collate=collate_windows)
+    loader = Loader(Windows(texts[0], LENGTH), options.batch, seed=seed, collate=collate_windows)
     fit(LanguageObjective(model, options), loader, options=options, observer=Quiet())
+    found = {name: _read(model, texts[1], (1,) if name in BOUNDED else (1, 2, 4))}
+    for other in STRETCHED if stretched and name == "rope" else ():
+        model.model.position = build_position(dataclasses.replace(config, position=POSITIONS[other]))
+        found[other] = _read(model, texts[1], (1, 2, 4))
+    return found
+
+
+def _config(name: str) -> LanguageConfig:
+    from volvelle.systems.language import config as c
+    from volvelle.train.recipes.choices import ATTENTIONS, POSITIONS, embedding_scale
+
+    position = POSITIONS[name.removesuffix(LINEAR)]  # type: ignore[index]
+    return c.LanguageConfig(
+        "volvelle",
+        vocabulary=256,
+        width=64,
+        depth=2,
+        heads=4,
+        context=LENGTH,
+        norm=c.RMSNorm(),
+        mlp=c.GatedMLP(160),
+        position=position,
+        attention=ATTENTIONS["linear" if name.endswith(LINEAR) else "softmax"],
+        embedding_scale=embedding_scale(position, 64),
+    )
+
+
+def _read(model: Decoder, text: Tensor, lengths: tuple[int, ...]) -> dict[int, float]:
+    """The perplexity in windows of these multiples of the trained length."""
+    from volvelle.data.loader import Loader
+    from volvelle.data.packing import Windows, collate_windows
+    from volvelle.train.language import held_out_loss
+
     found = {}
-    for times in (1, 2, 4):
-        if times > 1 and isinstance(position, c.Learned | c.Multiplicative):
-            continue
-        windows = Windows(held, LENGTH * times)
+    for times in lengths:
+        windows = Windows(text, LENGTH * times)
         # Whole windows only: the last one ends with the text and is shorter in new targets.
         part = [windows[i] for i in range(min(len(windows) - 1, 512 // times))]
         reader = Loader(part, 16, seed=0, collate=collate_windows, shuffle=False)
@@ -127,12 +182,12 @@ def run(position: Position, train: Tensor, held: Tensor, seed: int, steps: int) 
     return found
 
 
-def _chart(found: dict[str, list[dict[int, float]]]) -> str:
-    from volvelle.train.charts import Series, line_chart
+def _chart(found: Found) -> str:
+    from volvelle.train.charts import Series, line_chart, standalone
 
     lines = []
     for name, runs in found.items():
         lengths = sorted(set().union(*runs))
         points = [(float(LENGTH * n), statistics.mean(one[n] for one in runs)) for n in lengths]
         lines.append(Series(name, points, dots=True))
-    return line_chart(lines, x_label="window, tokens", y_label="held-out perplexity", log_y=True)
+    return standalone(line_chart(lines, x_label="window, tokens", y_label="held-out perplexity", log_y=True, width=760))

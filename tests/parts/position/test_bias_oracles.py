@@ -348,6 +348,7 @@ def test_alibi_slopes(heads, slopes):
         (lambda: deberta.deberta_log_buckets(torch.arange(3), 8, 5), "above 5"),
         (lambda: deberta.disentangled_bias(Q, K, Q_POSITIONS, K_POSITIONS), "pos_key, pos_query or both"),
         (lambda: deberta.DisentangledBias(3, torch.nn.Linear(4, 8), None, k=4), "3 heads"),
+        (lambda: deberta.DisentangledBias(2, torch.nn.Linear(4, 8), None, k=None).bias(), "must be given them"),
         (
             lambda: transformer_xl.transformer_xl_bias(
                 Q,
@@ -365,3 +366,24 @@ def test_alibi_slopes(heads, slopes):
 def test_errors_name_the_rule(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_layers_that_share_relative_vectors_answer_as_one_that_owns_them():
+    key, query = torch.nn.Linear(5, H * D).double(), torch.nn.Linear(5, H * D).double()
+    shared = deberta.RelativeVectors(4, 5).double()
+    own = deberta.DisentangledBias(H, key, query, k=4, table=shared.weight)
+    layer = deberta.DisentangledBias(H, key, query, k=None)
+    assert len(list(layer.parameters())) == 4  # the projections alone
+    expected = own.bias().tile(Q, K, Q_POSITIONS, K_POSITIONS)
+    assert torch.equal(layer.bias(shared.vectors()).tile(Q, K, Q_POSITIONS, K_POSITIONS), expected)
+    assert layer.bias(shared.vectors()).scale == own.bias().scale
+    assert encoding.PositionEncoding().vectors() is None
+
+
+def test_a_reset_network_of_distances_is_drawn_for_numbers_as_large_as_distances():
+    module = dynamic.DynamicBias(4, width=64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0)
+    module.reset_parameters()
+    assert 0.4 < float(module.network[0].weight.detach().std()) < 0.8  # U(-1, 1), as for any layer with one input

@@ -14,7 +14,7 @@ Shapes: b batch, h_kv key/value heads, n new tokens, d features a head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,68 @@ class Snapshot(NamedTuple):
     cursor: int
     has_holes: bool
     serial: int
+
+
+class Cache(Protocol):
+    """What a decoding loop knows of a model's memory of the tokens so far; which kind it is, only the layers know."""
+
+    @property
+    def length(self) -> int:
+        """The number of slots in use, the same for all rows (holes included)."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens in each row, (b,)."""
+        ...
+
+    def begin(self, n: int, *, padding: Tensor | None = None, tree: Tensor | None = None) -> Step:
+        """Open a step of n new tokens: padding (b, n), True = real; tree (n, n) or (b, n, n), True = may attend."""
+        ...
+
+    def commit(self, path: Tensor | None = None) -> None:
+        """Keep the tokens of the open step: all, or those at `path` (b, m), offsets into the step, -1 = none."""
+        ...
+
+    def snapshot(self) -> Any:
+        """Return the committed state, to `restore` later."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Go back to an earlier state; what came after it is forgotten."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything."""
+        ...
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from the row that was `rows[i]`, (b') int64; an open step is forgotten."""
+        ...
+
+
+def check_step(cache: str, b: int, n: int, padding: Tensor | None, tree: Tensor | None) -> None:
+    """Raise ValueError, in the name of `cache`, where padding or tree do not fit a step of n tokens in b rows."""
+    if n < 1:
+        raise ValueError(f"{cache}: a step has at least one token, got {n}")
+    if padding is not None and tuple(padding.shape) != (b, n):
+        raise ValueError(f"{cache}: padding must be (b, n) = ({b}, {n}), got {tuple(padding.shape)}")
+    shapes = {(n, n), (1, n, n), (b, n, n)}
+    if tree is not None and (tree.dtype != torch.bool or tuple(tree.shape) not in shapes):
+        raise ValueError(f"{cache}: tree must be bool (n, n) or (b, n, n), got {tree.dtype} {tuple(tree.shape)}")
+
+
+def checked_path(cache: str, b: int, n: int, path: Tensor) -> Tensor:
+    """Return the path (b, m) into a step of n tokens, cut behind its last column in use.
+
+    Raises ValueError, in the name of `cache`, where it does not fit.
+    """
+    if path.dim() != 2 or path.shape[0] != b or path.shape[1] > n:
+        raise ValueError(f"{cache}: path must be (b, m <= {n}) with b = {b}, got {tuple(path.shape)}")
+    if path.numel() and not bool(((path >= -1) & (path < n)).all()):
+        raise ValueError(f"{cache}: path must hold offsets from -1 to {n - 1}, got {path.tolist()}")
+    columns = (path >= 0).any(0).nonzero()
+    return path[:, : int(columns[-1]) + 1 if columns.numel() else 0]
 
 
 class KVCache:
@@ -144,15 +206,8 @@ class KVCache:
         if path is None:
             self._cursor, self._pending = start + n, 0
             return
-        if path.dim() != 2 or path.shape[0] != self.batch or path.shape[1] > n:
-            raise ValueError(f"KVCache: path must be (b, m <= {n}) with b = {self.batch}, got {tuple(path.shape)}")
-        path = path.to(self._slots.device)
-        if path.numel() and not bool(((path >= -1) & (path < n)).all()):
-            raise ValueError(f"KVCache: path must hold offsets from -1 to {n - 1}, got {path.tolist()}")
-        taken = path >= 0
-        columns = taken.any(0).nonzero()
-        m = int(columns[-1]) + 1 if columns.numel() else 0
-        path, taken = path[:, :m], taken[:, :m]
+        path = checked_path("KVCache", self.batch, n, path.to(self._slots.device))
+        m, taken = path.shape[1], path >= 0
         source = torch.where(taken, path, self._slots[:m])
         if not torch.equal(source, self._slots[:m].expand_as(source)):
             step = self._storage.narrow(4, start, n)
@@ -176,12 +231,31 @@ class KVCache:
         Raises ValueError when the cache has since been rewound to before the snapshot, which lost its tokens.
         """
         for serial, cursor in self._rewinds:
+            if snapshot.serial <= serial and cursor < 0:
+                raise ValueError(f"KVCache: the snapshot at {snapshot.cursor} was lost when the rows were reordered")
             if snapshot.serial <= serial and cursor < snapshot.cursor:
                 raise ValueError(
                     f"KVCache: the snapshot at {snapshot.cursor} was lost when the cache went back to {cursor}"
                 )
         self._rewind(snapshot.cursor)
         self._has_holes = snapshot.has_holes
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from the row that was `rows[i]`, (b') int64: rows may repeat, be left out, change in number.
+
+        An open step is forgotten, and so are snapshots.
+        """
+        self._clear_pending()
+        if torch.equal(rows, torch.arange(self.batch, device=rows.device)):
+            return
+        used, keep = self._storage.narrow(4, 0, self._cursor).index_select(2, rows), self._keep.index_select(0, rows)
+        if len(rows) != self.batch:
+            self.batch = len(rows)
+            shape = (*self._storage.shape[:2], self.batch, *self._storage.shape[3:])
+            self._storage = self._storage.new_zeros(shape)
+        self._storage.narrow(4, 0, self._cursor).copy_(used)
+        self._keep = keep
+        self._rewinds = [(self._serial, -1)]
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""
@@ -198,11 +272,7 @@ class KVCache:
     def _check(self, n: int, padding: Tensor | None, tree: Tensor | None) -> None:
         if n < 1 or self._cursor + n > self.context:
             raise ValueError(f"KVCache: {n} tokens after {self._cursor} do not fit into a context of {self.context}")
-        if padding is not None and tuple(padding.shape) != (self.batch, n):
-            raise ValueError(f"KVCache: padding must be (b, n) = ({self.batch}, {n}), got {tuple(padding.shape)}")
-        shapes = {(n, n), (1, n, n), (self.batch, n, n)}
-        if tree is not None and (tree.dtype != torch.bool or tuple(tree.shape) not in shapes):
-            raise ValueError(f"KVCache: tree must be bool (n, n) or (b, n, n), got {tree.dtype} {tuple(tree.shape)}")
+        check_step("KVCache", self.batch, n, padding, tree)
 
     def _clear_pending(self) -> None:
         if self._pending and self._has_holes:

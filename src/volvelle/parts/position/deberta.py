@@ -25,6 +25,8 @@ from volvelle.export import export
 from volvelle.parts.position.encoding import Bias, PositionEncoding, distances, exact, widened
 
 P2C = Literal["released", "paper"]
+STD = 0.02
+"""Of fresh relative vectors."""
 
 
 def _find_edges(bucket_size: int, max_position: int) -> tuple[int, ...]:
@@ -160,6 +162,23 @@ class _DisentangledTerms(Bias):
         )
 
 
+class RelativeVectors(PositionEncoding):
+    """The relative vectors P (2k, width), of which each layer's `DisentangledBias` makes its terms."""
+
+    def __init__(self, k: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2 * k, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw them from N(0, 0.02)."""
+        nn.init.normal_(self.weight, std=STD)
+
+    def vectors(self) -> Tensor:
+        """Return P."""
+        return self.weight
+
+
 @export("nn.DisentangledBias", twin=disentangled_bias)
 class DisentangledBias(PositionEncoding):
     """`disentangled_bias` with its relative vectors P (2k, width) and the projections of one layer.
@@ -167,6 +186,7 @@ class DisentangledBias(PositionEncoding):
     key is W_{k,r} and query W_{q,r}, each a Linear from width to heads * d: give those of the layer's content to share
     them (version 2's `share_att_key`), or None to leave the term out. Layers share P: pass one `table` to all of them.
     Version 1: k = the largest distance, no `max_position`. Version 2: k = `position_buckets`, with `max_position`.
+    With k None the module has no vectors of its own, and `bias` is given them (`RelativeVectors` holds some).
     `bias()` carries the `scale` 1 / sqrt(t d), which `attention` then takes for q · k too.
 
     >>> key, query = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
@@ -181,7 +201,7 @@ class DisentangledBias(PositionEncoding):
         key: nn.Linear | None,
         query: nn.Linear | None,
         *,
-        k: int,
+        k: int | None,
         max_position: int | None = None,
         p2c: P2C = "released",
         table: nn.Parameter | None = None,
@@ -196,28 +216,35 @@ class DisentangledBias(PositionEncoding):
         self.p2c: P2C = p2c
         self.key, self.query = key, query
         self.scale = ((1 + (key is not None) + (query is not None)) * (given.out_features // heads)) ** -0.5
-        self.table = nn.Parameter(torch.empty(2 * k, given.in_features)) if table is None else table
-        if table is None:
-            self.reset_parameters()
+        if table is None and k is not None:
+            table = nn.Parameter(nn.init.normal_(torch.empty(2 * k, given.in_features), std=STD))
+        self.table = table
 
     def reset_parameters(self) -> None:
         """Draw the relative vectors from N(0, 0.02); the projections keep their weights."""
-        nn.init.normal_(self.table, std=0.02)
+        if self.table is not None:
+            nn.init.normal_(self.table, std=STD)
 
-    def _projected(self, layer: nn.Linear | None) -> Tensor | None:
+    def _projected(self, layer: nn.Linear | None, table: Tensor) -> Tensor | None:
         """Return P through one projection, (h, 2k, d)."""
-        return None if layer is None else layer(self.table).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        return None if layer is None else layer(table).unflatten(-1, (self.heads, -1)).transpose(0, 1)
 
     def forward(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """Return the bias (b, h, n_q, n_k)."""
         return self.bias().tile(q, k, q_positions, k_positions)
 
-    def bias(self) -> Bias:
-        """Return the score bias; the projections are applied here, once for all blocks."""
-        return _DisentangledTerms(
-            self._projected(self.key), self._projected(self.query), self.max_position, self.p2c, self.scale
-        )
+    def bias(self, vectors: Tensor | None = None) -> Bias:
+        """Return the score bias, made of the module's relative vectors or of those given, (2k, width).
+
+        The projections are applied here, once for all blocks.
+        """
+        table = self.table if vectors is None else vectors
+        if table is None:
+            raise ValueError("DisentangledBias: built without relative vectors (k=None), so bias must be given them")
+        key, query = self._projected(self.key, table), self._projected(self.query, table)
+        return _DisentangledTerms(key, query, self.max_position, self.p2c, self.scale)
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"{self.heads}, k={self.table.shape[0] // 2}, max_position={self.max_position}, p2c={self.p2c!r}"
+        k = None if self.table is None else self.table.shape[0] // 2
+        return f"{self.heads}, k={k}, max_position={self.max_position}, p2c={self.p2c!r}"

@@ -85,6 +85,12 @@ class DynamicBias(PositionEncoding):
         sizes = [1, *[width] * depth, heads]
         self.network = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
+    def reset_parameters(self) -> None:
+        """Draw the weights as nn.Linear does, for inputs as large as distances are."""
+        for layer in self.network:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """(weight, bias) of each layer."""

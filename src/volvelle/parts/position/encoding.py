@@ -157,3 +157,7 @@ class PositionEncoding(nn.Module):
     def bias(self) -> Bias | None:
         """Return the score bias, or None where there is none."""
         return None
+
+    def vectors(self) -> Tensor | None:
+        """Return the vectors that the encodings of single layers share (DeBERTa), or None where they share nothing."""
+        return None
