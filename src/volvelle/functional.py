@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import attention as attention
 from volvelle.parts.attention.linear import linear_attention as linear_attention
+from volvelle.parts.lowrank.bottleneck import bottleneck_adapter as bottleneck_adapter
+from volvelle.parts.lowrank.dora import dora_linear as dora_linear
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
+from volvelle.parts.lowrank.prefix import prefix_states as prefix_states
+from volvelle.parts.metrics.rouge import rouge_l as rouge_l
+from volvelle.parts.metrics.rouge import rouge_n as rouge_n
 from volvelle.parts.position.alibi import alibi_bias as alibi_bias
 from volvelle.parts.position.alibi import alibi_slopes as alibi_slopes
 from volvelle.parts.position.axial import apply_axial_rope as apply_axial_rope
@@ -46,11 +51,13 @@ __all__ = [
     "apply_rope",
     "attention",
     "axial_positions",
+    "bottleneck_adapter",
     "complex_positions",
     "conv_positions",
     "convert_rope_layout",
     "deberta_log_buckets",
     "disentangled_bias",
+    "dora_linear",
     "dynamic_bias",
     "grid_positions",
     "hierarchical_positions",
@@ -61,8 +68,11 @@ __all__ = [
     "multiplicative_positions",
     "number_format",
     "position_readout",
+    "prefix_states",
     "recurrent_positions",
     "rope_frequencies",
+    "rouge_l",
+    "rouge_n",
     "shaw_key_bias",
     "shaw_value_term",
     "sinusoidal_positions",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import Attention as Attention
 from volvelle.parts.attention.linear import LinearAttention as LinearAttention
+from volvelle.parts.lowrank.bottleneck import BottleneckAdapter as BottleneckAdapter
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
+from volvelle.parts.lowrank.prefix import PrefixStates as PrefixStates
 from volvelle.parts.position.alibi import ALiBi as ALiBi
 from volvelle.parts.position.axial import AxialPositions as AxialPositions
 from volvelle.parts.position.axial import AxialRotaryEmbedding as AxialRotaryEmbedding
@@ -33,6 +35,7 @@ __all__ = [
     "Attention",
     "AxialPositions",
     "AxialRotaryEmbedding",
+    "BottleneckAdapter",
     "ComplexPositions",
     "ConvPositions",
     "DisentangledBias",
@@ -45,6 +48,7 @@ __all__ = [
     "MasterWeights",
     "MultimodalRotaryEmbedding",
     "MultiplicativePositions",
+    "PrefixStates",
     "RecurrentPositions",
     "RotaryEmbedding",
     "ShawBias",

@@ -31,6 +31,24 @@ def lora_linear(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x,), lambda: functional.lora_linear(x, layer.weight, layer.bias, layer.a, layer.b, 2.0))
 
 
+def bottleneck_adapter(dtype: torch.dtype) -> Sample:
+    layer = parts.BottleneckAdapter(5, 3, activation="gelu", scale=2.0, dtype=dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, residual = torch.randn(2, 2, 4, 5, dtype=dtype)
+    weights = (layer.down, layer.down_bias, layer.up, layer.up_bias)
+    options = {"residual": residual, "scale": 2.0, "activation": "gelu"}
+    return Sample(layer, (x, residual), lambda: functional.bottleneck_adapter(x, *weights, **options))
+
+
+def prefix_states(dtype: torch.dtype) -> Sample:
+    layer = parts.PrefixStates(4, layers=2, kv_heads=3, head_width=2, hidden=5, start=torch.randn(4, 24)).to(dtype)
+    nn.init.normal_(layer.second.weight)
+    first, second = layer.first, layer.second
+    mlp = (first.weight, first.bias, second.weight, second.bias)
+    return Sample(layer, (), lambda: functional.prefix_states(layer.table, 2, 3, mlp=mlp, start=layer.start))
+
+
 def rotary_embedding(dtype: torch.dtype) -> Sample:
     q, k = torch.randn(2, 6, 5, 16, dtype=dtype), torch.randn(2, 2, 5, 16, dtype=dtype)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 3, 3, 9, 100]])
@@ -208,9 +226,11 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.HierarchicalPositions": hierarchical_positions,
     "nn.LearnedPositions": learned_positions,
     "nn.LinearAttention": linear_attention,
+    "nn.BottleneckAdapter": bottleneck_adapter,
     "nn.LoRALinear": lora_linear,
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,
+    "nn.PrefixStates": prefix_states,
     "nn.RecurrentPositions": recurrent_positions,
     "nn.RotaryEmbedding": rotary_embedding,
     "nn.ShawBias": shaw_bias,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from volvelle.adapt.files import load, save
     from volvelle.adapt.methods import Bottleneck, DoRA, Full, LoRA
     from volvelle.adapt.model import Adapted, activate, adapted, apply, disabled, merge, remove, unmerge, using
+    from volvelle.adapt.prefix_methods import PrefixTuning, PromptTuning
     from volvelle.adapt.run import load_run
 
 _HOME = {
@@ -20,6 +21,7 @@ _HOME = {
         ("Adapted", "activate", "adapted", "apply", "disabled", "merge", "remove", "unmerge", "using"), "model"
     ),
     **dict.fromkeys(("load", "save"), "files"),
+    **dict.fromkeys(("PrefixTuning", "PromptTuning"), "prefix_methods"),
     "load_run": "run",
 }
 
@@ -29,6 +31,8 @@ __all__ = [
     "DoRA",
     "Full",
     "LoRA",
+    "PrefixTuning",
+    "PromptTuning",
     "activate",
     "adapted",
     "apply",

@@ -46,7 +46,10 @@ class Unpacked(NamedTuple):
 class Format(Protocol):
     """How the adapters of some methods lie in a folder."""
 
-    peft_types: tuple[str, ...]
+    @property
+    def peft_types(self) -> tuple[str, ...]:
+        """The values of `peft_type` that it reads."""
+        ...
 
     def writes(self, method: Method) -> bool:
         """Whether this format holds adapters of that method."""
@@ -71,8 +74,9 @@ def formats() -> tuple[Format, ...]:
     """All formats."""
     from volvelle.adapt.bottleneck_files import BottleneckFormat
     from volvelle.adapt.peft_files import LowRankFormat
+    from volvelle.adapt.prefix_files import PrefaceFormat
 
-    return LowRankFormat(), BottleneckFormat()
+    return LowRankFormat(), BottleneckFormat(), PrefaceFormat()
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None, base: str | None = None) -> Path:

@@ -9,20 +9,24 @@ Shapes: b batch, h_kv key/value heads, l positions of a preface, d features a he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from volvelle.adapt.prefix_methods import PrefixTuning, PromptTuning
+from volvelle.adapt.prefix_sites import SitedPrefix, stacks
 from volvelle.adapt.prefix_transformers import Graft, Sizes, sizes
 from volvelle.adapt.switch import Switch, check_rows
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.before import Before
 from volvelle.parts.lowrank.prefix import PrefixStates
-from volvelle.systems.language.config import Complex, Convolutional
+from volvelle.systems.language.config import Complex, Convolutional, LinearAttention
 from volvelle.systems.language.decoder import Decoder
+from volvelle.systems.language.encoder_decoder import EncoderDecoder
+from volvelle.systems.language.preface import Prefaced, Site
 
 SLOT = "before"
 COMMON = 5000
@@ -32,7 +36,7 @@ COMMON = 5000
 class Prefix(PrefixStates):
     """The preface of prefix tuning: keys and values as they are trained."""
 
-    def states(self, model: nn.Module) -> Tensor:
+    def states(self, model: nn.Module, site: Site) -> Tensor:
         """Keys and values (layers, 2, 1, h_kv, l, d)."""
         return self()
 
@@ -49,7 +53,7 @@ class Prompt(nn.Module):
         """The number of embeddings."""
         return len(self.table)
 
-    def states(self, model: nn.Module) -> Tensor:
+    def states(self, model: nn.Module, site: Site) -> Tensor:
         """Keys and values (layers, 2, 1, h_kv, l, d)."""
         return _states_of(model, self.table[None])
 
@@ -58,7 +62,7 @@ class Prompt(nn.Module):
         return self.table.detach()
 
 
-Preface = Prefix | Prompt
+Preface = Prefix | Prompt | SitedPrefix
 
 
 class Prefaces(nn.Module):
@@ -82,12 +86,13 @@ class Prefaces(nn.Module):
         chosen = self.switch.chosen
         return [self._length(name) for name in chosen] if isinstance(chosen, tuple) else self._length(chosen)
 
-    def forward(self, model: nn.Module, batch: int) -> Before | None:
+    def forward(self, model: nn.Module, batch: int, site: Site = "decoder") -> Before | None:
         """What comes before the text for the chosen adapters, or None; `batch` is the number of rows."""
         chosen = self.switch.selection()
         if isinstance(chosen, tuple):
-            return self._rows(model, chosen, batch)
-        return Before(self._states(model, chosen)) if self._length(chosen) else None
+            return self._rows(model, chosen, batch, site)
+        states = self._states(model, chosen, site)
+        return None if states is None else Before(states)
 
     def _length(self, name: str | None) -> int:
         return self._get(name).length if name in self.at else 0
@@ -95,17 +100,21 @@ class Prefaces(nn.Module):
     def _get(self, name: str | None) -> Any:
         return self.at[name]  # pyright: ignore[reportArgumentType]
 
-    def _states(self, model: nn.Module, name: str | None) -> Tensor:
-        return self._get(name).states(model)
-
-    def _rows(self, model: nn.Module, chosen: Sequence[str | None], batch: int) -> Before | None:
-        check_rows(chosen, batch, "what comes before the text")
-        lengths = [self._length(name) for name in chosen]
-        longest = max(lengths)
-        if not longest:
+    def _states(self, model: nn.Module, name: str | None, site: Site) -> Tensor | None:
+        if name not in self.at:
             return None
-        each = {name: self._states(model, name) for name in dict.fromkeys(chosen) if self._length(name)}
+        with self.switch.using(name):  # a prompt runs through layers that would look for the rows of the batch
+            return self._get(name).states(model, site)
+
+    def _rows(self, model: nn.Module, chosen: Sequence[str | None], batch: int, site: Site) -> Before | None:
+        check_rows(chosen, batch, "what comes before the text")
+        found = {name: self._states(model, name, site) for name in dict.fromkeys(chosen)}
+        each = {name: states for name, states in found.items() if states is not None}
+        if not each:
+            return None
         some = next(iter(each.values()))
+        lengths = [each[name].shape[4] if name in each else 0 for name in chosen]
+        longest = max(lengths)
         nothing = some[:, :, :, :, :0]
         # On the left, as padding is, so that a row's own text follows its own keys.
         rows = [nn.functional.pad(s, (0, 0, longest - s.shape[4], 0)) for s in (each.get(n, nothing) for n in chosen)]
@@ -113,6 +122,11 @@ class Prefaces(nn.Module):
             return Before(torch.cat(rows, 2))
         missing = torch.tensor([[longest - length] for length in lengths], device=some.device)
         return Before(torch.cat(rows, 2), torch.arange(longest, device=some.device) >= missing)
+
+
+def preface_path(name: str) -> str:
+    """Where the preface of the adapter `name` lies in a model."""
+    return f"{SLOT}.at.{name}"
 
 
 class PrefaceLayer:
@@ -124,7 +138,7 @@ class PrefaceLayer:
     @property
     def path(self) -> str:
         """Where the preface lies in the model."""
-        return f"{SLOT}.at.{self.name}"
+        return preface_path(self.name)
 
     def own(self) -> dict[str, nn.Parameter]:
         """The trained parameters: the table, and the network that makes a prefix of it."""
@@ -135,10 +149,11 @@ class PrefaceLayer:
         prefaces: Any = getattr(self.model, SLOT, None)
         if prefaces is None:
             prefaces = Prefaces(self.switch)
-            if not isinstance(self.model, Decoder):
+            if not isinstance(self.model, Prefaced):
                 prefaces.graft = Graft(self.model, prefaces)
             self.model.add_module(SLOT, prefaces)
-        prefaces.at[self.name] = self.preface
+        # The model may have moved to another device while the preface was out of it.
+        prefaces.at[self.name] = self.preface.to(_device(self.model))
 
     def restore(self) -> None:
         """Take the preface out; with the last one goes the place for them."""
@@ -169,32 +184,41 @@ def install_prefix(
     model: nn.Module, method: PrefixTuning, name: str, switch: Switch, generator: torch.Generator | None
 ) -> dict[str, PrefaceLayer]:
     """Put a prefix before every text of the model, under the adapter's name."""
-    layers, kv_heads, head_width, _ = _sizes(model, method)
-    start = None
+    shapes = _checked_sites(model, method)
+    starts: dict[Site, Tensor] = {}
     if method.init == "words":
-        with torch.no_grad():
-            states = _states_of(model, _embed(model, _words(model, method, generator))[None])
-        start = states[:, :, 0].permute(3, 0, 1, 2, 4).reshape(method.length, -1).to(_master(states.dtype))
-    device = _device(model)
-    with torch.device(device):
-        preface = Prefix(
-            method.length,
-            layers,
-            kv_heads,
-            head_width,
-            hidden=method.hidden,
-            width=method.width,
-            start=start,
-            generator=generator,
-        ).to(_master(_dtype(model)))
-    return _seated(model, name, preface, switch)
+        ids = _words(model, method, generator)[None]
+        with torch.no_grad(), _evaluating(model):
+            if isinstance(model, EncoderDecoder):
+                starts = model.states_of(ids)
+            else:
+                starts = {"decoder": _states_of(model, _embed(model, ids), ids)}
+    made: dict[Site, PrefixStates] = {}
+    kind = SitedPrefix if isinstance(model, EncoderDecoder) else None
+    for site, (layers, heads, width) in shapes.items():
+        start = starts.get(site)
+        if start is not None:
+            start = start[:, :, 0].permute(3, 0, 1, 2, 4).reshape(method.length, -1).to(_master(start.dtype))
+        with torch.device(_device(model)):
+            made[site] = (Prefix if kind is None else PrefixStates)(
+                method.length,
+                layers,
+                heads,
+                width,
+                hidden=method.hidden,
+                width=method.width,
+                start=start,
+                generator=generator,
+            ).to(_master(_dtype(model)))
+    preface = made["decoder"] if kind is None else kind(made)
+    return _seated(model, name, preface, switch)  # pyright: ignore[reportArgumentType]
 
 
 def install_prompt(
     model: nn.Module, method: PromptTuning, name: str, switch: Switch, generator: torch.Generator | None
 ) -> dict[str, PrefaceLayer]:
     """Put a prompt before every text of the model, under the adapter's name."""
-    width = _sizes(model, method).embedding
+    width = _checked(model, method).embedding
     dtype = _master(_dtype(model))
     if method.init == "words":
         table = _embed(model, _words(model, method, generator)).detach().to(dtype, copy=True)
@@ -210,13 +234,25 @@ def _seated(model: nn.Module, name: str, preface: Preface, switch: Switch) -> di
     return {layer.path: layer}
 
 
-def _sizes(model: nn.Module, method: PrefixTuning | PromptTuning) -> Sizes:
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes a preface must fit."""
+    if not isinstance(model, Decoder):
+        return sizes(model)
+    config = model.config
+    return Sizes(config.depth, config.kv_heads, config.head_width, config.embedding_width)
+
+
+def _checked(model: nn.Module, method: PrefixTuning | PromptTuning) -> Sizes:
     """The sizes a preface must fit; raises VolvelleError where the method cannot work."""
+    if isinstance(model, EncoderDecoder):
+        raise VolvelleError(f"{method.label}: an encoder-decoder takes prefixes only", tip="PrefixTuning()")
     if not isinstance(model, Decoder):
         return sizes(model)
     config = model.config
     if not config.causal:
         raise VolvelleError(f"{method.label}: a masked language model reads both ways, nothing comes before its text")
+    if isinstance(config.attention, LinearAttention):
+        raise VolvelleError(f"{method.label}: linear attention keeps a sum, no keys that others could come before")
     if method.length >= config.context:
         raise VolvelleError(f"{method.label}: {method.length} positions leave no room in a context of {config.context}")
     if isinstance(method, PromptTuning) and isinstance(config.position, Complex | Convolutional):
@@ -224,7 +260,23 @@ def _sizes(model: nn.Module, method: PrefixTuning | PromptTuning) -> Sizes:
         raise VolvelleError(
             f"prompt tuning: {kind} positions need the words themselves, which a trained prompt has not"
         )
-    return Sizes(config.depth, config.kv_heads, config.head_width, config.embedding_width)
+    return sizes_of(model)
+
+
+def _checked_sites(model: nn.Module, method: PrefixTuning) -> dict[Site, tuple[int, int, int]]:
+    """Layers, heads and features a head of each kind of attention that gets a prefix."""
+    if isinstance(model, EncoderDecoder):
+        if method.length >= model.config.context:
+            raise VolvelleError(f"{method.label}: {method.length} positions leave no room for an answer")
+        found = stacks(model)
+    else:
+        found: dict[Site, tuple[int, int, int]] = {"decoder": _checked(model, method)[:3]}
+    absent = [site for site in method.sites or () if site not in found]
+    if absent:
+        raise VolvelleError(
+            f"{method.label}: sites={absent[0]} is for encoder-decoders; a decoder has one site, decoder"
+        )
+    return {site: shape for site, shape in found.items() if method.sites is None or site in method.sites}
 
 
 def _words(model: nn.Module, method: PrefixTuning | PromptTuning, generator: torch.Generator | None) -> Tensor:
@@ -245,10 +297,10 @@ def _words(model: nn.Module, method: PrefixTuning | PromptTuning, generator: tor
     return torch.tensor(repeated[: method.length], device=_device(model))
 
 
-def _states_of(model: nn.Module, x: Tensor) -> Tensor:
+def _states_of(model: nn.Module, x: Tensor, ids: Tensor | None = None) -> Tensor:
     """The keys and values (layers, 2, b, h_kv, n, d) that a model makes of token embeddings x (b, n, width)."""
     if isinstance(model, Decoder):
-        return model.states_of(x)
+        return model.states_of(x, ids)
     prefaces: Any = getattr(model, SLOT, None)
     graft: Graft | None = None if prefaces is None else prefaces.graft
     if graft is not None:
@@ -260,6 +312,18 @@ def _states_of(model: nn.Module, x: Tensor) -> Tensor:
         graft.remove()
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _embed(model: nn.Module, ids: Tensor) -> Tensor:
     return _embeddings(model).weight[ids]
 
@@ -267,6 +331,8 @@ def _embed(model: nn.Module, ids: Tensor) -> Tensor:
 def _embeddings(model: nn.Module) -> nn.Embedding:
     if isinstance(model, Decoder):
         return model.model.embed_tokens
+    if isinstance(model, EncoderDecoder):
+        return model.model.shared
     return model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
 
 

@@ -43,6 +43,8 @@ class PrefixTuning:
     """words: begin at the activations of real words; random: as the paper's and PEFT's code."""
     text: str | None = None
     """The words to begin from, cut or repeated to the length; None: drawn from the vocabulary."""
+    sites: tuple[Literal["decoder", "cross", "encoder"], ...] | None = None
+    """Of an encoder-decoder: before the answer, before the source as it is looked at, as it is read; None: all."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -11,7 +11,9 @@ Shapes: b batch, h_kv key/value heads, l keys that come before, n new tokens, m 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +45,11 @@ def sizes(model: nn.Module) -> Sizes:
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
     layers = getattr(config, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise VolvelleError(
+            f"{type(model).__name__}: prefixes go to transformers' decoder models",
+            tip="open an encoder-decoder with volvelle.systems.load_language_model, prefixes go to ours",
+        )
     if not (heads and width and layers):
         raise VolvelleError(
             f"{type(model).__name__}: its configuration does not say how many layers and heads it has",
@@ -63,8 +70,6 @@ class Graft:
     def __init__(self, model: nn.Module, preface: Callable[[nn.Module, int], Before | None]):
         trunk, attentions = _find(model)
         self.model, self.trunk, self.preface = model, trunk, preface
-        # By class: a copied model has modules of its own.
-        self.arguments = {type(module): _Arguments(module) for module in (trunk, *attentions)}
         self._source: Before | Recorder | None = None
         modules = [(trunk, self._enter), *((module, self._attend) for module in attentions)]
         self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in modules]
@@ -89,7 +94,7 @@ class Graft:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self._source, Recorder):
             return None
-        known = self.arguments[type(module)]
+        known = _arguments(module)
         values = known.named(args, kwargs)
         past = values.get(known.past)
         seen = 0 if past is None else int(past.get_seq_length())
@@ -99,13 +104,15 @@ class Graft:
             self._source = self.preface(self.model, len(text))
         if self._source is None:
             return None
+        if torch.is_grad_enabled() and self.trunk.training:
+            _refuse_reentrant(self.trunk)
         positions = values.get("position_ids")
         if positions is None:
             positions = torch.arange(seen, seen + text.shape[1], device=text.device)[None]
         return (), values | {"position_ids": positions + self._source.lengths}
 
     def _attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source, known = self._source, self.arguments[type(module)]
+        source, known = self._source, _arguments(module)
         if source is None:
             return None
         values = known.named(args, kwargs)
@@ -137,16 +144,26 @@ class _Behind:
         return getattr(self._cache, name)
 
 
-class _Arguments:
-    """The names of the arguments of a module's forward."""
+class _Arguments(NamedTuple):
+    """The names of the arguments of a class's forward, and which of them is the past."""
 
-    def __init__(self, module: nn.Module):
-        self.names = list(inspect.signature(module.forward).parameters)
-        self.past = next((name for name in _PAST if name in self.names), "")
+    names: tuple[str, ...]
+    past: str
 
     def named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
         return dict(zip(self.names, args, strict=False)) | kwargs
+
+
+def _arguments(module: nn.Module) -> _Arguments:
+    # Another adapter may have put a subclass in the place of the module's class, whose forward takes anything.
+    return _signature(getattr(module, "base_class", type(module)))
+
+
+@functools.cache
+def _signature(kind: type[nn.Module]) -> _Arguments:
+    names = tuple(inspect.signature(kind.forward).parameters)[1:]
+    return _Arguments(names, next((name for name in _PAST if name in names), ""))
 
 
 def _widened(mask: Any, before: Before, n: int, reach: int, module: nn.Module) -> Tensor | None:
@@ -163,10 +180,11 @@ def _widened(mask: Any, before: Before, n: int, reach: int, module: nn.Module) -
         weight = next(module.parameters())
         mask = torch.ones(1, 1, n, reach, dtype=torch.bool, device=weight.device).tril(reach - n)
         mask = mask if implementation == "sdpa" else _added(mask, weight.dtype)
+    if mask.dtype == torch.bool:
+        return before.widened(mask, mask.shape[-1])
     if before.present is None:
-        return nn.functional.pad(mask, (before.length, 0), value=True if mask.dtype == torch.bool else 0.0)
-    front = before.present[:, None, None]
-    front = front if mask.dtype == torch.bool else _added(front, mask.dtype)
+        return nn.functional.pad(mask, (before.length, 0))
+    front = _added(before.present[:, None, None], mask.dtype)
     rows, heads = len(front), mask.shape[1]
     return torch.cat((front.expand(rows, heads, n, -1), mask.expand(rows, heads, n, -1)), -1)
 
@@ -183,7 +201,7 @@ def _find(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or _OTHERS.search(path) or _is_block(module):
             continue
-        arguments = _Arguments(module)
+        arguments = _arguments(module)
         if arguments.past and "attention_mask" in arguments.names:
             if index in found:
                 raise _unknown(model, f"{found[index][0]} and {path} both attend in layer {index}")
@@ -192,10 +210,11 @@ def _find(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     if sorted(found) != list(range(layers)):
         raise _unknown(model, f"{len(found)} of its {layers} layers have a self-attention with a past")
     parts = [path.split(".") for path, _ in found.values()]
-    common = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
+    columns = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    common = [names[0] for names in columns]
     for depth in range(len(common), -1, -1):
         trunk = model.get_submodule(".".join(common[:depth]))
-        if {"position_ids", "inputs_embeds"} <= set(inspect.signature(trunk.forward).parameters):
+        if {"position_ids", "inputs_embeds"} <= set(_arguments(trunk).names):
             return trunk, [found[index][1] for index in range(layers)]
     raise _unknown(model, "it takes no position_ids")
 
@@ -209,6 +228,16 @@ def _unknown(model: nn.Module, why: str) -> VolvelleError:
         f"{type(model).__name__}: cannot put keys before its text: {why}",
         tip="this works on our decoders and on transformers' decoder models such as Llama, Qwen, Mistral and GPT-2",
     )
+
+
+def _refuse_reentrant(trunk: nn.Module) -> None:
+    for module in trunk.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise VolvelleError(
+                "reentrant checkpointing hides what comes before the text from the gradients",
+                tip="model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})",
+            )
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def no_offset(patch):
 
 
 def unmasked_source(patch):
-    patch.setattr(encoder_decoder, "Source", lambda states, mask, keep: encoder_decoder_blocks.Source(states, None))
+    patch.setattr(encoder_decoder, "Source", lambda states, mask, **_: encoder_decoder_blocks.Source(states, None))
 
 
 def unmasked_encoder(patch):

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from volvelle.errors import VolvelleError
-from volvelle.parts.attention.cache import KVCache
+from volvelle.parts.attention.before import Recorder
+from volvelle.parts.attention.cache import Cache, KVCache
 from volvelle.parts.position.learned import LearnedPositions
 from volvelle.systems.language.components import Step, build_norm, check_ids, drop, standing_alone
 from volvelle.systems.language.decoder import Output
 from volvelle.systems.language.encoder_decoder_blocks import DecoderBlock, EncoderBlock, Source
 from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
+from volvelle.systems.language.preface import Prefaced, Site
 from volvelle.systems.language.projections import apply_linear
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Sides(nn.Module):
         return x if self.scale == 1.0 else x * self.scale
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Prefaced):
     """A model of answers to sources: `read` runs the encoder, `hidden` the decoder, `logits` the vocabulary head.
 
     `config` is the EncoderDecoderConfig, `tokenizer` the TextTokenizer or None. Answers begin with `config.start`. Set
@@ -123,7 +125,7 @@ class EncoderDecoder(nn.Module):
     @property
     def room(self) -> int:
         """The longest source, and the longest answer with its start, in tokens."""
-        return self.config.context
+        return self.config.context - self.ahead
 
     @property
     def output_weight(self) -> Tensor:
@@ -144,7 +146,7 @@ class EncoderDecoder(nn.Module):
             config.decoder.depth,
             batch,
             config.decoder.heads,
-            context,
+            self.ahead + context,
             config.head_width,
             dtype or self.dtype,
             self.device,
@@ -158,7 +160,7 @@ class EncoderDecoder(nn.Module):
         source_mask: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Output:
         """Return logits (b, n, v) and hidden states (b, n, width); the arguments are those of `hidden`."""
         hidden = self.hidden(ids, source=source, source_mask=source_mask, positions=positions, mask=mask, cache=cache)
@@ -183,10 +185,12 @@ class EncoderDecoder(nn.Module):
         self._fits("source", source)
         where, allowed, _ = standing_alone(source, mask, causal=False)
         x = self.model.encoder.embed(self.model.words(source), where if positions is None else positions)
-        step = Step(None, allowed, False, None)
+        before = self._before(len(source), "encoder")
+        reach = allowed if before is None else before.widened(allowed, source.shape[1])
+        step = Step(None, reach, False, before)
         for layer in self.model.encoder.layers:
             x = self._recomputed(layer, x, step)
-        return Source(x, allowed, keep=keep)
+        return Source(x, allowed, keep=keep, before=self._before(len(source), "cross"))
 
     def hidden(
         self,
@@ -196,7 +200,7 @@ class EncoderDecoder(nn.Module):
         source_mask: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Return the final states (b, n, width) of the tokens `ids` of answers, (b, n) int64.
 
@@ -213,17 +217,35 @@ class EncoderDecoder(nn.Module):
             raise VolvelleError("a source that was read has its mask already: give source_mask to `read`")
         if len(ids) % len(source.states):
             raise VolvelleError(f"{len(ids)} answers cannot be shared out to {len(source.states)} sources")
-        if cache is not None:
-            kind = {} if mask is None else {"padding": mask} if mask.ndim == 2 else {"tree": mask}
-            where, allowed, causal = cache.begin(ids.shape[1], **kind)
-        else:
+        past = self._past(cache, len(ids))
+        if cache is None:
             self._fits("answer", ids)
+        if past is not None:
+            kind = {} if mask is None else {"padding": mask} if mask.ndim == 2 else {"tree": mask}
+            where, allowed, causal = past.begin(ids.shape[1], **kind)
+        else:
             where, allowed, causal = standing_alone(ids, mask, causal=True)
-        x = self.model.decoder.embed(self.model.words(ids), where if positions is None else positions)
-        step = Step(None, allowed, causal, cache)
+        x = self.model.decoder.embed(self.model.words(ids), where if positions is None else self._moved(positions))
+        step = Step(None, allowed, causal, past)
         for layer in self.model.decoder.layers:
             x = layer(x, step, source) if cache is not None else self._recomputed(layer, x, step, source)
         return x
+
+    def states_of(self, ids: Tensor) -> dict[Site, Tensor]:
+        """The keys and values (layers, 2, b, h, n, d) that words (b, n) give each kind of attention.
+
+        They are read as the source, looked at, and written as the answer to it.
+        """
+        encoder, decoder, positions = Recorder(), Recorder(), torch.arange(ids.shape[1], device=ids.device)
+        x = self.model.encoder.embed(self.model.words(ids), positions)
+        for layer in self.model.encoder.layers:
+            x = layer(x, Step(None, None, False, encoder))
+        source = Source(x)
+        cross = [torch.stack(layer.encoder_attn.keys_values(x)) for layer in self.model.decoder.layers]
+        x = self.model.decoder.embed(self.model.words(ids), positions)
+        for layer in self.model.decoder.layers:
+            x = layer(x, Step(None, None, True, decoder), source)
+        return {"decoder": decoder.states, "cross": torch.stack(cross), "encoder": encoder.states}
 
     def _recomputed(self, layer: nn.Module, *given: object) -> Tensor:
         """The block's result; with `gradient_checkpointing` it is computed again in the backward pass."""
@@ -232,8 +254,9 @@ class EncoderDecoder(nn.Module):
         return layer(*given)
 
     def _fits(self, what: str, ids: Tensor) -> None:
-        if ids.shape[1] > self.config.context:
-            raise VolvelleError(f"{what} of {ids.shape[1]} tokens: the model's context is {self.config.context}")
+        room = self.room if what == "answer" else self.config.context
+        if ids.shape[1] > room:
+            raise VolvelleError(f"{what} of {ids.shape[1]} tokens: the model's context is {room}")
 
 
 class Answering:
@@ -260,7 +283,7 @@ class Answering:
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """`EncoderDecoder.hidden` with these sources."""
         return self.model.hidden(ids, source=self.source, positions=positions, mask=mask, cache=cache)

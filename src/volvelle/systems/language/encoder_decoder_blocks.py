@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from volvelle.parts.attention.attention import attention
+from volvelle.parts.attention.before import Before
 from volvelle.systems.language.components import ACTIVATIONS, Step, build_norm, drop
 from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack
 
@@ -24,20 +25,24 @@ class Source:
 
     `mask` is bool (s, 1, 1, m), or None where all are real. With `keep` a layer's keys and values are made once and
     used by every later step; without it they are made each time, so that gradients reach them and a recomputed layer
-    sees them again.
+    sees them again. Keys and values of `before`, a trained prefix, come first in every layer.
     """
 
-    def __init__(self, states: Tensor, mask: Tensor | None = None, *, keep: bool = False):
-        self.states, self.mask = states, mask
+    def __init__(self, states: Tensor, mask: Tensor | None = None, *, keep: bool = False, before: Before | None = None):
+        self.states, self.before = states, before
+        self.mask = mask if before is None else before.widened(mask, states.shape[1])
         self._kept: dict[int, KeysValues] | None = {} if keep else None
 
     def keys_values(self, layer: int, make: Callable[[Tensor], KeysValues]) -> KeysValues:
         """Keys and values (s, h, m, d) of a layer, which `make` projects from the states."""
-        if self._kept is None:
-            return make(self.states)
-        if layer not in self._kept:
-            self._kept[layer] = make(self.states)
-        return self._kept[layer]
+        if self._kept is not None and layer in self._kept:
+            return self._kept[layer]
+        made = make(self.states)
+        if self.before is not None:
+            made = self.before.append(layer, *made)
+        if self._kept is not None:
+            self._kept[layer] = made
+        return made
 
 
 class MultiHead(nn.Module):
