@@ -34,7 +34,7 @@ class ByDistance(DistanceBias):
         self.table, self.learnable = table, table.requires_grad
 
     def at(self, distance, dtype):
-        return self.table[:, distance.clamp(-4, 4) + 4].to(dtype)
+        return self.table.to(dtype)[:, distance.clamp(-4, 4) + 4]
 
 
 class FromQueries(Bias):
@@ -109,11 +109,17 @@ CALLS = {
 
 def both(call, shape, **more):
     """(output, lse, gradients) of the tiled back end and of the reference; the same dropout for both."""
-    b, h, h_kv, n_q, n_k, d = SHAPES[shape]
+    b, h, _, n_q, n_k, d = SHAPES[shape]
+    return both_of(SHAPES[shape], lambda: CALLS[call](b, h, n_q, n_k, d), **more)
+
+
+def both_of(shape, make, **more):
+    """The same for a shape, and a function that makes the options and the leaves besides q, k and v."""
+    b, h, h_kv, n_q, n_k, d = shape
     found = []
     for backend in ("tiled", "reference"):
         q, k, v = (x.requires_grad_() for x in tensors(b, h, h_kv, n_q, n_k, d))
-        options, extra = CALLS[call](b, h, n_q, n_k, d)
+        options, extra = make()
         torch.manual_seed(3)
         out, lse = attention(q, k, v, backend=backend, return_lse=True, **options, **more)
         finite = lse.masked_fill(lse == -torch.inf, 0)
@@ -312,8 +318,9 @@ def one_too_far(tile, shift, causal, window, device, original=tiles.seen):
     return original(tile, shift + 1, causal, window, device)
 
 
-def forgets_the_flip(call, x):
-    return x.to(call.wide).flatten(0, 1).contiguous()
+def forgets_the_flip(call, x, ones=False):
+    parts = (part.flatten(0, 1).to(call.wide) for part in x.split(call.side, 2))
+    return [torch.cat((part, torch.ones_like(part[..., :1])), -1) if ones else part for part in parts]
 
 
 def sums_the_wrong_diagonals(term, tile):

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from volvelle.parts.attention.spec import Shape, Spec, Terms
-from volvelle.parts.attention.tiles import tile_side
+from volvelle.parts.attention.spec import LSEBackend, Shape, Spec, Terms
 from volvelle.parts.position.encoding import Bias
 
 
@@ -33,18 +32,14 @@ def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
     return weights / total.masked_fill(total == 0, 1)
 
 
-class Reference:
-    """The written-out form: slow, in need of n_q * n_k memory, and right."""
+class Reference(LSEBackend):
+    """The written-out form: slow, in need of n_q * n_k memory, and right. fp16 and bf16 are computed in fp32."""
 
     name = "reference"
 
     def supports(self, spec: Spec) -> str | None:
         """Serve everything."""
         return None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
-        """Return (b, h, n_q, d_v); fp16 and bf16 inputs are computed in fp32 and cast at the end."""
-        return self.with_lse(q, k, v, terms, shape)[0]
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return (b, h, n_q, d_v) and log Σ_j exp(score_ij), (b, h, n_q), -inf where no key is allowed."""
@@ -61,11 +56,9 @@ class Reference:
             allowed = terms.allowed(shape, q.device)
             weights = masked_softmax(scores, allowed)
             lse = (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)).logsumexp(-1)
-            if terms.dropout is not None:
-                side = tile_side(shape.b, shape.h, terms.causal, terms.window)
-                weights = weights * terms.dropout.whole(
-                    side, (shape.b, shape.h, shape.n_q, shape.n_k), weights.dtype, q.device
-                )
+            factors = terms.factors(shape, weights.dtype, q.device)
+            if factors is not None:
+                weights = weights * factors
             out = weights @ v
             if isinstance(terms.bias, Bias) and terms.bias.has_value_term:
                 out = out + terms.bias.value_term(weights, *terms.positions(q, k))

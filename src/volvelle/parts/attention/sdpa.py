@@ -36,6 +36,8 @@ class SDPA:
 
     def supports(self, spec: Spec) -> str | None:
         """Serve what the fused kernel holds no (n_q, n_k) tensor for, and small calls where it does."""
+        if spec.tangents or spec.order > 1:
+            return "the fused kernel has no second and no forward-mode derivative"
         if spec.value_term:
             return "the bias adds a value term, which the fused kernel does not have"
         if spec.lse:
@@ -47,6 +49,8 @@ class SDPA:
                 return "the bias needs a gradient, for which the kernel holds all scores"
             if spec.window:
                 return "the kernel computes what the window hides"
+            if spec.segments:
+                return "the kernel would need the segments as a mask of all pairs"
         return None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
@@ -57,6 +61,7 @@ class SDPA:
             and terms.mask is None
             and terms.causal
             and terms.window is None
+            and terms.segments is None
             and 1 < shape.n_q == shape.n_k
         ):
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)

@@ -5,14 +5,17 @@ Shapes: b batch, h query heads, h_kv key/value heads, n_q queries, n_k keys, d a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from volvelle.parts.attention.tiles import Dropout, Window, visible
-from volvelle.parts.position.encoding import Bias
+from volvelle.parts.attention.segments import Segments
+from volvelle.parts.attention.tiles import Dropout, Window, tile_side, visible
+from volvelle.parts.position.encoding import Bias, DistanceBias
 
 
 class Shape(NamedTuple):
@@ -28,7 +31,13 @@ class Shape(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """The facts of one call, without its tensors: what a back end needs to say whether it can serve it."""
+    """The facts of one call, without its tensors: what a back end needs to say whether it can serve it.
+
+    `computed_bias`: the bias is a `Bias` that is no function of distance alone. `blockwise()`: it is that, or one by
+    distance at positions with more than one distance on a diagonal, so that it must be asked block by block.
+    `order`: how often the result will be differentiated backwards, 0 where no gradient is asked for; `tangents`:
+    forward-mode derivatives are under way.
+    """
 
     shape: Shape
     device: str
@@ -41,13 +50,18 @@ class Spec(NamedTuple):
     window: bool = False
     dropout: bool = False
     lse: bool = False
+    segments: bool = False
+    computed_bias: bool = False
+    blockwise: Callable[[], bool] = bool  # no: bool() is False
+    order: int = 0
+    tangents: bool = False
 
 
 class Terms(NamedTuple):
     """What shapes the scores besides q and k; each back end reads the terms it needs.
 
     mask is bool and broadcasts to (b, h, n_q, n_k), True = may attend; bias is added to the scaled scores; window is
-    how many keys to the (left, right) of its own place a query sees, None = all.
+    how many keys to the (left, right) of its own place a query sees, None = all; segments are those of a packed row.
     """
 
     mask: Tensor | None
@@ -58,6 +72,7 @@ class Terms(NamedTuple):
     k_positions: Tensor | None
     window: Window | None = None
     dropout: Dropout | None = None
+    segments: Segments | None = None
 
     def positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the positions given, or key j at j and the queries at the end of the keys, as `causal` aligns them."""
@@ -73,12 +88,110 @@ class Terms(NamedTuple):
             return self.bias.tile(q, k, *self.positions(q, k))
         return self.bias
 
+    def first_distance(self, q: Tensor, k: Tensor) -> int | None:
+        """Return the distance from the first query to the last key, where distance is constant along every diagonal.
+
+        Else None. In a packed row it need only be so inside each segment: there positions count up with the place.
+        """
+        n_q, n_k = q.shape[2], k.shape[2]
+        if self.q_positions is None and self.k_positions is None:
+            return 1 - n_q
+        q_positions, k_positions = self.positions(q, k)
+        if q_positions.dim() != 1 or k_positions.dim() != 1:
+            return None
+        if self.segments is not None:
+            less = (
+                q_positions - torch.arange(n_k - n_q, n_k, device=q.device),
+                k_positions - torch.arange(n_k, device=k.device),
+            )
+            return 1 - n_q if self.segments.share(*less) else None
+        in_step = bool((q_positions.diff() == 1).all()) and bool((k_positions.diff() == 1).all())
+        return int(q_positions[0]) - int(k_positions[-1]) if in_step else None
+
+    def diagonals(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return a bias by distance as one number a diagonal, (h or 1, n_q + n_k - 1), the lowest i - j first.
+
+        None where the bias is another, or positions are such that a diagonal has more than one distance.
+        """
+        first = self.first_distance(q, k) if isinstance(self.bias, DistanceBias) and q.shape[2] else None
+        if first is None or not isinstance(self.bias, DistanceBias):
+            return None
+        return self.bias.at(torch.arange(first, first + q.shape[2] + k.shape[2] - 1, device=q.device), dtype)
+
     def allowed(self, shape: Shape, device: torch.device) -> Tensor | None:
-        """Return the mask with `causal` and `window` merged in, or None where every query may attend to every key."""
-        if self.window is None and (not self.causal or shape.n_q == 1):
-            return self.mask
-        seen = visible(shape.n_q, shape.n_k, self.causal, self.window, device)
-        return seen if self.mask is None else seen & self.mask
+        """Return one mask of `mask`, `causal`, `window` and `segments`; None where every query may attend to all."""
+        allowed = self.mask
+        if self.window is not None or (self.causal and shape.n_q > 1):
+            seen = visible(shape.n_q, shape.n_k, self.causal, self.window, device)
+            allowed = seen if allowed is None else seen & allowed
+        if self.segments is not None:
+            same = self.segments.same()
+            allowed = same if allowed is None else same & allowed
+        return allowed
+
+    @property
+    def by_row(self) -> bool:
+        """Whether tiles are cut for each row of the batch on its own, because rows are packed differently."""
+        return self.segments is not None and self.segments.rows > 1
+
+    def row(self, i: int) -> Terms:
+        """The terms of one row of the batch."""
+        mask, bias = self.mask, self.bias
+        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+            mask = mask[i : i + 1]
+        if isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[0] > 1:
+            bias = bias[i : i + 1]
+        return self._replace(
+            mask=mask,
+            bias=bias,
+            q_positions=_row(self.q_positions, i),
+            k_positions=_row(self.k_positions, i),
+            dropout=None if self.dropout is None else self.dropout.row(i),
+            segments=None if self.segments is None else self.segments.row(i),
+        )
+
+    def factors(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return what dropout multiplies all weights (b, h, n_q, n_k) by: that of the tiled back end, put together."""
+        if self.dropout is None:
+            return None
+        if self.by_row:
+            one = shape._replace(b=1)
+            rows = [self.row(i).factors(one, dtype, device) for i in range(shape.b)]
+            return torch.cat([row for row in rows if row is not None])
+        side = tile_side(shape.b, shape.h, self.causal, self.window)
+        return self.dropout.whole(side, (shape.b, shape.h, shape.n_q, shape.n_k), dtype, device)
+
+
+def spec_of(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape, derivatives: int = 1, lse: bool = False
+) -> Spec:
+    """Return the facts of a call; `derivatives` is how often its result will be differentiated if gradients are on."""
+    bias, grad = terms.bias, torch.is_grad_enabled()
+    asked = bias if isinstance(bias, Bias) else None
+    learnable = grad and bias is not None and (bias.requires_grad if isinstance(bias, Tensor) else bias.learnable)
+    differentiated = learnable or (grad and (q.requires_grad or k.requires_grad or v.requires_grad))
+    computed = asked is not None and not isinstance(asked, DistanceBias)
+    return Spec(
+        shape, q.device.type, q.dtype, terms.causal, terms.mask is not None, bias is not None, learnable,
+        asked is not None and asked.has_value_term, terms.window is not None, terms.dropout is not None, lse,
+        terms.segments is not None, computed,
+        lambda: computed or (asked is not None and terms.first_distance(q, k) is None),
+        derivatives if differentiated else 0, _tangents(q, k, v, bias),
+    )  # fmt: skip
+
+
+def _tangents(*tensors: Tensor | Bias | None) -> bool:
+    """Whether one of these carries a tangent, the derivative that forward mode passes on."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _row(positions: Tensor | None, i: int) -> Tensor | None:
+    """Positions (n,) as they are, of (b or 1, n) those of row i."""
+    if positions is None or positions.dim() == 1:
+        return positions
+    return positions[i if positions.shape[0] > 1 else 0]
 
 
 class Backend(Protocol):
@@ -96,10 +209,23 @@ class Backend(Protocol):
 
 
 class LSEBackend(Backend, Protocol):
-    """A back end that can also give the log-sum-exp of each query's scores."""
+    """A back end that can also give the log-sum-exp of each query's scores; a base for those that always have it."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
+        """Return (b, h, n_q, d_v)."""
+        return self.with_lse(q, k, v, terms, shape)[0]
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return (b, h, n_q, d_v), and log Σ_j exp(score_ij) (b, h, n_q), -inf where no key is allowed."""
+        ...
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """A back end that has something to say about how it serves a call."""
+
+    def remark(self, spec: Spec) -> str:
+        """Return one phrase for the explanation."""
         ...
 
 
@@ -147,6 +273,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Ten
             raise TypeError(f"attention: bias must be floating point, got {bias.dtype}; use mask for bool")
         _check_broadcast("bias", bias, (b, h, n_q, n_k))
     return Shape(b, h, h_kv, n_q, n_k, d, d_v)
+
+
+def check_options(window: Window | None, dropout: float, derivatives: int) -> None:
+    """Raise ValueError, naming the option, where one lies outside its range."""
+    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+        raise ValueError(f"attention: window must be (left, right), numbers of keys from 0 or None, got {window}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"attention: dropout must lie in [0, 1], got {dropout}")
+    if derivatives not in {1, 2}:
+        raise ValueError(f"attention: derivatives must be 1 or 2, got {derivatives}")
 
 
 def _check_broadcast(name: str, x: Tensor, full: tuple[int, int, int, int]) -> None:

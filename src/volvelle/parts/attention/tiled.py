@@ -5,8 +5,8 @@ exp(S - m), and O the sum of exp(S - m) V, all three rescaled by exp(m_old - m) 
 algorithm 1; Milakov & Gimelshein 2018). Kept for the backward pass are only the output and L = m + log l: with
 P = exp(S - L) and D = rowsum(dO * O), a tile gives (algorithm 4)
     dV += P^T dO,   dS = P * (dO V^T - D),   dQ += scale dS K,   dK += scale dS^T Q.
-No (n_q, n_k) tensor ever exists, also not for the gradient of a bias, for dropout, or for a window, whose hidden tiles
-are not even computed. Sums run in a fixed order: the same inputs give the same bits.
+No (n_q, n_k) tensor ever exists, also not for the gradient of a bias, for dropout, for a window or for packed segments,
+whose hidden tiles are not even computed. Sums run in a fixed order: the same inputs give the same bits.
 
 Shapes: b batch, h query heads, h_kv key/value heads, g = h / h_kv, n_q queries, n_k keys, d and d_v features a head.
 Inside, heads of a group lie below each other: B = b h_kv batches of R = g * queries rows.
@@ -14,35 +14,43 @@ Inside, heads of a group lie below each other: B = b h_kv batches of R = g * que
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from volvelle.parts.attention.spec import Shape, Spec, Terms
-from volvelle.parts.attention.tiled_terms import Block, Term, make_term
+from volvelle.parts.attention.spec import LSEBackend, Shape, Spec, Terms
+from volvelle.parts.attention.tiled_terms import Term, make_term
 from volvelle.parts.attention.tiles import Tile, seen, tile_rows, tile_side
 
 MOST = 40.0
 """Scores up to this magnitude are exponentiated as they are."""
 
 
-class Tiled:
-    """Memory linear in the number of keys for every call, in plain PyTorch; once differentiable."""
+class Tiled(LSEBackend):
+    """Memory linear in the number of keys for every call, in plain PyTorch; once differentiable.
+
+    fp16 and bf16 are computed in fp32 and cast at the end.
+    """
 
     name = "tiled"
 
     def supports(self, spec: Spec) -> str | None:
-        """Serve everything."""
+        """Serve everything that is differentiated once and backwards."""
+        if spec.tangents or spec.order > 1:
+            return "tiles have no second and no forward-mode derivative"
         return None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
-        """Return (b, h, n_q, d_v); fp16 and bf16 are computed in fp32 and cast at the end."""
-        return self.with_lse(q, k, v, terms, shape)[0]
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return (b, h, n_q, d_v) and log Σ_j exp(score_ij), (b, h, n_q), -inf where no key is allowed."""
+        if terms.by_row:
+            parts = zip(q.split(1), k.split(1), v.split(1), strict=True)
+            one = shape._replace(b=1)
+            rows = [self.with_lse(*part, terms.row(i), one) for i, part in enumerate(parts)]
+            outs, lses = zip(*rows, strict=True)
+            return torch.cat(outs), torch.cat(lses)
         # Half types are widened on purpose, which autocast would undo.
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -59,24 +67,43 @@ class _Call:
         self.side = tile_side(shape.b, shape.h, terms.causal, terms.window)
         mask = terms.mask
         self.mask = None if mask is None else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+        self.meetings = self._meetings()
+        self.bands: dict[tuple[int, int, int], Tensor] = {}  # what causal order and window hide, by size and place
 
-    def rows(self):
-        return tile_rows(self.shape.n_q, self.shape.n_k, self.side, self.terms.causal, self.terms.window)
+    def rows(self) -> Iterator[tuple[int, int, list[Tile]]]:
+        """The blocks of queries, each with the tiles that are computed for it."""
+        shape = self.shape
+        for i0, i1, tiles in tile_rows(shape.n_q, shape.n_k, self.side, self.terms.causal, self.terms.window):
+            if self.meetings is not None:
+                some = self.meetings[0][i0 // self.side]
+                tiles = [tile for tile in tiles if some[tile.j0 // self.side]]
+            yield i0, i1, tiles
 
-    def keys(self, x: Tensor) -> Tensor:
-        """(b, h_kv, n_k, d) -> (B, n_k, d), widened, in the order in which tiles list them."""
-        x = x.to(self.wide).flatten(0, 1)
-        return x.flip(1) if self.term.reversed_keys else x.contiguous()
+    def _meetings(self) -> tuple[list[list[bool]], list[list[bool]]] | None:
+        """Tiles in which some, and in which all queries share a segment with a key; None where nobody can tell."""
+        segments = self.terms.segments
+        if segments is None or not self.shape.n_q or torch.compiler.is_compiling() or type(segments.keys) is not Tensor:
+            return None
+        some, every = segments.meetings(self.side)
+        return some[0].tolist(), every[0].tolist()
 
-    def restored(self, x: Tensor, like: Tensor) -> Tensor:
-        """Undo `keys`, for gradients."""
-        x = x.flip(1) if self.term.reversed_keys else x
-        return x.view(like.shape).to(like.dtype)
+    def keys(self, x: Tensor, ones: bool = False) -> list[Tensor]:
+        """(b, h_kv, n_k, d) -> for each tile of keys (B, keys, d), widened, the keys as the tile lists them.
 
-    def columns(self, tile: Tile) -> slice:
-        """Where the tile's keys lie in what `keys` returned."""
-        n_k = self.shape.n_k
-        return slice(n_k - tile.j1, n_k - tile.j0) if self.term.reversed_keys else slice(tile.j0, tile.j1)
+        With `ones` each key has one more feature, 1.
+        """
+        parts = (self._ordered(part.to(self.wide), -2).flatten(0, 1) for part in x.split(self.side, 2))
+        return [pad(part, (0, 1), value=1.0) if ones else part for part in parts]
+
+    def restored(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        """Undo `keys`, for gradients; takes the list apart, so that its memory goes as it is copied."""
+        whole = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        for part in whole.split(self.side, 2):
+            part.copy_(self._ordered(parts.pop(0), -2).view(part.shape))
+        return whole
+
+    def _ordered(self, x: Tensor, axis: int) -> Tensor:
+        return x.flip(axis) if self.term.reversed_keys else x
 
     def queries(self, x: Tensor, i0: int, i1: int) -> Tensor:
         """(b, h, n_q, d) -> (B, R, d), the rows of a block of queries."""
@@ -86,18 +113,6 @@ class _Call:
     def heads(self, x: Tensor, i0: int, i1: int) -> Tensor:
         """(B, R, n) -> (b, h, queries, n): the same memory."""
         return x.view(self.shape.b, self.shape.h, i1 - i0, x.shape[-1])
-
-    def block(self, tile: Tile, q: Tensor, k: Tensor) -> Block:
-        """The tile with its tensors, for terms that are computed from them."""
-        q_positions, k_positions = self.terms.positions(q, k)
-        rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
-        return Block(
-            tile,
-            q[:, :, rows].to(self.wide),
-            k[:, :, columns].to(self.wide),
-            q_positions[..., rows],
-            k_positions[..., columns],
-        )
 
     def scratch(self) -> Tensor:
         """Room for one tile of scores."""
@@ -111,18 +126,17 @@ class _Call:
         rows = shape.h // shape.h_kv * (tile.i1 - tile.i0)
         return scratch[: shape.b * shape.h_kv * rows * keys].view(shape.b * shape.h_kv, rows, keys)
 
-    def scores(self, room: Tensor, rows: Tensor, columns: Tensor, block: Block) -> Tensor:
+    def scores(self, room: Tensor, rows: Tensor, columns: Tensor, tile: Tile) -> Tensor:
         """Fill `room` with rows @ columns^T + bias, -inf where hidden; rows come scaled."""
-        tile, added = block.tile, self.term.tile(block)
-        view = self.heads(room, tile.i0, tile.i1)
+        added, view = self.term.tile(tile), self.heads(room, tile.i0, tile.i1)
         if added is None:
             torch.bmm(rows, columns.transpose(1, 2), out=room)
         else:
             view.copy_(added)
             room.baddbmm_(rows, columns.transpose(1, 2))
-        allowed = self._allowed(tile)
-        if allowed is not None:
-            view.masked_fill_(~allowed, -torch.inf)
+        hidden = self._hidden(tile)
+        if hidden is not None:
+            view.masked_fill_(hidden, -torch.inf)
         return room
 
     def bounded(self, q: Tensor, k: Tensor) -> bool:
@@ -136,23 +150,40 @@ class _Call:
         longest = [float(torch.linalg.vector_norm(x.detach(), dim=-1, dtype=self.wide).amax()) for x in (q, k)]
         return abs(self.terms.scale) * longest[0] * longest[1] + self.term.most() <= MOST
 
-    def _allowed(self, tile: Tile) -> Tensor | None:
-        shape, allowed = self.shape, None
-        if tile.partial:
-            allowed = seen(tile, shape.n_k - shape.n_q, self.terms.causal, self.terms.window, self.device)
+    def _hidden(self, tile: Tile) -> Tensor | None:
+        """What may not be attended to in a tile, broadcastable to (b, h, queries, keys), the keys as it lists them."""
+        hidden = self._band(tile) if tile.partial else None
+        for allowed in self._allowed(tile):
+            less = self._ordered(~allowed, -1)
+            hidden = less if hidden is None else hidden | less
+        return hidden
+
+    def _allowed(self, tile: Tile) -> Iterator[Tensor]:
+        """What mask and segments say about the tile, where they say anything."""
+        rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
         if self.mask is not None:
-            rows = slice(None) if self.mask.shape[2] == 1 else slice(tile.i0, tile.i1)
-            columns = slice(None) if self.mask.shape[3] == 1 else slice(tile.j0, tile.j1)
-            part = self.mask[:, :, rows, columns]
-            allowed = part if allowed is None else allowed & part
-        return allowed.flip(-1) if allowed is not None and self.term.reversed_keys else allowed
+            one_row, one_column = (size == 1 for size in self.mask.shape[2:])
+            yield self.mask[:, :, slice(None) if one_row else rows, slice(None) if one_column else columns]
+        if self.terms.segments is not None:
+            every = None if self.meetings is None else self.meetings[1][tile.i0 // self.side]
+            if every is None or not every[tile.j0 // self.side]:
+                yield self.terms.segments.same(rows, columns)
+
+    def _band(self, tile: Tile) -> Tensor:
+        """What causal order and window hide: the same in all tiles of one size that lie as far from the diagonal."""
+        key = (tile.i1 - tile.i0, tile.j1 - tile.j0, tile.i0 - tile.j0)
+        if key not in self.bands:
+            shift = self.shape.n_k - self.shape.n_q
+            allowed = seen(tile, shift, self.terms.causal, self.terms.window, self.device)
+            self.bands[key] = self._ordered(~allowed, -1)
+        return self.bands[key]
 
     def factors(self, tile: Tile) -> Tensor | None:
         """What dropout multiplies the weights of the tile by."""
         if self.terms.dropout is None:
             return None
         kept = self.terms.dropout.factors(tile, self.shape.b, self.shape.h, self.wide, self.device)
-        return kept.flip(-1) if self.term.reversed_keys else kept
+        return self._ordered(kept, -1)
 
 
 def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,8 +196,8 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         largest = rows.new_full((*rows.shape[:2], 1), 0.0 if bounded else torch.finfo(call.wide).min)
         total, sums = torch.zeros_like(largest), rows.new_zeros(*rows.shape[:2], shape.d_v)
         for tile in tiles:
-            block, at = call.block(tile, q, k), call.columns(tile)
-            weights = call.scores(call.room(scratch, tile), rows, keys[:, at], block)
+            at = tile.j0 // call.side
+            weights = call.scores(call.room(scratch, tile), rows, keys[at], tile)
             if not bounded:
                 grown = torch.maximum(largest, weights.amax(-1, keepdim=True))
                 weights.sub_(grown)
@@ -178,9 +209,9 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
             kept = call.factors(tile)
             if kept is not None:
                 call.heads(weights, i0, i1).mul_(kept)
-            sums.baddbmm_(weights, values[:, at])
+            sums.baddbmm_(weights, values[at])
             if term.has_value_term:
-                call.heads(sums, i0, i1).add_(term.values(block, call.heads(weights, i0, i1)))
+                call.heads(sums, i0, i1).add_(term.values(tile, call.heads(weights, i0, i1)))
         nothing = total == 0
         out[:, :, i0:i1] = call.heads(sums.div_(total.masked_fill(nothing, 1)), i0, i1)
         lse[:, :, i0:i1] = call.heads((largest + total.log()).masked_fill_(nothing, -torch.inf), i0, i1)[..., 0]
@@ -191,12 +222,11 @@ def _backward(
     call: _Call, saved: tuple[Tensor, ...], d_out: Tensor, d_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
-    scale, term = call.terms.scale, call.term
-    keys, values, first, second = call.keys(k), call.keys(v), call.scratch(), call.scratch()
-    d_q = torch.zeros(q.shape, dtype=call.wide, device=q.device)
-    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+    scale, term, features = call.terms.scale, call.term, q.shape[-1]
+    first, second, d_q = call.scratch(), call.scratch(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # One more feature, 1 in K and in V, -L in Q and -D in dO, makes the products give S - L and dO V^T - D.
-    keys_1, values_1 = pad(keys, (0, 1), value=1.0), pad(values, (0, 1), value=1.0)
+    keys, values = call.keys(k, ones=True), call.keys(v, ones=True)
+    d_keys, d_values = ([torch.zeros_like(x[..., :-1]) for x in parts] for parts in (keys, values))
     # A row with nothing to attend to has P = exp(S - L) = 0, for which L must not be -inf.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
     for i0, i1, tiles in call.rows():
@@ -204,32 +234,34 @@ def _backward(
         less, within = call.queries(lse, i0, i1), (towards * call.queries(out, i0, i1)).sum(-1, keepdim=True)
         if d_lse is not None:
             within = within - call.queries(d_lse[..., None], i0, i1)
-        d_rows, rows_1 = torch.zeros_like(rows), torch.cat((rows, -less), -1)
+        d_rows, more, rows_1 = torch.zeros_like(rows), None, torch.cat((rows, -less), -1)
         dropping = call.terms.dropout is not None  # then D is subtracted behind the factors
         towards_1 = torch.cat((towards, torch.zeros_like(within) if dropping else -within), -1)
         for tile in tiles:
-            block, at = call.block(tile, q, k), call.columns(tile)
-            weights = call.scores(call.room(first, tile), rows_1, keys_1[:, at], block).exp_()
+            at = tile.j0 // call.side
+            weights = call.scores(call.room(first, tile), rows_1, keys[at], tile).exp_()
             kept = call.factors(tile)
             dropped = weights if kept is None else (call.heads(weights, i0, i1) * kept).view_as(weights)
-            d_values[:, at].baddbmm_(dropped.transpose(1, 2), towards)
-            d_scores = torch.bmm(towards_1, values_1[:, at].transpose(1, 2), out=call.room(second, tile))
+            d_values[at].baddbmm_(dropped.transpose(1, 2), towards)
+            d_scores = torch.bmm(towards_1, values[at].transpose(1, 2), out=call.room(second, tile))
             if term.has_value_term:
                 seen_by = call.heads(dropped, i0, i1)
-                d_scores += term.collect_values(block, seen_by, call.heads(towards, i0, i1)).reshape(d_scores.shape)
+                d_scores += term.collect_values(tile, seen_by, call.heads(towards, i0, i1)).reshape(d_scores.shape)
             if kept is not None:
                 call.heads(d_scores, i0, i1).mul_(kept)
                 d_scores.sub_(within)
             d_scores.mul_(weights)
-            d_rows.baddbmm_(d_scores, keys[:, at])
-            d_keys[:, at].baddbmm_(d_scores.transpose(1, 2), rows)
-            more_q, more_k = term.collect(block, call.heads(d_scores, i0, i1))
+            d_rows.baddbmm_(d_scores, keys[at][..., :features])
+            d_keys[at].baddbmm_(d_scores.transpose(1, 2), rows)
+            more_q, more_k = term.collect(tile, call.heads(d_scores, i0, i1))
             if more_q is not None:
-                d_q[:, :, i0:i1] += more_q
+                more = more_q if more is None else more + more_q
             if more_k is not None:
-                d_keys.view(k.shape)[:, :, tile.j0 : tile.j1] += more_k
-        d_q[:, :, i0:i1] += call.heads(d_rows.mul_(scale), i0, i1)
-    return d_q.to(q.dtype), call.restored(d_keys, k), call.restored(d_values, v)
+                d_keys[at].view(more_k.shape).add_(more_k)
+        d_block = call.heads(d_rows.mul_(scale), i0, i1)
+        d_q[:, :, i0:i1] = d_block if more is None else d_block.add_(more)
+    del keys, values, first, second
+    return d_q, call.restored(d_keys, k), call.restored(d_values, v)
 
 
 class _Tiled(torch.autograd.Function):

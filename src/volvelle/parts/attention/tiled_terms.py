@@ -14,21 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from volvelle.parts.attention.spec import Shape, Terms
 from volvelle.parts.attention.tiles import Tile
-from volvelle.parts.position.encoding import Bias, DistanceBias
-
-
-class Block(NamedTuple):
-    """One tile with its tensors: q (b, h, queries, d) and k (b, h_kv, keys, d) as the caller gave them, widened."""
-
-    tile: Tile
-    q: Tensor
-    k: Tensor
-    q_positions: Tensor
-    k_positions: Tensor
+from volvelle.parts.position.encoding import Bias
 
 
 class Term:
@@ -40,7 +29,7 @@ class Term:
     inputs: tuple[Tensor, ...] = ()
     learnable = False
 
-    def tile(self, block: Block) -> Tensor | None:
+    def tile(self, tile: Tile) -> Tensor | None:
         """Return (b or 1, h or 1, queries, keys), or None."""
         return None
 
@@ -51,19 +40,19 @@ class Term:
     def start(self) -> None:
         """Before a backward pass."""
 
-    def collect(self, block: Block, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Take the gradient (b, h, queries, keys) of one tile of scores; returns what q and k of the block get."""
+    def collect(self, tile: Tile, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Take the gradient (b, h, queries, keys) of one tile of scores; return what its q and k get."""
         return None, None
 
     def gradients(self) -> Sequence[Tensor | None]:
         """After a backward pass: the gradients of `inputs`."""
         return [None] * len(self.inputs)
 
-    def values(self, block: Block, weights: Tensor) -> Tensor:
+    def values(self, tile: Tile, weights: Tensor) -> Tensor:
         """Return what the weights add to the output besides weights @ v; only with `has_value_term`."""
         raise NotImplementedError
 
-    def collect_values(self, block: Block, weights: Tensor, gradient: Tensor) -> Tensor:
+    def collect_values(self, tile: Tile, weights: Tensor, gradient: Tensor) -> Tensor:
         """Take the output's gradient; return what it means for the weights of this tile."""
         raise NotImplementedError
 
@@ -83,37 +72,35 @@ class _Dense(Term):
         columns = slice(None) if x.shape[3] == 1 else slice(tile.j0, tile.j1)
         return x[:, :, rows, columns]
 
-    def tile(self, block: Block) -> Tensor:
-        return self._slice(self.whole.detach(), block.tile).to(self.wide)
+    def tile(self, tile: Tile) -> Tensor:
+        return self._slice(self.whole.detach(), tile).to(self.wide)
 
     def start(self) -> None:
-        self.gradient = torch.zeros(self.whole.shape, dtype=self.wide, device=self.whole.device)
-
-    def collect(self, block: Block, gradient: Tensor) -> tuple[None, None]:
         if self.learnable:
-            target = self._slice(self.gradient, block.tile)
+            self.gradient = torch.zeros(self.whole.shape, dtype=self.wide, device=self.whole.device)
+
+    def collect(self, tile: Tile, gradient: Tensor) -> tuple[None, None]:
+        if self.learnable:
+            target = self._slice(self.gradient, tile)
             target.add_(gradient.sum_to_size(target.shape))
         return None, None
 
-    def gradients(self) -> Sequence[Tensor]:
-        return [self.gradient.to(self.whole.dtype)]
+    def gradients(self) -> Sequence[Tensor | None]:
+        return [self.gradient.to(self.whole.dtype) if self.learnable else None]
 
 
 class _Diagonals(Term):
     """A bias by distance alone: (h or 1, c) numbers, the lowest distance first.
 
     With the keys of a tile in reverse order, query a and key b lie at diagonal a + b: the tile is a view of the
-    numbers with stride 1 both ways, and its gradient a sum over anti-diagonals, which padding every row by the number
-    of rows and reading the result with one column less turns into a sum over columns.
+    numbers with stride 1 both ways, and its gradient a sum over anti-diagonals.
     """
 
     reversed_keys = True
 
-    def __init__(self, bias: DistanceBias, shape: Shape, first: int, wide: torch.dtype, device: torch.device):
-        reach = torch.arange(first, first + shape.n_q + shape.n_k - 1, device=device)
-        self.numbers = bias.at(reach, wide)
-        self.inputs, self.n_k, self.wide = (self.numbers,), shape.n_k, wide
-        self.learnable = self.numbers.requires_grad
+    def __init__(self, numbers: Tensor, n_k: int):
+        self.numbers, self.n_k, self.inputs = numbers, n_k, (numbers,)
+        self.learnable = numbers.requires_grad
 
     def most(self) -> float:
         return float(self.numbers.detach().abs().max())
@@ -122,45 +109,96 @@ class _Diagonals(Term):
         begin = tile.i0 + self.n_k - tile.j1
         return slice(begin, begin + tile.i1 - tile.i0 + tile.j1 - tile.j0 - 1)
 
-    def tile(self, block: Block) -> Tensor:
-        keys = block.tile.j1 - block.tile.j0
-        return self.numbers.detach()[:, self._range(block.tile)].unfold(-1, keys, 1)[None]
+    def tile(self, tile: Tile) -> Tensor:
+        keys = tile.j1 - tile.j0
+        return self.numbers.detach()[:, self._range(tile)].unfold(-1, keys, 1)[None]
 
     def start(self) -> None:
         self.gradient = torch.zeros_like(self.numbers)
 
-    def collect(self, block: Block, gradient: Tensor) -> tuple[None, None]:
+    def collect(self, tile: Tile, gradient: Tensor) -> tuple[None, None]:
         if self.learnable:
             summed = gradient.sum(0) if gradient.shape[0] > 1 else gradient[0]
             if self.numbers.shape[0] == 1 < summed.shape[0]:
                 summed = summed.sum(0, keepdim=True)
-            heads, queries, keys = summed.shape
-            skewed = pad(summed, (0, queries)).flatten(1)[:, : queries * (queries + keys - 1)]
-            self.gradient[:, self._range(block.tile)] += skewed.view(heads, queries, queries + keys - 1).sum(1)
+            self.gradient[:, self._range(tile)] += _antidiagonals(summed)
         return None, None
 
     def gradients(self) -> Sequence[Tensor]:
         return [self.gradient]
 
 
+def _antidiagonals(x: Tensor) -> Tensor:
+    """Sum x (h, r, c) over its anti-diagonals: (h, r + c - 1).
+
+    A row is added to the one above it, moved by one, which halves the rows; then by two, and so on: two passes over
+    the tile in all, in a fixed order. Over an odd number of rows the last one waits.
+
+    >>> _antidiagonals(torch.arange(6.0).view(1, 2, 3))
+    tensor([[0., 4., 6., 5.]])
+    """
+    step, waiting = 1, []
+    while x.shape[1] > 1:
+        pairs = x.shape[1] // 2
+        if x.shape[1] % 2:
+            waiting.append((2 * pairs * step, x[:, -1]))
+        even, odd, width = x[:, : 2 * pairs : 2], x[:, 1 : 2 * pairs : 2], x.shape[2]
+        joined = x.new_empty(x.shape[0], pairs, width + step)
+        joined[..., :step], joined[..., width:] = even[..., :step], odd[..., width - step :]
+        joined[..., step:width].copy_(even[..., step:]).add_(odd[..., : width - step])
+        x, step = joined, 2 * step
+    found = x[:, 0]
+    for begin, row in waiting:
+        longer = x.new_zeros(x.shape[0], max(found.shape[1], begin + row.shape[1]))
+        longer[:, : found.shape[1]] = found
+        longer[:, begin : begin + row.shape[1]] += row
+        found = longer
+    return found
+
+
+class Block(NamedTuple):
+    """The tensors of one tile: q (b, h, queries, d) and k (b, h_kv, keys, d) as the caller gave them, widened."""
+
+    q: Tensor
+    k: Tensor
+    q_positions: Tensor
+    k_positions: Tensor
+
+    def part(self, tile: Tile, wide: torch.dtype) -> Block:
+        """Cut a tile out of the block of everything."""
+        rows, columns = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        return Block(
+            self.q[:, :, rows].to(wide),
+            self.k[:, :, columns].to(wide),
+            self.q_positions[..., rows],
+            self.k_positions[..., columns],
+        )
+
+
 class _Computed(Term):
     """Any other `Bias`: each tile is computed where it is needed, twice when there are gradients."""
 
-    def __init__(self, bias: Bias, block: Block):
-        """`block` is a small one, on which the tensors that the bias depends on are found."""
+    def __init__(self, bias: Bias, whole: Block, wide: torch.dtype):
         self.bias, self.has_value_term, self.learnable = bias, bias.has_value_term, bias.learnable
+        self.whole, self.wide = whole._replace(q=whole.q.detach(), k=whole.k.detach()), wide
         self.inputs = ()
         if bias.learnable and torch.is_grad_enabled():
             declared = tuple(x for x in bias.tensors() if x.requires_grad)
-            self.inputs = declared or _sources(bias, block)
+            self.inputs = declared or _sources(bias, self._leaves(Tile(0, 1, 0, 1, False)))
 
-    def tile(self, block: Block) -> Tensor:
-        return self.bias.tile(block.q, block.k, block.q_positions, block.k_positions)
+    def _leaves(self, tile: Tile) -> Block:
+        """The block of a tile whose q and k ask for gradients of their own."""
+        block = self.whole.part(tile, self.wide)
+        return block._replace(q=block.q.detach().requires_grad_(), k=block.k.detach().requires_grad_())
+
+    def tile(self, tile: Tile) -> Tensor:
+        return self.bias.tile(*self.whole.part(tile, self.wide))
 
     def most(self) -> float:
         return math.inf
 
-    def values(self, block: Block, weights: Tensor) -> Tensor:
+    def values(self, tile: Tile, weights: Tensor) -> Tensor:
+        block = self.whole.part(tile, self.wide)
         return self.bias.value_term(weights, block.q_positions, block.k_positions)
 
     def start(self) -> None:
@@ -172,21 +210,23 @@ class _Computed(Term):
                 before = self.sums[index]
                 self.sums[index] = gradient if before is None else before + gradient
 
-    def collect(self, block: Block, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def collect(self, tile: Tile, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if not self.learnable:
             return None, None
         with torch.enable_grad():
-            q, k = block.q.detach().requires_grad_(), block.k.detach().requires_grad_()
-            tile = self.bias.tile(q, k, block.q_positions, block.k_positions)
-        if not tile.requires_grad:
+            block = self._leaves(tile)
+            score = self.bias.tile(*block)
+        if not score.requires_grad:
             return None, None
-        towards = gradient.sum_to_size(tile.shape).to(tile.dtype)
+        towards = gradient.sum_to_size(score.shape).to(score.dtype)
         # The graph beyond the tile may be shared with the next tile.
-        found = torch.autograd.grad(tile, (q, k, *self.inputs), towards, retain_graph=True, allow_unused=True)
+        inputs = (block.q, block.k, *self.inputs)
+        found = torch.autograd.grad(score, inputs, towards, retain_graph=True, allow_unused=True)
         self._add(found[2:])
         return found[0], found[1]
 
-    def collect_values(self, block: Block, weights: Tensor, gradient: Tensor) -> Tensor:
+    def collect_values(self, tile: Tile, weights: Tensor, gradient: Tensor) -> Tensor:
+        block = self.whole.part(tile, self.wide)
         with torch.enable_grad():
             weights = weights.detach().requires_grad_()
             out = self.bias.value_term(weights, block.q_positions, block.k_positions)
@@ -208,30 +248,16 @@ def make_term(terms: Terms, q: Tensor, k: Tensor, shape: Shape, wide: torch.dtyp
         return Term()
     if isinstance(bias, Tensor):
         return _Dense(bias, wide)
-    q_positions, k_positions = terms.positions(q, k)
-    if isinstance(bias, DistanceBias) and _in_steps(q_positions) and _in_steps(k_positions) and shape.n_q:
-        # Distances run from the first query's to the last key up to the last query's to the first key.
-        first = int(q_positions[0]) - int(k_positions[-1])
-        return _Diagonals(bias, shape, first, wide, q.device)
-    small = Block(
-        Tile(0, 1, 0, 1, False),
-        q[:, :, :1].detach().to(wide).requires_grad_(),
-        k[:, :, :1].detach().to(wide).requires_grad_(),
-        q_positions[..., :1],
-        k_positions[..., :1],
-    )
-    return _Computed(bias, small)
-
-
-def _in_steps(positions: Tensor) -> bool:
-    """Whether positions (n,) count up by one, for which distance is the diagonal."""
-    return positions.dim() == 1 and bool((positions.diff() == 1).all())
+    numbers = terms.diagonals(q, k, wide)
+    if numbers is not None:
+        return _Diagonals(numbers, shape.n_k)
+    return _Computed(bias, Block(q, k, *terms.positions(q, k)), wide)
 
 
 def _sources(bias: Bias, block: Block) -> tuple[Tensor, ...]:
     """The leaf tensors whose gradients go through the bias, besides the block's q and k."""
     with torch.enable_grad():
-        outputs = [bias.tile(block.q, block.k, block.q_positions, block.k_positions)]
+        outputs = [bias.tile(*block)]
         if bias.has_value_term:
             b, h = block.q.shape[:2]
             weights = block.q.new_ones(b, h, 1, 1)

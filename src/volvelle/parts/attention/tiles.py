@@ -38,7 +38,7 @@ def tile_side(b: int, h: int, causal: bool = False, window: Window | None = None
     >>> tile_side(1, 8), tile_side(32, 32), tile_side(1, 8, True, (255, None))
     (256, 64, 128)
     """
-    left, right = _reach(causal, window)
+    left, right = reach(causal, window)
     seen = None if left is None or right is None else left + right + 1
     side = SMALLEST
     while side < LARGEST and 4 * b * h * side * side <= TILE_NUMBERS and (seen is None or 2 * side < seen):
@@ -46,7 +46,8 @@ def tile_side(b: int, h: int, causal: bool = False, window: Window | None = None
     return side
 
 
-def _reach(causal: bool, window: Window | None) -> Window:
+def reach(causal: bool, window: Window | None) -> Window:
+    """How many keys before and after its own place a query sees, causal order included; None: all."""
     left, right = window or (None, None)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -58,7 +59,7 @@ def tile_rows(
 ) -> Iterator[tuple[int, int, list[Tile]]]:
     """Yield (i0, i1, the tiles that these queries see any key of)."""
     shift = n_k - n_q  # the place of query i among the keys is i + shift
-    left, right = _reach(causal, window)
+    left, right = reach(causal, window)
     for i0 in range(0, n_q, side):
         i1 = min(i0 + side, n_q)
         first = 0 if left is None else max(0, i0 + shift - left)
@@ -85,7 +86,7 @@ def visible(n_q: int, n_k: int, causal: bool, window: Window | None, device: tor
 
 def seen(tile: Tile, shift: int, causal: bool, window: Window | None, device: torch.device) -> Tensor:
     """Return the (queries, keys) bool mask of one tile; query i stands at key i + shift."""
-    left, right = _reach(causal, window)
+    left, right = reach(causal, window)
     ahead = torch.arange(tile.j0, tile.j1, device=device) - torch.arange(tile.i0, tile.i1, device=device)[:, None]
     ahead = ahead - shift  # how far the key lies after the query's own place
     allowed = torch.ones_like(ahead, dtype=torch.bool)
@@ -109,6 +110,10 @@ class Dropout(NamedTuple):
     def draw(cls, p: float) -> Dropout:
         """Take a seed from torch's global generator."""
         return cls(p, int(torch.randint(2**62, ()).item()))
+
+    def row(self, i: int) -> Dropout:
+        """Dropout of one row of a batch whose rows are computed one by one."""
+        return Dropout(self.p, _mix(self.seed ^ _mix(i)))
 
     def factors(self, tile: Tile, b: int, h: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return what the weights (b, h, queries, keys) of a tile are multiplied by: 0, or 1 / (1 - p)."""
