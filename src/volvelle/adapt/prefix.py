@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from volvelle.adapt.methods import AdapterLayer
 from volvelle.adapt.prefix_methods import PrefixTuning, PromptTuning
 from volvelle.adapt.prefix_sites import SitedPrefix, stacks
 from volvelle.adapt.prefix_transformers import Graft, Sizes, sizes
@@ -95,13 +96,13 @@ class Prefaces(nn.Module):
         return None if states is None else Before(states)
 
     def _length(self, name: str | None) -> int:
-        return self._get(name).length if name in self.at else 0
+        return 0 if name is None or name not in self.at else self._get(name).length
 
     def _get(self, name: str | None) -> Any:
         return self.at[name]  # pyright: ignore[reportArgumentType]
 
     def _states(self, model: nn.Module, name: str | None, site: Site) -> Tensor | None:
-        if name not in self.at:
+        if name is None or name not in self.at:
             return None
         with self.switch.using(name):  # a prompt runs through layers that would look for the rows of the batch
             return self._get(name).states(model, site)
@@ -182,7 +183,7 @@ class PrefaceLayer:
 
 def install_prefix(
     model: nn.Module, method: PrefixTuning, name: str, switch: Switch, generator: torch.Generator | None
-) -> dict[str, PrefaceLayer]:
+) -> dict[str, AdapterLayer]:
     """Put a prefix before every text of the model, under the adapter's name."""
     shapes = _checked_sites(model, method)
     starts: dict[Site, Tensor] = {}
@@ -216,7 +217,7 @@ def install_prefix(
 
 def install_prompt(
     model: nn.Module, method: PromptTuning, name: str, switch: Switch, generator: torch.Generator | None
-) -> dict[str, PrefaceLayer]:
+) -> dict[str, AdapterLayer]:
     """Put a prompt before every text of the model, under the adapter's name."""
     width = _checked(model, method).embedding
     dtype = _master(_dtype(model))
@@ -228,7 +229,7 @@ def install_prompt(
     return _seated(model, name, Prompt(table), switch)
 
 
-def _seated(model: nn.Module, name: str, preface: Preface, switch: Switch) -> dict[str, PrefaceLayer]:
+def _seated(model: nn.Module, name: str, preface: Preface, switch: Switch) -> dict[str, AdapterLayer]:
     layer = PrefaceLayer(model, name, preface, switch)
     layer.insert()
     return {layer.path: layer}

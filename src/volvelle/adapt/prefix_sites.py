@@ -24,7 +24,7 @@ class SitedPrefix(nn.Module):
 
     def __init__(self, prefixes: dict[Site, PrefixStates]):
         super().__init__()
-        self.sites = nn.ModuleDict(prefixes)
+        self.sites = nn.ModuleDict({str(site): prefix for site, prefix in prefixes.items()})
 
     @property
     def length(self) -> int:

@@ -243,11 +243,11 @@ def _refuse_reentrant(trunk: nn.Module) -> None:
 @contextlib.contextmanager
 def _without_checkpointing(trunk: nn.Module) -> Iterator[None]:
     """No recomputation inside: the few tokens of a prompt are cheap, and a recorder writes once."""
-    switched = [module for module in trunk.modules() if getattr(module, "gradient_checkpointing", False)]
+    switched: list[Any] = [module for module in trunk.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in switched:
-        module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+        module.gradient_checkpointing = False
     try:
         yield
     finally:
         for module in switched:
-            module.gradient_checkpointing = True  # pyright: ignore[reportAttributeAccessIssue]
+            module.gradient_checkpointing = True

@@ -9,7 +9,7 @@ side), v vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,8 @@ class EncoderDecoder(Prefaced):
         for layer in self.model.encoder.layers:
             x = layer(x, Step(None, None, False, encoder))
         source = Source(x)
-        cross = [torch.stack(layer.encoder_attn.keys_values(x)) for layer in self.model.decoder.layers]
+        looks: list[Any] = [layer.encoder_attn for layer in self.model.decoder.layers]
+        cross = [torch.stack(look.keys_values(x)) for look in looks]
         x = self.model.decoder.embed(self.model.words(ids), positions)
         for layer in self.model.decoder.layers:
             x = layer(x, Step(None, None, True, decoder), source)
