@@ -51,16 +51,13 @@ class BottleneckFormat:
         """The method that the settings describe."""
         if settings.get("format") != FORMAT:
             raise VolvelleError(f"{path}: format {settings.get('format')!r} is not known; this version reads {FORMAT}")
-        fields = {
-            field.name: settings[field.name] for field in dataclasses.fields(Bottleneck) if field.name in settings
-        }
+        keys = [field.name for field in dataclasses.fields(Bottleneck)]
+        fields: dict[str, Any] = {key: _tuple(settings[key]) for key in keys if key in settings}
         known = {*fields, "peft_type", "format", "base_model_name_or_path"}
         if unknown := sorted(set(settings) - known):
             raise VolvelleError(f"{path}: not supported: {', '.join(unknown)}")
         try:
-            return Bottleneck(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-            )
+            return Bottleneck(**fields)
         except (TypeError, VolvelleError) as error:
             raise VolvelleError(f"{path}: {error}") from None
 
@@ -94,3 +91,7 @@ class BottleneckFormat:
             f"{path}.adapters.{name}.{part}": tensor for path, parts in found.items() for part, tensor in parts.items()
         }
         return Unpacked(method, exact, values)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

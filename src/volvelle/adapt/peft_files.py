@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.adapt import names
-from volvelle.adapt.files import CONFIG, WEIGHTS, Settings, Unpacked, refuse, some
+from volvelle.adapt.files import CONFIG, WEIGHTS, Settings, Unpacked, base_shapes, refuse, some
 from volvelle.adapt.methods import DoRA, LoRA, Method
 from volvelle.adapt.model import Adapter
 from volvelle.adapt.names import LowRank
@@ -39,6 +39,7 @@ _READ = {
 }  # fmt: skip
 # These initialisations only choose the first A and B; the others (PiSSA, OLoRA, …) also change the base weights.
 _HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
+_BASE = ".base_layer.weight"
 _NAME = re.compile(
     r"(?P<path>.+)\.(lora_(embedding_)?(?P<half>[AB])(\.weight)?|(?P<m>lora_magnitude_vector)(\.weight)?)"
 )
@@ -82,10 +83,11 @@ class LowRankFormat:
     ) -> Unpacked:
         """The layers that the file names, as ours, each checked against the model's."""
         assert isinstance(method, LoRA)
+        tensors = _without_bases(model, tensors, folder)
         found = _parts(tensors, folder / WEIGHTS, dora=isinstance(method, DoRA))
         _check_ranks(method, found, folder)
         layers = {path: LowRank(scale=method.scale_of(path), **parts) for path, parts in found.items()}
-        where = names.places(model, {key: tuple(p.shape) for key, p in model.named_parameters()})
+        where = names.places(model, base_shapes(model))
         if where is not None:
             layers = names.from_foreign(layers, where)
             method = names.spelled_out(method, layers)
@@ -97,6 +99,26 @@ class LowRankFormat:
             if value is not None
         }
         return Unpacked(method, names.spelled_out(method, layers), values)
+
+
+def _without_bases(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors without the whole embeddings that PEFT writes beside their adapters; they must be the model's."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    kept, wrong = {}, []
+    for name, tensor in tensors.items():
+        if not name.endswith(_BASE):
+            kept[name] = tensor
+            continue
+        path = name.removeprefix(PREFIX).removesuffix(_BASE)
+        weight = getattr(modules.get(path), "weight", None)
+        if (
+            weight is None
+            or weight.shape != tensor.shape
+            or not torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
+        ):
+            wrong.append(f"{path} (the file's embeddings differ from the model's)")
+    refuse(wrong, folder)
+    return kept
 
 
 def _low_rank(update: Any) -> LowRank:

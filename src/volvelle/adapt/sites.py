@@ -25,12 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from volvelle.adapt.model import record_of
 from volvelle.adapt.switch import Switch, check_rows
 from volvelle.errors import VolvelleError
 from volvelle.parts.lowrank.lora import Folded
 
 Update = Any  # an nn.Module as described above
 Forward = Callable[..., Any]
+
+
+_REPLACED = "_forward_below_adapters"
 
 
 class Host(nn.Module):
@@ -42,7 +46,7 @@ class Host(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, through the adapters that are chosen for this batch."""
-        return through_adapters(self, super().forward, args, kwargs)
+        return through_adapters(self, self.__dict__.get(_REPLACED, super().forward), args, kwargs)
 
     def __reduce__(self):
         # The subclass is made at run time, so that it can only be found again from the module's own class.
@@ -151,6 +155,9 @@ class Seat:
             layer.__class__ = host_class(type(layer))
             layer.adapters = nn.ModuleDict()
             layer.adapter_switch = self.switch
+            if "forward" in vars(layer):
+                # Put there by others, such as accelerate's hooks; it would come before the class's.
+                setattr(layer, _REPLACED, vars(layer).pop("forward"))
         # The model may have moved to another device while the adapter was out of it.
         device = next((p.device for p in layer.parameters()), None)
         layer.adapters[self.name] = self.update.to(device).train(layer.training)
@@ -162,6 +169,8 @@ class Seat:
         if not layer.adapters:
             del layer.adapters, layer.adapter_switch
             layer.__class__ = layer.base_class
+            if _REPLACED in vars(layer):
+                layer.forward = vars(layer).pop(_REPLACED)
 
     def why_not_merge(self, model: nn.Module) -> str | None:
         """The reason why the update cannot be part of the weight, or None."""
@@ -203,14 +212,17 @@ class Seat:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """The model's own modules by their path, without those that adapters brought."""
-    brought: set[nn.Module] = set()
-    found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Host):
-            brought.update(module.adapters.modules())
-        if path and module not in brought:
-            found[path] = module
-    return found
+    record = record_of(model)
+    own = set() if record is None else record.own(model)
+    base, brought = (
+        {".".join(parts[:end]) for parts in map(_split, names) for end in range(1, len(parts))}
+        for names in ({name for name, _ in model.named_parameters()} - own, own)
+    )
+    return {path: module for path, module in model.named_modules() if path and (path in base or path not in brought)}
+
+
+def _split(name: str) -> list[str]:
+    return name.split(".")
 
 
 def seat(model: nn.Module, path: str, update: nn.Module, name: str, switch: Switch) -> Seat:

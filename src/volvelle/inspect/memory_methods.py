@@ -1,7 +1,7 @@
 """The adaptation methods whose memory can be planned.
 
-LoRA is the library's own. The bottleneck adapter and prefix tuning are written here in the shape of PEFT's: the same
-trained tensors in the same places, so that their memory is right.
+LoRA and bottleneck adapters are the library's own. Prefix tuning is written here in the shape of PEFT's: the same
+trained tensors in the same places, so that its memory is right.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from volvelle.adapt.bottleneck import family_of
+from volvelle.adapt.methods import Bottleneck, LoRA
+from volvelle.adapt.model import apply
 from volvelle.errors import VolvelleError
+from volvelle.parts.lowrank.kinds import is_linear
 from volvelle.systems.language.components import SelfAttention, Step
 from volvelle.systems.language.decoder import Decoder
 
-REDUCTION = 16  # bottleneck width = width / 16 (Houlsby et al. 2019 use 8 to 256 of 1024)
 PREFIX_LENGTH = 20
 
 
@@ -24,70 +27,40 @@ def adapt(model: nn.Module, method: Any) -> nn.Module:
     if method == "full":
         return model
     if method == "lora":
-        from volvelle.adapt.methods import LoRA
-
-        return adapt(model, LoRA(targets="all-linear"))
+        return apply(model, LoRA(targets="all-linear")).model
     if method == "adapter":
-        return add_bottlenecks(model)
+        return apply(model, _bottlenecks(model)).model
     if method == "prefix":
         return add_prefixes(model) if isinstance(model, Decoder) else PrefixModel(model)
     if hasattr(method, "install"):
-        from volvelle.adapt.model import apply
-
         return apply(model, method).model
     rewritten = method(model)
     return model if rewritten is None else rewritten
 
 
-class Bottleneck(nn.Module):
-    """x + up(relu(down(x))) after a block (Houlsby et al. 2019, section 2.1)."""
-
-    def __init__(self, block: nn.Module, width: int, dtype: torch.dtype):
-        super().__init__()
-        self.block = block
-        inner = max(1, width // REDUCTION)
-        self.down, self.up = nn.Linear(width, inner, dtype=dtype), nn.Linear(inner, width, dtype=dtype)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's result with the bottleneck's correction added to its first tensor."""
-        result = self.block(*args, **kwargs)
-        if isinstance(result, tuple):
-            return (self._correct(result[0]), *result[1:])
-        return self._correct(result)
-
-    def _correct(self, x: Tensor) -> Tensor:
-        return x + self.up(torch.relu(self.down(x)))
-
-
-def add_bottlenecks(model: nn.Module) -> nn.Module:
-    """Put a `Bottleneck` behind every feed-forward network and every attention, and freeze the rest.
+def _bottlenecks(model: nn.Module) -> Bottleneck:
+    """Adapters behind every attention and feed-forward network, in families that are not known behind the last linear
+    layer of whatever is called so: good enough for a plan.
 
     Raises VolvelleError when the model has no submodule that is called so.
     """
-    names = ("mlp", "self_attn", "attn", "attention", "output", "ffn", "feed_forward")
-    found = [(path, m) for path, m in model.named_modules() if path.rpartition(".")[2] in names]
-    # Of nested matches only the outermost is wrapped.
-    outer = [(path, m) for path, m in found if not any(path.startswith(f"{other}.") for other, _ in found)]
-    widths = {path: _width(module) for path, module in outer}
-    if not any(widths.values()):
-        raise VolvelleError(
-            f"adapter: {type(model).__name__} has no attention or MLP submodule",
-            tip="pass a function as method= that inserts the adapters",
-        )
-    model.requires_grad_(False)
-    for path, module in outer:
-        width = widths[path]
-        if width:
-            model.set_submodule(path, Bottleneck(module, width, next(module.parameters()).dtype))
-    return model
-
-
-def _width(module: nn.Module) -> int:
-    """Features of the module's result: those of its last linear layer."""
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return layers[-1].out_features if layers else 0
+    try:
+        family_of(model)
+    except VolvelleError:
+        names = ("mlp", "self_attn", "attn", "attention", "output", "ffn", "feed_forward")
+        found = [(path, m) for path, m in model.named_modules() if path.rpartition(".")[2] in names]
+        # Of nested matches only the outermost counts.
+        outer = [(path, m) for path, m in found if not any(path.startswith(f"{other}.") for other, _ in found)]
+        last = [
+            [f"{path}.{name}".rstrip(".") for name, m in top.named_modules() if is_linear(m)] for path, top in outer
+        ]
+        if not any(last):
+            raise VolvelleError(
+                f"adapter: {type(model).__name__} has no attention or MLP submodule",
+                tip="plan a method=Bottleneck(targets=…), or a function that inserts the adapters",
+            ) from None
+        return Bottleneck(targets=tuple(paths[-1] for paths in last if paths))
+    return Bottleneck()
 
 
 class PrefixAttention(nn.Module):

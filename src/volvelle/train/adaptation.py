@@ -16,7 +16,7 @@ from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.huggingface import write_folder
 from volvelle.train.estimate import estimate_memory, largest_batch
-from volvelle.train.evaluate import bleu, evaluation_loader, prompted, spread, write
+from volvelle.train.evaluate import answerable, evaluation_loader, layout_of, prompted, spread, text_scores, write
 from volvelle.train.language import LanguageObjective, held_out_loss
 from volvelle.train.loop import fit
 from volvelle.train.observer import Observer
@@ -63,21 +63,26 @@ class _Adaptation:
         self.device, where = choose_device(recipe.device)
         seed_all(recipe.seed)
         # A frozen base can be stored in 16 bits; weights that are trained need fp32 to take small steps.
-        small = recipe.precision != "fp32" and recipe.method != "full"
+        self.method = recipe.adaptation
+        small = recipe.precision != "fp32" and not self.method.trains_base
         dtype = Precision(recipe.precision, self.device).dtype if small else torch.float32
         self.model: Any = load_run(recipe.model, dtype=dtype, device=self.device, merged=True)
         if self.model.tokenizer is None:
             raise VolvelleError(f"{recipe.model}: has no tokenizer, so it cannot read text")
         self.context = self._context()
-        self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context)
+        self.layout = layout_of(self.model.config)
+        self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context, layout=self.layout)
         self.held_loader = self._held_loader(self.held)
-        self.prompts = spread(prompted(self.held.examples), recipe.samples)
-        trainable, total = self._apply()
+        prompts = answerable(self.model, prompted(self.held.examples), recipe.max_tokens, recipe.on_bad)
+        self.prompts = spread(prompts, recipe.samples)
+        generator = torch.Generator(device=self.device).manual_seed(recipe.seed)
+        adapted = apply(self.model, self.method, generator=generator)
+        total = adapted.total_count
         self.model.gradient_checkpointing = recipe.checkpointing
         memory = estimate_memory(
             self.model.config,
             largest_batch(self.loader),
-            method=recipe.lora if recipe.method == "lora" else "full",
+            method=self.method,
             autocast=recipe.precision != "fp32",
             stored=dtype,
             checkpointing=recipe.checkpointing,
@@ -85,8 +90,7 @@ class _Adaptation:
             device=self.device.type,
         )
         numbers = f"{recipe.precision} base" if small else NUMBERS[recipe.precision]
-        label = "LoRA" if recipe.method == "lora" else "full fine-tuning"
-        self.subtitle = first_line(where, f"{numbers}, {label}", trainable, total, memory)
+        self.subtitle = first_line(where, f"{numbers}, {self.method.label}", adapted.trainable_count, total, memory)
         observer.say(self.subtitle)
 
     def _context(self) -> int:
@@ -107,17 +111,8 @@ class _Adaptation:
             batch=recipe.batch,
             on_bad=recipe.on_bad,
             limit=recipe.held_out_size,
+            layout=self.layout,
         )
-
-    def _apply(self) -> tuple[int, int]:
-        """Apply the method; counts of trained and of all parameters."""
-        if self.recipe.method == "lora":
-            generator = torch.Generator(device=self.device).manual_seed(self.recipe.seed)
-            adapted = apply(self.model, self.recipe.lora, generator=generator)
-            return adapted.trainable_count, adapted.total_count
-        self.model.requires_grad_(True)
-        count = sum(p.numel() for p in self.model.parameters())
-        return count, count
 
     def run_all(self, resume: bool, ranks: Ranks) -> Outcome:
         recipe, run = self.recipe, self.run
@@ -139,7 +134,7 @@ class _Adaptation:
         commands = (
             f"volvelle generate {run.path} {_quoted(self.prompts[0].example.prompt if self.prompts else 'Once')}",
             f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
-            f"volvelle export {run.path} to=peft" if recipe.method == "lora" else f"volvelle export {run.path} to=hf",
+            f"volvelle export {run.path} to={'hf' if self.method.trains_base else 'peft'}",
         )
         return finish(
             run,
@@ -174,12 +169,11 @@ class _Adaptation:
             self.observer.work(f"answers {when} training", done, total)
 
         outputs = write(self.model, self.prompts, max_tokens=self.recipe.max_tokens, progress=progress)
-        return metrics | {"bleu": bleu(outputs, [p.references for p in self.prompts])}, outputs
+        return metrics | text_scores(outputs, [p.references for p in self.prompts]), outputs
 
     def _save(self) -> Path:
-        if self.recipe.method == "lora":
-            save(self.model, self.run.path / "adapter", base=self.recipe.model)
-            return self.run.path / "adapter"
+        if not self.method.trains_base:
+            return save(self.model, self.run.path / "adapter", base=self.recipe.model)
         assert isinstance(self.model, nn.Module)
         write_folder(self.model, self.run.path / "weights")  # type: ignore[arg-type]
         return self.run.path / "weights"

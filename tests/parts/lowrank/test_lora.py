@@ -1,4 +1,4 @@
-"""LoRA: the equation against a dense oracle, its gradients, its dtypes, merging, and PEFT as the peer."""
+"""LoRA on linear layers: the equation against a dense oracle, its gradients, its dtypes, merging, and PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from volvelle.parts.lowrank.lora import LoRALinear, lora_linear, why_not_linear
+from volvelle.parts.lowrank.kinds import why_not
+from volvelle.parts.lowrank.lora import LoRALinear, lora_linear, lora_rows
 
 
 def random_layer(d=6, k=5, r=3, bias=True, dtype=torch.float64):
@@ -77,9 +78,8 @@ def test_bf16_compute_follows_fp32(autocast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_restore(dtype):
+def test_merge(dtype):
     base = nn.Linear(32, 24, dtype=dtype)
-    original = base.weight.detach().clone()
     layer = LoRALinear(base, rank=4, alpha=3.0)
     nn.init.normal_(layer.b, std=0.1)
     x = torch.randn(5, 32, dtype=dtype)
@@ -88,10 +88,8 @@ def test_merge_and_restore(dtype):
     assert merged is base
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(merged(x), before, rtol=tolerance, atol=tolerance)
-    assert not torch.equal(base.weight, original)
-    layer.restore()
-    assert torch.equal(base.weight, original)
-    assert base.weight is layer.weight
+    assert not torch.equal(base.weight, layer.weight)
+    assert base.weight is not layer.weight, "the layer keeps the original"
 
 
 def test_dropout_only_touches_the_low_rank_path():
@@ -119,11 +117,14 @@ def test_layers_that_cannot_carry_it_are_refused():
             return super().forward(input) * 2
 
     attention = nn.MultiheadAttention(4, 2)
-    assert "reads its out_proj.weight directly" in (why_not_linear(attention.out_proj) or "")
-    assert "overrides nn.Linear.forward" in (why_not_linear(Odd(2, 2)) or "")
-    assert "parametrization" in (why_not_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) or "")
-    with pytest.raises(TypeError, match="LoRALinear: a Conv2d has no weight matrix"):
+    assert "reads its out_proj.weight directly" in (why_not(attention.out_proj) or "")
+    assert "overrides nn.Linear.forward" in (why_not(Odd(2, 2)) or "")
+    assert "parametrization" in (why_not(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) or "")
+    assert "max_norm changes the weight" in (why_not(nn.Embedding(2, 2, max_norm=1.0)) or "")
+    with pytest.raises(TypeError, match="LoRALinear: a Conv2d is not linear"):
         LoRALinear(nn.Conv2d(1, 1, 1))
+    with pytest.raises(TypeError, match="LoRALinear: a ReLU has no weight that it only multiplies with"):
+        LoRALinear(nn.ReLU())
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         LoRALinear(nn.Linear(2, 2), rank=0)
 
@@ -167,3 +168,14 @@ def test_step_zero_is_bitwise_a_conv1d():
     base = pytorch_utils.Conv1D(12, 8)
     x = torch.randn(2, 5, 8)
     assert torch.equal(LoRALinear(base, rank=2)(x), base(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 4, 5), (3, 2, 4, 5), (3, 0, 5)])
+def test_rows_get_their_own_update(shape):
+    torch.manual_seed(0)
+    x, result = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], 7, dtype=torch.float64)
+    a, b = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(3, 7, 2, dtype=torch.float64)
+    expected = torch.stack([result[i] + x[i] @ (b[i] @ a[i]).T for i in range(3)])
+    torch.testing.assert_close(lora_rows(result, x, a, b), expected)
+    inputs = [t.requires_grad_() for t in (result, x, a, b)]
+    assert torch.autograd.gradcheck(lora_rows, inputs)

@@ -11,6 +11,7 @@ from volvelle.train.recipes.adapt import AdaptLanguage
 EXAMPLES = (
     "volvelle adapt smollm2 data=examples.jsonl steps=100",
     "volvelle adapt smollm2 data=train.jsonl 'prompt={{ triples }}' 'completion={{ references }}' lora.rank=16",
+    "volvelle adapt smollm2 data=train.jsonl method=adapter adapter.form=pfeiffer",
 )
 
 

@@ -53,7 +53,7 @@ def dora_linear(
     if magnitude.shape != weight.shape[:1]:
         raise ValueError(f"dora_linear: magnitude must be ({weight.shape[0]},), got {tuple(magnitude.shape)}")
     if norm is None:
-        norm = column_norm(weight, scale * (b @ a))
+        norm = column_norm(weight, scale * (b.detach() @ a.detach()))
     low_input = F.dropout(x, dropout) if dropout else x
     frozen = F.linear(x, weight, bias)
     y = LINEAR.add(None, frozen, low_input, a, b, scale)

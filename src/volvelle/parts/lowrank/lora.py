@@ -177,12 +177,13 @@ def stacked(updates: Sequence[LowRank], rows: Sequence[LowRank | None]) -> tuple
     most = max(each.rank for each in updates)
     a = [F.pad(each.a, (0, 0, 0, most - each.rank)) if each.rank < most else each.a for each in updates]
     b = [F.pad(each.b, (0, most - each.rank)) if each.rank < most else each.b for each in updates]
-    b = [factor * each.scale for factor, each in zip(b, updates, strict=True)]
+    scales = [each.scale for each in updates]
     if None in rows:
-        a, b = [*a, torch.zeros_like(a[0])], [*b, torch.zeros_like(b[0])]
+        a, b, scales = [*a, torch.zeros_like(a[0])], [*b, torch.zeros_like(b[0])], [*scales, 0.0]
     places = {id(each): place for place, each in enumerate(updates)}
     order = [places.get(id(row), len(updates)) for row in rows]
-    stacks = torch.stack(a), torch.stack(b)
+    factor = torch.tensor(scales, dtype=b[0].dtype, device=b[0].device)
+    stacks = torch.stack(a), torch.stack(b) * factor[:, None, None]
     if order == list(range(len(a))):
         return stacks
     at = torch.tensor(order, device=a[0].device)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from volvelle.adapt.methods import LoRA
+from volvelle.adapt.methods import Bottleneck, DoRA, Full, LoRA, Method
+from volvelle.adapt.prefix_methods import PrefixTuning, PromptTuning
 from volvelle.train.recipes.text import TextOptions
+
+MethodName = Literal["lora", "dora", "adapter", "prefix", "prompt", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,17 +18,37 @@ class AdaptLanguage(TextOptions):
 
     model: str
     """A known model, a Hugging Face repo id, a folder, or a run."""
-    method: Literal["lora", "full"] = "lora"
-    """lora trains a low-rank addition to some layers, full trains every weight."""
+    method: MethodName = "lora"
+    """What is trained: additions to some layers (lora, dora, adapter), to the text (prefix, prompt), or full: all."""
     lora: LoRA = field(default_factory=LoRA)
     """LoRA's own options: lora.rank=16."""
+    dora: DoRA = field(default_factory=DoRA)
+    """DoRA's: dora.rank=16."""
+    adapter: Bottleneck = field(default_factory=Bottleneck)
+    """Those of bottleneck adapters: adapter.form=pfeiffer."""
+    prefix: PrefixTuning = field(default_factory=PrefixTuning)
+    """Those of prefix tuning: prefix.length=20."""
+    prompt_tuning: PromptTuning = field(default_factory=PromptTuning)
+    """Those of prompt tuning: prompt_tuning.length=50."""
     learning_rate: float | None = None  # type: ignore[assignment]
-    """Peak learning rate; None: 1e-3 for lora, 3e-5 for full."""
+    """Peak learning rate; None: the method's own, 3e-5 for full, 1e-2 for prompt, else 1e-3."""
     checkpoint_every: int | None = 50
     """Steps between two checkpoints; None: only at the end or when interrupted."""
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
-            # Low-rank matrices start at zero and take far larger steps than trained weights bear.
-            object.__setattr__(self, "learning_rate", 1e-3 if self.method == "lora" else 3e-5)
+            object.__setattr__(self, "learning_rate", self.adaptation.learning_rate)
         super().__post_init__()
+
+    @property
+    def adaptation(self) -> Method:
+        """The chosen method with its options."""
+        methods: dict[MethodName, Method] = {
+            "lora": self.lora,
+            "dora": self.dora,
+            "adapter": self.adapter,
+            "prefix": self.prefix,
+            "prompt": self.prompt_tuning,
+            "full": Full(),
+        }
+        return methods[self.method]
