@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from volvelle.adapt.files import CONFIG, base_name, load
+from volvelle.adapt.files import CONFIG, base_name, load, read_config
+from volvelle.adapt.methods import LoRA
 from volvelle.adapt.model import merge
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.load import load_language_model
 
 if TYPE_CHECKING:
-    from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.models import LanguageModel
 
 
 def load_run(
@@ -24,12 +25,12 @@ def load_run(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     merged: bool = False,
-) -> Decoder:
+) -> LanguageModel:
     """Open a run folder, an adapter folder, or anything `load_language_model` takes, as one model.
 
-    A run with an adapter gives its base model with the adapter on it, or folded into the weights with `merged` (faster
-    to decode; rounded once to `dtype`); a run with weights gives those. The base may itself be a run. Raises
-    VolvelleError when the run holds neither or does not say what its base model is.
+    A run with an adapter gives its base model with the adapter on it, or with `merged` folded into the weights, where
+    it can be (faster to decode; rounded once to `dtype`); a run with weights gives those. The base may itself be a run.
+    Raises VolvelleError when the run holds neither or does not say what its base model is.
     """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
@@ -51,14 +52,14 @@ def _adapted(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     merged: bool,
-) -> Decoder:
+) -> LanguageModel:
     base = base or base_name(folder)
     if base is None:
         raise VolvelleError(
             f"{folder}: {CONFIG} does not say which base model it belongs to",
             tip="write its name or path as base_model_name_or_path there",
         )
-    if not merged:
+    if not merged or not isinstance(read_config(folder), LoRA):
         model = load_run(base, dtype=dtype, device=device, merged=True)
         load(model, folder)
         return model
