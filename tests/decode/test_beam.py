@@ -221,6 +221,50 @@ def test_a_batch_equals_its_rows(model):
     assert beam_search(model, []) == []
 
 
+def test_a_state_in_place_of_a_cache_is_reordered_too():
+    from volvelle.systems.language import config as c
+    from volvelle.systems.language.decoder import Decoder
+
+    torch.manual_seed(2)
+    config = c.LanguageConfig(
+        "volvelle", vocabulary=96, width=32, depth=2, heads=4, context=64, norm=c.RMSNorm(), mlp=c.GatedMLP(48),
+        position=c.Rope(), attention=c.LinearAttention(),
+    )  # fmt: skip
+    model = Decoder(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    prompts, eos, beams = ragged(6, 96), list(range(10, 20)), Beams(3, 1.5)
+    together = beam_search(model, prompts, beams=beams, max_tokens=12, eos_ids=eos)
+    for prompt, answer in zip(prompts, together, strict=True):
+        [alone] = beam_search(model, [prompt], beams=beams, max_tokens=12, eos_ids=eos)
+        assert answer.tokens == alone.tokens
+        # the oracle: the same search, with the whole text read again for every beam and step
+        assert answer.tokens == slow_beam_search(model, prompt, beams, 12, set(eos))
+
+
+@torch.no_grad()
+def slow_beam_search(model, prompt, beams, most, eos):
+    """One prompt, plain lists, no cache; early_stopping False."""
+    k, penalty = beams.width, beams.length_penalty
+    going, done = [(0.0, [])], []
+    for length in range(1, most + 1):
+        options = []
+        for score, text in going:
+            logits = model(torch.tensor([[*prompt, *text]])).logits[0, -1].float().log_softmax(-1)
+            options += [(score + p, [*text, token]) for token, p in enumerate(logits.tolist())]
+        options.sort(key=lambda option: -option[0])
+        kept = options[: (1 + len(eos)) * k]
+        ends = [text[-1] in eos or length == most for _, text in kept]
+        done += [(s / length**penalty, t) for (s, t), end in zip(kept[:k], ends, strict=False) if end]
+        done = sorted(done, key=lambda answer: -answer[0])[:k]
+        going = [option for option, end in zip(kept, ends, strict=True) if not end][:k]
+        if not going or (len(done) == k and going[0][0] / length**penalty <= done[-1][0]):
+            break
+    return done[0][1]
+
+
 def test_text_and_finish(speaking):
     answers = beam_search(speaking, [[5, 17, 3], [9]], max_tokens=12)
     for answer in answers:

@@ -10,12 +10,12 @@ from volvelle.cli.console import DownloadReport, say
 if TYPE_CHECKING:
     import torch
 
-    from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.models import LanguageModel
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def open_language_model(name: str, precision: Precision = "auto") -> Decoder:
+def open_language_model(name: str, precision: Precision = "auto") -> LanguageModel:
     """Open a model, a run or an adapter folder for use, and say what was decided and why.
 
     `auto` takes bf16 where the processor or the GPU multiplies it in hardware, else fp32. Adapters are folded into the

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
 from volvelle.systems.language.config import (
@@ -25,6 +25,9 @@ from volvelle.systems.language.config import (
     RMSNorm,
     Rope,
 )
+
+if TYPE_CHECKING:
+    from volvelle.systems.language.encoder_decoder_config import ModelConfig
 
 _ALIASES = {"smollm2": "smollm2-135m"}
 
@@ -184,14 +187,23 @@ def _from_json(path: Path) -> Found:
         raise VolvelleError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):
         raise VolvelleError(f"{path}: a JSON object is wanted, got {type(values).__name__}")
-    return Found(config_from_dict(values, str(path)), str(path))
+    return Found(_decoder(config_from_dict(values, str(path)), path), str(path))
+
+
+def _decoder(config: ModelConfig, path: Path) -> LanguageConfig:
+    if not isinstance(config, LanguageConfig):
+        raise VolvelleError(
+            f"{path}: an encoder-decoder, and only decoders are planned ahead",
+            tip="the first line of a training run says what a step of it takes",
+        )
+    return config
 
 
 def _from_gguf(path: Path) -> Found:
     from volvelle.systems.language.gguf import read_gguf
     from volvelle.systems.language.huggingface_config import config_from_dict
 
-    return Found(config_from_dict(read_gguf(path).config, str(path)), str(path))
+    return Found(_decoder(config_from_dict(read_gguf(path).config, str(path)), path), str(path))
 
 
 def _from_hub(repo: str) -> Found:

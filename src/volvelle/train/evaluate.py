@@ -1,19 +1,23 @@
-"""Measuring a language model on examples: loss and perplexity of the completions, BLEU of what it writes."""
+"""Measuring a language model on examples: loss and perplexity of the completions, BLEU and ROUGE of what it writes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from volvelle.data.loader import Loader
 from volvelle.data.packing import Windows, collate_windows, tokens_of
-from volvelle.data.text import Corpus, Example, OnBad
-from volvelle.data.tokens import Tokenizer, collate, encode_corpus, prompt_ids
+from volvelle.data.pairs import pairs
+from volvelle.data.text import Corpus, Example, OnBad, spread
+from volvelle.data.tokens import ONE_TEXT, Layout, Tokenizer, prompt_ids
 from volvelle.errors import VolvelleError
+from volvelle.parts.metrics.rouge import rouge_l, rouge_n
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
 from volvelle.train.language import held_out_loss
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from volvelle.decode.options import Beams
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics (`loss`, `perplexity`, and `bleu` when something was written), and what was written to each prompt."""
+    """Metrics (`loss`, `perplexity`, and those of `text_scores` when something was written), and the texts."""
 
     metrics: dict[str, float]
     prompts: list[Prompted] = field(default_factory=list)
@@ -50,16 +54,6 @@ def prompted(examples: Sequence[Example], limit: int | None = None) -> list[Prom
     return found[:limit]
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` items at even distances: files are often sorted, and their beginning is no sample of them.
-
-    >>> spread("abcdefgh", 3)
-    ['a', 'c', 'f']
-    """
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU (Papineni et al. 2002) by sacrebleu, 0 to 100; each output may have its own number of references.
 
@@ -74,6 +68,44 @@ def bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return round(score, 6)
 
 
+def rouge(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), 0 to 100, each output by the reference that it fits best.
+
+    >>> rouge(["the cat sat"], [["a dog", "the cat sat down"]])["rouge1"]
+    85.714286
+    """
+    kinds = {
+        "rouge1": lambda one, other: rouge_n(one, other, 1).f,
+        "rouge2": lambda one, other: rouge_n(one, other, 2).f,
+        "rougeL": lambda one, other: rouge_l(one, other).f,
+    }
+    pairs_of_texts = list(zip(outputs, references, strict=True))
+    sums = {
+        name: sum(max(score(text, right) for right in rights) for text, rights in pairs_of_texts)
+        for name, score in kinds.items()
+    }
+    return {name: round(100 * total / max(1, len(outputs)), 6) for name, total in sums.items()}
+
+
+def text_scores(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """All measures of texts by their right answers: `bleu`, `rouge1`, `rouge2` and `rougeL`, 0 to 100."""
+    return {"bleu": bleu(outputs, references), **rouge(outputs, references)}
+
+
+def layout_of(config: Any) -> Layout:
+    """How a model of this configuration wants its examples."""
+    return pairs(config.start) if isinstance(config, EncoderDecoderConfig) else ONE_TEXT
+
+
+def answerable(model: Any, prompts: Sequence[Prompted], max_tokens: int, on_bad: OnBad = "stop") -> list[Prompted]:
+    """The prompts; with `on_bad="skip"` those of them that leave room for an answer of `max_tokens`."""
+    if on_bad == "stop":
+        return list(prompts)  # one that is too long stops the run when it is asked
+    # An encoder-decoder's answers take no room from their prompts.
+    room = model.room - (0 if isinstance(model.config, EncoderDecoderConfig) else max_tokens)
+    return [p for p in prompts if len(prompt_ids(model.tokenizer, p.example)) <= room]
+
+
 def write(
     model: Any,
     prompts: Sequence[Prompted],
@@ -81,13 +113,14 @@ def write(
     max_tokens: int = 64,
     batch: int = 16,
     sampling: Any = None,
+    beams: Beams | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """What the model writes to each prompt, greedily unless `sampling` is given.
+    """What the model writes to each prompt, greedily unless `sampling` or `beams` are given.
 
     Surrounding space is dropped; where references exist and all are one line, only the first line counts.
     """
-    from volvelle.decode import Sampling, generate_batch
+    from volvelle.decode import Sampling, beam_search, generate_batch
 
     tokenizer = model.tokenizer
     ids = [prompt_ids(tokenizer, p.example) for p in prompts]
@@ -98,7 +131,11 @@ def write(
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        found = generate_batch(model, [ids[i] for i in part], sampling=sampling or Sampling(), max_tokens=max_tokens)
+        asked = [ids[i] for i in part]
+        if beams is None:
+            found = generate_batch(model, asked, sampling=sampling or Sampling(), max_tokens=max_tokens)
+        else:
+            found = beam_search(model, asked, beams=beams, max_tokens=max_tokens)
         for i, generation in zip(part, found, strict=True):
             text = generation.text.strip()
             outputs[i] = text.split("\n")[0].rstrip() if one_line else text
@@ -108,19 +145,27 @@ def write(
 
 
 def evaluation_loader(
-    corpus: Corpus, tokenizer: Tokenizer, *, length: int, batch: int, on_bad: OnBad = "stop", limit: int | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch: int,
+    on_bad: OnBad = "stop",
+    limit: int | None = None,
+    layout: Layout = ONE_TEXT,
 ) -> Loader:
     """The corpus in a fixed order, samples of similar length together, for measuring a loss.
 
-    `limit` is the most examples (at even distances) or windows of text (from its beginning) that are looked at.
+    `limit` is the most examples (at even distances) or windows of text (from its beginning) that are looked at;
+    `layout` is how the model wants them.
     """
-    if corpus.documents:
+    if corpus.documents and layout is ONE_TEXT:
         tokens = tokens_of(corpus.documents, tokenizer)
         windows = Windows(tokens if limit is None else tokens[: limit * length + 1], length)
         return Loader(windows, batch, seed=0, collate=collate_windows, shuffle=False)
-    part = corpus if limit is None else Corpus(corpus.path, examples=spread(corpus.examples, limit))
-    dataset = encode_corpus(part, tokenizer, context=length, on_bad=on_bad)
-    return Loader(dataset, batch, seed=0, collate=collate, shuffle=False, lengths=dataset.lengths)
+    part = corpus if limit is None else replace(corpus, examples=spread(corpus.examples, limit))
+    dataset = layout.encode(part, tokenizer, context=length, on_bad=on_bad)
+    return Loader(dataset, batch, seed=0, collate=layout.collate, shuffle=False, lengths=dataset.lengths)
 
 
 def evaluate_language(
@@ -131,28 +176,29 @@ def evaluate_language(
     batch: int = 8,
     outputs: int | None = None,
     max_tokens: int = 64,
+    beams: Beams | None = None,
     precision: str = "fp32",
     on_bad: OnBad = "stop",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Completion loss and perplexity over the corpus, and BLEU over the first `outputs` prompts (None: all).
+    """Completion loss and perplexity over the corpus; BLEU and ROUGE over the first `outputs` prompts (None: all).
 
-    `model` carries its tokenizer. `length` is the longest sample (None: the model's context). Plain documents have no
-    references and get no BLEU.
+    `model` carries its tokenizer. `length` is the longest sample (None: the model's context); `beams` searches for the
+    answers, which are greedy without. Plain documents have no references and get no scores of texts.
     """
     if model.tokenizer is None:
         raise VolvelleError("this model has no tokenizer, so it cannot read text")
     was_training = model.training
     model.eval()
     try:
-        context = min(length or model.config.context, model.config.context)
-        loader = evaluation_loader(corpus, model.tokenizer, length=context, batch=batch, on_bad=on_bad)
+        context = min(length or model.room, model.room)
+        layout = layout_of(model.config)
+        loader = evaluation_loader(corpus, model.tokenizer, length=context, batch=batch, on_bad=on_bad, layout=layout)
         metrics = held_out_loss(model, loader, precision)
-        prompts = prompted(corpus.examples, outputs)
+        prompts = answerable(model, prompted(corpus.examples), max_tokens, on_bad)[:outputs]
         if not prompts:
             return Evaluation(metrics)
-        texts = write(model, prompts, max_tokens=max_tokens, progress=progress)
+        texts = write(model, prompts, max_tokens=max_tokens, beams=beams, progress=progress)
     finally:
         model.train(was_training)
-    score = bleu(texts, [p.references for p in prompts])
-    return Evaluation(metrics | {"bleu": score}, prompts, texts)
+    return Evaluation(metrics | text_scores(texts, [p.references for p in prompts]), prompts, texts)

@@ -31,7 +31,18 @@ def _language() -> tuple[type, Callable[..., Outcome]]:
     return TrainLanguage, train_language
 
 
-KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {"adapt": _adapt, "language": _language}
+def _summarize() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.recipes.summarize import TrainSummarize
+    from volvelle.train.summarize import train_summarize
+
+    return TrainSummarize, train_summarize
+
+
+KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
+    "adapt": _adapt,
+    "language": _language,
+    "summarize": _summarize,
+}
 """Run kinds and the recipe and function behind each."""
 
 

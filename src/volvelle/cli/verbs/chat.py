@@ -15,7 +15,7 @@ from volvelle.errors import UsageError
 
 if TYPE_CHECKING:
     from volvelle.decode import Generation
-    from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.models import LanguageModel
 
 EXAMPLES = (
     "volvelle chat smollm2",
@@ -61,7 +61,7 @@ def main(options: Options) -> int:
     return 0
 
 
-def _answer(model: Decoder, messages: list[dict[str, str]], options: Options) -> Generation:
+def _answer(model: LanguageModel, messages: list[dict[str, str]], options: Options) -> Generation:
     from volvelle.decode import generate
 
     assert model.tokenizer is not None  # main has checked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Precision, open_language_model
+from volvelle.decode.options import Beams
 
 EXAMPLES = (
     "volvelle eval smollm2 data=dev.jsonl",
@@ -31,7 +32,9 @@ class Options:
     completion: str | None = None
     """Template of the completion; a run's own when left out. An expression giving a list: several right answers."""
     outputs: int | None = None
-    """Prompts to answer and score by BLEU, from the first on; all when left out, 0 for none."""
+    """Prompts to answer and score by BLEU and ROUGE, from the first on; all when left out, 0 for none."""
+    beams: Beams = field(default_factory=lambda: Beams(width=1))
+    """Beam search for the answers, where its width is above 1."""
     max_tokens: int = 64
     """The longest answer, in tokens."""
     batch: int = 16
@@ -45,7 +48,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Print loss, perplexity and BLEU, with a few answers beside their references."""
+    """Print loss, perplexity, BLEU and ROUGE, with a few answers beside their references."""
     from volvelle.data.text import read_corpus
 
     templates = _templates(options)
@@ -62,6 +65,7 @@ def main(options: Options) -> int:
             batch=options.batch,
             outputs=options.outputs,
             max_tokens=options.max_tokens,
+            beams=options.beams if options.beams.width > 1 else None,
             on_bad=options.on_bad,
             progress=lambda done, total: observer.work("answers", done, total),
         )

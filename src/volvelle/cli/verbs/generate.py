@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from volvelle.cli.console import result, say, write
 from volvelle.cli.models import Precision, open_language_model
-from volvelle.decode.options import Sampling
+from volvelle.decode.options import Beams, Rules, Sampling
 from volvelle.errors import UsageError
 
 EXAMPLES = (
@@ -32,26 +32,38 @@ class Options:
     """Strings before which the answer ends."""
     sampling: Sampling = field(default_factory=Sampling)
     """How tokens are chosen: sampling.temperature=0.8 sampling.top_p=0.95."""
+    beams: Beams = field(default_factory=lambda: Beams(width=1))
+    """Beam search, where its width is above 1: beams.width=4 beams.length_penalty=2."""
+    rules: Rules = field(default_factory=Rules)
+    """What an answer must and must not hold: rules.no_repeat_ngram_size=3 rules.min_tokens=10."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware multiplies it, else fp32."""
 
 
 def main(options: Options) -> int:
     """Print the answer as it comes, then what it cost."""
-    from volvelle.decode import generate
+    from volvelle.decode import beam_search, generate
 
+    if options.beams.width > 1 and (options.sampling != Sampling() or options.stop):
+        raise UsageError("generate: a beam search takes no sampling options and no stop strings", tip="beams.width=1")
     prompt = read_prompt(options.prompt)
     model = open_language_model(options.model, options.precision)
     if model.tokenizer is None:
         raise UsageError(f"{options.model}: has no tokenizer, so it cannot read a prompt")
-    answer = generate(
-        model,
-        model.tokenizer.encode(prompt),
-        sampling=options.sampling,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        on_token=lambda token: write(token.text),
-    )
+    ids = model.tokenizer.encode_prompt(prompt)
+    if options.beams.width > 1:
+        [answer] = beam_search(model, [ids], beams=options.beams, max_tokens=options.max_tokens, rules=options.rules)
+        write(answer.text)
+    else:
+        answer = generate(
+            model,
+            ids,
+            sampling=options.sampling,
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            rules=options.rules,
+            on_token=lambda token: write(token.text),
+        )
     say()
     say(cost_line(answer))
     result({"prompt": prompt, "text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish,

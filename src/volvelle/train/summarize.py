@@ -1,0 +1,207 @@
+"""The recipe `train summarize` from end to end: data, tokenizer, fresh BART, training, scored answers, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+
+from volvelle.data.docstrings import HELD_OUT, PACKAGES, TRAIN, collect, installed, write_docstrings
+from volvelle.data.pairs import pairs
+from volvelle.data.text import Corpus, spread
+from volvelle.errors import UsageError
+from volvelle.runs import RunFolder
+from volvelle.systems.language import config as c
+from volvelle.systems.language.encoder_decoder import EncoderDecoder
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack
+from volvelle.systems.language.huggingface import write_folder
+from volvelle.systems.language.tokenizer import TextTokenizer
+from volvelle.train.estimate import estimate_memory, largest_batch
+from volvelle.train.evaluate import Prompted, answerable, evaluation_loader, prompted, rouge, text_scores, write
+from volvelle.train.language import LanguageObjective
+from volvelle.train.loop import FitResult, fit
+from volvelle.train.observer import Observer
+from volvelle.train.outcome import Outcome, Sample
+from volvelle.train.random_state import seed_all
+from volvelle.train.ranks import Ranks
+from volvelle.train.recipes.summarize import DOCSTRINGS, SPECIAL, PairShape, TrainSummarize
+from volvelle.train.scratch import byte_level_bpe
+from volvelle.train.text_run import (
+    NUMBERS,
+    at_first,
+    choose_device,
+    closing,
+    finish,
+    first_line,
+    keep_samples,
+    read_split,
+    training_loader,
+)
+
+
+def train_summarize(
+    recipe: TrainSummarize,
+    run: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> Outcome:
+    """Train a BART from scratch and leave weights in Hugging Face's layout, metrics and a report in the run folder.
+
+    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
+    """
+    observer, ranks = observer or Observer(), ranks or Ranks()
+    with closing(run):
+        recipe = _with_data(recipe, run, observer, ranks)
+        train, held = read_split(recipe, observer)
+        device, where = choose_device(recipe.device)
+        # One rank trains the tokenizer, and the others read what it wrote.
+        if ranks.leads and not (resume and (run.path / "tokenizer" / "tokenizer.json").is_file()):
+            (run.path / "tokenizer").mkdir(exist_ok=True)
+            train_tokenizer(train, recipe.vocabulary).save(run.path / "tokenizer")
+        ranks.share(None)
+        tokenizer = TextTokenizer.from_folder(run.path / "tokenizer")
+        if recipe.length is not None and recipe.length > recipe.model.context:
+            raise UsageError(f"length={recipe.length}: the model's context is {recipe.model.context} tokens")
+        context = recipe.length or recipe.model.context
+        config = build_config(recipe.model, tokenizer)
+        layout = pairs(config.start)
+        loader = training_loader(train, tokenizer, recipe, context, layout=layout)
+        held_loader = evaluation_loader(
+            held, tokenizer, length=context, batch=recipe.batch, on_bad=recipe.on_bad, limit=recipe.held_out_size,
+            layout=layout,
+        )  # fmt: skip
+        seed_all(recipe.seed)
+        model = EncoderDecoder(config).to(device)
+        model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
+        count = sum(p.numel() for p in model.parameters())
+        memory = estimate_memory(
+            config,
+            largest_batch(loader),
+            autocast=recipe.precision != "fp32",
+            checkpointing=recipe.checkpointing,
+            average=recipe.average is not None,
+            device=device.type,
+        )
+        subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, BART from scratch", count, count, memory)
+        observer.say(subtitle)
+        observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {config.vocabulary:,}")
+        objective = LanguageObjective(model, recipe, held_out=held_loader)
+        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
+        if not ranks.leads:
+            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
+        return _close(recipe, run, model, held, result, subtitle, observer)
+
+
+def build_config(shape: PairShape, tokenizer: TextTokenizer) -> EncoderDecoderConfig:
+    """A BART of that shape with the tokenizer's vocabulary; its answers begin and end as BART's do."""
+    side = Stack(shape.depth, shape.heads, c.MLP(shape.mlp_width or 4 * shape.width, "gelu"))
+    first, pad, end = (SPECIAL.index(token) for token in ("<s>", "<pad>", "</s>"))
+    return EncoderDecoderConfig(
+        "bart",
+        vocabulary=tokenizer.vocabulary,
+        width=shape.width,
+        encoder=side,
+        decoder=side,
+        context=shape.context,
+        start=end,
+        dropout=c.Dropout(shape.dropout, shape.dropout),
+        special=c.SpecialTokens(bos=first, eos=(end,), pad=pad),
+        forced_first=first,
+        forced_last=end,
+    )
+
+
+def train_tokenizer(corpus: Corpus, vocabulary: int) -> TextTokenizer:
+    """Byte-level BPE with BART's control tokens; a text stands between `<s>` and `</s>`.
+
+    A small corpus has fewer merges than asked for, and the vocabulary is then smaller.
+    """
+    from tokenizers import processors
+
+    texts = [text for example in corpus.examples for text in (example.prompt, *example.completions)]
+    tokenizer = byte_level_bpe(texts, vocabulary, SPECIAL)
+    first, pad, end = (SPECIAL.index(token) for token in ("<s>", "<pad>", "</s>"))
+    around = [(SPECIAL[first], first), (SPECIAL[end], end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    return TextTokenizer(tokenizer, eos_ids=(end,), bos_id=first, pad_id=pad)
+
+
+def _with_data(recipe: TrainSummarize, run: RunFolder, observer: Observer, ranks: Ranks) -> TrainSummarize:
+    """The recipe with files as its data: docstrings are collected into the run folder, once."""
+    if recipe.data != DOCSTRINGS:
+        return recipe
+    folder = run.path / "data"
+    if ranks.leads and not (folder / PACKAGES).is_file():
+        found = collect(
+            installed(recipe.packages),
+            held_out_share=recipe.held_out_share,
+            progress=lambda done, total: observer.work("packages", done, total),
+        )
+        write_docstrings(found, folder)
+        observer.say(f"{found}: listed in {folder / PACKAGES}")
+    ranks.share(None)
+    held_out = recipe.held_out or str(folder / HELD_OUT)
+    return dataclasses.replace(recipe, data=str(folder / TRAIN), held_out=held_out, packages=())
+
+
+def _close(
+    recipe: TrainSummarize,
+    run: RunFolder,
+    model: EncoderDecoder,
+    held: Corpus,
+    result: FitResult,
+    subtitle: str,
+    observer: Observer,
+) -> Outcome:
+    """Save the weights and score what the model writes, unless the run was interrupted."""
+    model.eval()
+    samples: list[Sample] = []
+    after: dict[str, float] = {}
+    if not result.interrupted:
+        write_folder(model, run.path / "weights")
+        observer.say(f"saved {run.path / 'weights'}")
+        after, samples = _score(recipe, model, held, observer)
+        after = result.held_out | after
+        keep_samples(run, samples)
+    shown = shlex.quote(" ".join(held.examples[0].prompt.split())[:60])
+    return finish(
+        run,
+        result,
+        before=at_first(run),
+        after=after,
+        samples=samples,
+        subtitle=subtitle,
+        next_commands=(
+            f"volvelle generate {run.path} {shown} max_tokens={recipe.max_tokens} beams.width=4",
+            f"volvelle eval {run.path} data={recipe.held_out or recipe.data} on_bad=skip",
+            f"volvelle adapt {run.path} data={recipe.data} on_bad=skip",
+        ),
+    )
+
+
+def _score(
+    recipe: TrainSummarize, model: EncoderDecoder, held: Corpus, observer: Observer
+) -> tuple[dict[str, float], list[Sample]]:
+    """Scores of the model's answers, beside that of taking each text's beginning, and some answers to show."""
+    prompts = answerable(model, prompted(held.examples), recipe.max_tokens, recipe.on_bad)
+    prompts = spread(prompts, recipe.held_out_size)
+    if not prompts:
+        return {}, []
+    outputs = write(
+        model,
+        prompts,
+        max_tokens=recipe.max_tokens,
+        beams=recipe.beams,
+        progress=lambda done, total: observer.work("answers", done, total),
+    )
+    references = [p.references for p in prompts]
+    lead = rouge([_beginning(p) for p in prompts], references)["rougeL"]
+    scores = text_scores(outputs, references) | {"rougeL_of_beginning": lead}
+    shown = spread(list(zip(prompts, outputs, strict=True)), recipe.samples)
+    return scores, [Sample(p.example.prompt, p.references, after=text) for p, text in shown]
+
+
+def _beginning(prompt: Prompted) -> str:
+    """The first dozen words: what a summary must be better than."""
+    return " ".join(prompt.example.prompt.split()[:12])
