@@ -42,7 +42,7 @@ VERBS = (
     Verb("get", "fetch a model or data set and print where it is", "get", "start"),
     Verb("doctor", "check this machine: torch, threads, memory, disk, stored models", "doctor", "start"),
     Verb("train language", "train a language model from scratch on text", "train_language", "train and adapt"),
-    Verb("adapt", "adapt a model to your data (LoRA)", "adapt", "train and adapt"),
+    Verb("adapt", "adapt a model to your data (LoRA, DoRA, adapters, prefixes)", "adapt", "train and adapt"),
     Verb("resume", "go on with a run that was stopped, exactly where it was", "resume", "train and adapt"),
     Verb("eval", "measure a run or a model on held-out data", "eval", "use"),
     Verb("generate", "continue a prompt", "generate", "use"),

@@ -65,7 +65,10 @@ def _write_adapter(options: Options, out: Path) -> str:
     from volvelle import adapt
 
     model = adapt.load_run(options.run)
-    if not adapt.adapted(model):
+    adapted = adapt.adapted(model)
+    if not adapted:
         raise VolvelleError(f"{options.run}: holds no adapter", tip="to=hf writes whole models")
     adapt.save(model, out)
+    if isinstance(adapted.method, adapt.Bottleneck):
+        return f'volvelle.adapt.load(base_model, "{out}"); PEFT has no such adapters'
     return f'peft.PeftModel.from_pretrained(base_model, "{out}")'
