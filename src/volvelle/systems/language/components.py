@@ -6,43 +6,38 @@ Shapes: b batch, n new tokens, m tokens in reach (cache included), h heads, d fe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from volvelle.errors import VolvelleError
 from volvelle.parts.attention.attention import attention
-from volvelle.parts.attention.cache import KVCache
-from volvelle.parts.position import rope_scaling
-from volvelle.parts.position.alibi import ALiBi
-from volvelle.parts.position.complex_order import ComplexPositions
-from volvelle.parts.position.convolutional import ConvPositions
+from volvelle.parts.attention.before import Past
+from volvelle.parts.attention.linear import linear_attention
+from volvelle.parts.attention.state_cache import StateCache
+from volvelle.parts.position.deberta import DisentangledBias
 from volvelle.parts.position.encoding import Bias, PositionEncoding, Turning
-from volvelle.parts.position.hierarchical import HierarchicalPositions
-from volvelle.parts.position.learned import LearnedPositions
-from volvelle.parts.position.multiplicative import MultiplicativePositions
-from volvelle.parts.position.recurrent import RecurrentPositions
-from volvelle.parts.position.rope import RotaryEmbedding
-from volvelle.parts.position.shaw import ShawBias
-from volvelle.parts.position.sinusoidal import SinusoidalPositions
-from volvelle.parts.position.t5 import T5Bias
-from volvelle.parts.position.transformer_xl import TransformerXLBias
 from volvelle.systems.language import config as c
+from volvelle.systems.language.positions import build_layer_position
 
 
 class Step(NamedTuple):
     """What all blocks of one forward share, prepared once.
 
     `mask` is bool, broadcastable to (b, h, n, m), True = may attend. `positions` of the queries, (n,) or (b, n), and of
-    the keys, (m,) or (b, m), are there where a score bias asks for them; `bias` is the one that all layers share.
+    the keys, (m,) or (b, m), are there where a score bias asks for them; `bias` is the one that all layers share,
+    `vectors` what each layer makes its own of. `cache` is of the kind that the attention of the layers needs.
     """
 
     rotation: Turning | None
     mask: Tensor | None
     causal: bool
-    cache: KVCache | None
+    cache: Past | StateCache | None
     bias: Bias | None = None
     positions: tuple[Tensor, Tensor] | None = None
+    vectors: Tensor | None = None
 
 
 ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
@@ -60,88 +55,6 @@ def build_norm(spec: c.RMSNorm | c.LayerNorm, width: int) -> nn.Module:
             return nn.RMSNorm(width, eps=spec.eps)
         case c.LayerNorm():
             return nn.LayerNorm(width, eps=spec.eps)
-
-
-def build_position(config: c.LanguageConfig) -> PositionEncoding:
-    """The position encoding the configuration names, as far as all layers share it."""
-    position, width = config.position, config.embedding_width
-    match position:
-        case c.Rope():
-            scaling = _scaling(position.scaling, config.context)
-            return RotaryEmbedding(config.rotated, base=position.base, layout=position.layout, scaling=scaling)
-        case c.Learned():
-            return LearnedPositions(config.context, width)
-        case c.Sinusoidal():
-            return SinusoidalPositions(width, base=position.base)
-        case c.Hierarchical():
-            return HierarchicalPositions(config.context, width, alpha=position.alpha)
-        case c.Recurrent():
-            return RecurrentPositions(width)
-        case c.Multiplicative():
-            return MultiplicativePositions(config.context, width)
-        case c.Complex():
-            return ComplexPositions(
-                width, vocabulary=None if position.shared else config.vocabulary, base=position.base
-            )
-        case c.Convolutional():
-            return ConvPositions(width, width=position.width, layers=position.layers)
-        case c.T5():
-            return T5Bias(
-                config.heads,
-                buckets=position.buckets,
-                max_distance=position.max_distance,
-                bidirectional=not config.causal,
-            )
-        case c.ALiBi():
-            return ALiBi(config.heads)
-        case c.NoPosition() | c.Shaw() | c.TransformerXL():
-            return PositionEncoding()
-
-
-def build_layer_position(config: c.LanguageConfig) -> PositionEncoding | None:
-    """The position encoding that each layer has for itself, if the configuration names one."""
-    position, d = config.position, config.head_width
-    match position:
-        case c.Shaw():
-            right = 0 if config.causal else None
-            return ShawBias(d, k=position.reach, right=right, value_width=d if position.values else None)
-        case c.TransformerXL():
-            return TransformerXLBias(config.heads, d, width=config.width, base=position.base)
-        case _:
-            return None
-
-
-def _scaling(spec: c.RopeScaling | None, context: int) -> rope_scaling.Scaling | None:
-    match spec:
-        case None:
-            return None
-        case c.LinearScaling():
-            return rope_scaling.LinearScaling(spec.factor)
-        case c.DynamicScaling():
-            return rope_scaling.DynamicNTKScaling(spec.factor, spec.original_context or context)
-        case c.YarnScaling():
-            return rope_scaling.YaRNScaling(
-                spec.factor,
-                spec.original_context,
-                beta_fast=spec.beta_fast,
-                beta_slow=spec.beta_slow,
-                mscale=spec.mscale,
-                mscale_all_dim=spec.mscale_all_dim,
-                truncate=spec.truncate,
-                given_attention_factor=spec.attention_factor,
-            )
-        case c.LongRopeScaling():
-            return rope_scaling.LongRoPEScaling(
-                spec.short_factors,
-                spec.long_factors,
-                spec.original_context,
-                factor=context / spec.original_context if spec.factor is None else spec.factor,
-                given_attention_factor=spec.attention_factor,
-            )
-        case c.Llama3Scaling():
-            return rope_scaling.Llama3Scaling(
-                spec.factor, spec.original_context, spec.low_frequency_factor, spec.high_frequency_factor
-            )
 
 
 class GatedMLP(nn.Module):
@@ -203,18 +116,75 @@ class SelfAttention(nn.Module):
             layer(x).view(b, n, -1, self.head_width).transpose(1, 2)  # (b, h, n, d)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return self.o_proj(self.attend(q, k, v, step).transpose(1, 2).reshape(b, n, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Return (b, h, n, d) for q (b, h, n, d), k and v (b, h_kv, n, d), before any rotation."""
         if step.rotation is not None:
             q, k = step.rotation(q, k)
             v = step.rotation.turn(v) if self.rotate_value else v
         if step.cache is not None:
-            k, v = step.cache.append(self.index, k, v)
+            k, v = cast("Past", step.cache).append(self.index, k, v)
         dropout = self.dropout if self.training else 0.0
-        bias = self.position.bias() if "position" in self._modules else step.bias
         at, among = (None, None) if step.positions is None else step.positions
-        out = attention(
-            q, k, v, mask=step.mask, bias=bias, causal=step.causal, dropout=dropout, q_positions=at, k_positions=among
+        return attention(
+            q,
+            k,
+            v,
+            mask=step.mask,
+            bias=self._bias(step),
+            causal=step.causal,
+            dropout=dropout,
+            q_positions=at,
+            k_positions=among,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(b, n, -1))
+
+    def _bias(self, step: Step) -> Bias | None:
+        own = self._modules.get("position")
+        if isinstance(own, DisentangledBias):
+            return own.bias(step.vectors)
+        return own.bias() if isinstance(own, PositionEncoding) else step.bias
+
+
+class LinearSelfAttention(SelfAttention):
+    """Multi-head linear attention with a state of fixed size for its layer; rotary positions turn the numerator."""
+
+    def __init__(self, config: c.LanguageConfig, index: int, spec: c.LinearAttention):
+        super().__init__(config, index)
+        self.chunk, self.eps = spec.chunk, spec.eps
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Return (b, h, n, d) for q (b, h, n, d), k and v (b, h_kv, n, d), before any rotation."""
+        if step.rotation is not None and self.rotate_value:
+            v = step.rotation.turn(v)
+        mask = step.mask
+        if mask is not None:  # (b, 1, 1, n) hides padding, (b or 1, 1, n, n) stands in the place of causal order
+            mask = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0]
+        options: dict[str, Any] = {"rotation": step.rotation, "mask": mask, "chunk": self.chunk, "eps": self.eps}
+        if step.cache is None:
+            return linear_attention(q, k, v, causal=step.causal, **options)
+        if not isinstance(step.cache, StateCache):
+            raise no_keys()
+        out, after = linear_attention(q, k, v, state=step.cache.state(self.index), **options)
+        step.cache.append(self.index, after, k, v, step.rotation)
+        return out
+
+
+def no_keys() -> VolvelleError:
+    """The error of keys that should come before a text which is attended to linearly."""
+    return VolvelleError(
+        "linear attention keeps a state in place of keys: no keys can come before a text",
+        tip="prefix and prompt tuning need softmax attention; adapt with lora",
+    )
+
+
+def build_attention(config: c.LanguageConfig, index: int) -> SelfAttention:
+    """The attention of layer `index`, of the kind that the configuration names."""
+    match config.attention:
+        case c.SoftmaxAttention():
+            return SelfAttention(config, index)
+        case c.LinearAttention():
+            return LinearSelfAttention(config, index, config.attention)
 
 
 class PreNormBlock(nn.Module):
@@ -223,7 +193,7 @@ class PreNormBlock(nn.Module):
     def __init__(self, config: c.LanguageConfig, index: int):
         super().__init__()
         self.input_layernorm = build_norm(config.norm, config.width)
-        self.self_attn = SelfAttention(config, index)
+        self.self_attn = build_attention(config, index)
         self.post_attention_layernorm = build_norm(config.norm, config.width)
         self.mlp = build_mlp(config.mlp, config.width)
         self.dropout = config.dropout.residual
@@ -239,7 +209,7 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, config: c.LanguageConfig, index: int):
         super().__init__()
-        self.self_attn = SelfAttention(config, index)
+        self.self_attn = build_attention(config, index)
         self.post_attention_layernorm = build_norm(config.norm, config.width)
         self.mlp = build_mlp(config.mlp, config.width)
         self.post_feedforward_layernorm = build_norm(config.norm, config.width)
@@ -268,3 +238,32 @@ class HeadTransform(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, n, width) -> (b, n, embedding_width)."""
         return self.norm(self.activation(self.dense(x)))
+
+
+def standing_alone(
+    ids: Tensor, mask: Tensor | None, causal: bool, *, merged: bool = True
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Positions, attention mask and causality of a text (b, n) that nothing comes before; mask as in `Decoder.hidden`.
+
+    A position is the number of real tokens before it. The mask comes back broadcastable to (b, h, n, n): that of
+    padding with causal order in it, unless it should not be `merged`, for layers that hold no pairs.
+    """
+    n = ids.shape[1]
+    if mask is None:
+        return torch.arange(n, device=ids.device), None, causal
+    if mask.ndim == 3:
+        return (mask.sum(-1) - 1).clamp(min=0), mask[:, None], False
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    allowed = mask[:, None, None]
+    if causal and merged:
+        allowed = allowed & torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
+    return positions, allowed, causal and not merged
+
+
+def check_ids(what: str, ids: Tensor, mask: Tensor | None) -> None:
+    """Raise VolvelleError where token ids are not integers (b, n), or the mask is not bool (b, n) or (b, n, n)."""
+    if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise VolvelleError(f"{what} must be integers of shape (b, n), got {ids.dtype} {tuple(ids.shape)}")
+    b, n = ids.shape
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in {(b, n), (b, n, n)}):
+        raise VolvelleError(f"mask must be bool of shape {(b, n)} or {(b, n, n)}, got {mask.dtype} {tuple(mask.shape)}")

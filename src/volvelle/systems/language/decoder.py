@@ -7,14 +7,16 @@ Shapes: b batch, n new tokens, m tokens in reach (cache included), v vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from volvelle.errors import VolvelleError
-from volvelle.parts.attention.cache import KVCache
+from volvelle.parts.attention.before import Past, Recorder
+from volvelle.parts.attention.cache import Cache, KVCache
+from volvelle.parts.attention.state_cache import StateCache
 from volvelle.parts.position.encoding import Bias, PositionEncoding
 from volvelle.parts.position.hierarchical import HierarchicalPositions
 from volvelle.parts.position.learned import LearnedPositions
@@ -24,10 +26,14 @@ from volvelle.systems.language.components import (
     PreNormBlock,
     Step,
     build_norm,
-    build_position,
+    check_ids,
     drop,
+    no_keys,
+    standing_alone,
 )
-from volvelle.systems.language.config import LanguageConfig, Shaw, TransformerXL
+from volvelle.systems.language.config import LanguageConfig, LinearAttention, ScoreBias
+from volvelle.systems.language.positions import build_position
+from volvelle.systems.language.preface import Prefaced
 from volvelle.systems.language.projections import Straight, apply_linear
 
 if TYPE_CHECKING:
@@ -77,7 +83,10 @@ class Trunk(nn.Module):
 
     def embed(self, ids: Tensor, positions: Tensor, segments: Tensor | None) -> Tensor:
         """Map ids (b, n) -> (b, n, width): tokens, segments, absolute positions; normed, projected if configured."""
-        x = self.embed_tokens(ids)
+        return self.place(self.embed_tokens(ids), positions, segments, ids)
+
+    def place(self, x: Tensor, positions: Tensor, segments: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """The rest of `embed`, for token embeddings x (b, n, embedding_width) of any origin."""
         if self.scale != 1.0:
             x = x * self.scale
         if self.embed_segments is not None:
@@ -86,7 +95,7 @@ class Trunk(nn.Module):
         return self.embed_proj(drop(self.embed_norm(x), self.dropout, self.training))
 
 
-class Decoder(nn.Module):
+class Decoder(Prefaced):
     """A language model: `hidden` runs the blocks, `logits` the vocabulary head, `forward` both.
 
     `config` is the LanguageConfig, `tokenizer` the TextTokenizer or None. Set `gradient_checkpointing` to recompute
@@ -121,20 +130,9 @@ class Decoder(nn.Module):
         if self.config.head.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw fresh weights, as the class says."""
-        std = self.config.init_std
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                back = self.config.order == "pre" and name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(parameter, std=std / (2 * self.config.depth) ** 0.5 if back else std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-        for module in self.modules():
-            # Vectors that are added are drawn as all weights are; other encodings begin where their papers say.
-            if isinstance(module, PositionEncoding) and type(module) not in {LearnedPositions, HierarchicalPositions}:
-                getattr(module, "reset_parameters", lambda: None)()
+        draw_weights(self, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -155,17 +153,42 @@ class Decoder(nn.Module):
         return self.lm_head.weight
 
     @property
+    def _linear(self) -> bool:
+        return isinstance(self.config.attention, LinearAttention)
+
+    @property
+    def room(self) -> int:
+        """The longest text, in tokens: the context but for what comes before."""
+        return self.config.context - self.ahead
+
+    @property
     def plain_head(self) -> bool:
         """Whether logits are exactly hidden @ output_weight.T."""
         return self.config.head.transform is None and not self.config.head.bias
 
-    def new_cache(self, batch: int, context: int, dtype: torch.dtype | None = None) -> KVCache:
-        """Allocate a cache for `batch` rows of up to `context` tokens, in the model's dtype unless another is given."""
+    def new_cache(
+        self, batch: int, context: int, dtype: torch.dtype | None = None, *, blocks: int | None = None
+    ) -> Cache:
+        """Allocate a cache for `batch` rows of up to `context` tokens, in the model's dtype unless another is given.
+
+        Keys that come before every text have room besides; the first step writes them.
+        With `blocks` it is for as many blocks that are not the model's own, and nothing comes before their texts.
+        """
         config = self.config
         if not config.causal:
             raise VolvelleError("a masked language model attends in both directions: it has no cache")
+        layers, ahead = (config.depth, self.ahead) if blocks is None else (blocks, 0)
+        if self._linear:
+            width = config.head_width
+            return StateCache.allocate(layers, batch, config.kv_heads, width, width, dtype or self.dtype, self.device)
         return KVCache.allocate(
-            config.depth, batch, config.kv_heads, context, config.head_width, dtype or self.dtype, self.device
+            layers,
+            batch,
+            config.kv_heads,
+            ahead + context,
+            config.head_width,
+            dtype or self.dtype,
+            self.device,
         )
 
     def forward(
@@ -175,7 +198,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Output:
         """Return logits (b, n, v) and hidden states (b, n, width); the arguments are those of `hidden`."""
         hidden = self.hidden(ids, positions=positions, mask=mask, segments=segments, cache=cache)
@@ -192,65 +215,107 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Return the final normed states (b, n, width) of the tokens `ids`, (b, n) int64.
 
         `mask` is bool: (b, n), True = a real token (padding may be left or right), or (b, n, n), True = may attend,
         which replaces the causal order among the new tokens (token trees, packed documents). `positions` are int64 (n,)
-        or (b, n), by default the number of real tokens before each. `segments` (b, n) are token types (RoFormer;
-        default 0). With a `cache` the tokens follow those in it and are written to it; the caller commits the step.
+        or (b, n), by default the number of real tokens before each; keys that come before every text (`before`) move
+        all of them by their number. `segments` (b, n) are token types (RoFormer; default 0). With a `cache` the tokens
+        follow those in it and are written to it; the caller commits the step.
         Raises VolvelleError on shapes that do not fit and on a cache for a model without causal order.
         """
-        self._check(ids, mask, segments, cache)
-        if cache is not None:
-            kind = {} if mask is None else {"padding": mask} if mask.ndim == 2 else {"tree": mask}
-            opened = cache.begin(ids.shape[1], **kind)
-            where, allowed, causal = opened.positions, opened.mask, opened.causal
-        else:
-            where, allowed, causal = self._whole(ids, mask)
-        positions = where if positions is None else positions
-        x = self.model.embed(ids, positions, segments)
-        rotation = self.model.position.rotation(positions, x.dtype)
-        step = Step(rotation, allowed, causal, cache, *self._relative(positions, cache))
+        x, step = self.begin(ids, positions=positions, mask=mask, segments=segments, cache=cache)
         straight = self.model.prepared(x)
         if straight is not None:
             return self.model.norm(straight(x, step))
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for layer in self.model.layers:
-            x = checkpoint(layer, x, step, use_reentrant=False) if recompute else layer(x, step)
+            x = self.run(layer, x, step)
         return self.model.norm(x)
 
-    def _relative(self, positions: Tensor, cache: KVCache | None) -> tuple[Bias | None, tuple[Tensor, Tensor] | None]:
+    def begin(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Step]:
+        """Return what the first block reads (b, n, width), and what all blocks share; the arguments are `hidden`'s."""
+        self._check(ids, mask, segments, cache)
+        past = self._past(cache, len(ids))
+        if past is not None:
+            kind = {} if mask is None else {"padding": mask} if mask.ndim == 2 else {"tree": mask}
+            where, allowed, causal = past.begin(ids.shape[1], **kind)
+        else:
+            where, allowed, causal = standing_alone(ids, mask, self.config.causal, merged=not self._linear)
+        at = where if positions is None else self._moved(positions)
+        x = self.model.embed(ids, at, segments)
+        return x, self.shared(x, at, allowed, causal, past)
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Any:
+        """Return layer(*inputs), computed again in the backward pass with `gradient_checkpointing`."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+
+    def states_of(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The keys and values (layers, 2, b, h_kv, n, d) that token embeddings x (b, n, embedding_width) give.
+
+        They can come before another text, which then is what it would be behind these tokens. `ids` (b, n) are for
+        positions that depend on the word.
+        """
+        past = Recorder(x.device)
+        positions, allowed, causal = past.begin(x.shape[1])
+        x = self.model.place(x.to(self.dtype), positions, ids=ids)
+        step = self.shared(x, positions, allowed, causal, past)
+        for layer in self.model.layers:
+            x = layer(x, step)
+        return past.states
+
+    def shared(self, x: Tensor, positions: Tensor, allowed: Tensor | None, causal: bool, past: Any) -> Step:
+        """What all blocks share: the rotation in the dtype in which they apply it, what score biases need, the past.
+
+        The arguments are what the first block reads, and positions, mask and causality as a cache's `begin` gives them.
+        """
+        # linear attention turns its features in fp32 at least
+        dtype = torch.promote_types(x.dtype, torch.float32) if self._linear else x.dtype
+        rotation = self.model.position.rotation(positions, dtype)
+        bias, where = self._relative(positions, past)
+        return Step(rotation, allowed, causal, past, bias, where, self.model.position.vectors())
+
+    def _relative(self, positions: Tensor, past: Past | None) -> tuple[Bias | None, tuple[Tensor, Tensor] | None]:
         """The score bias that all layers share, and the positions of queries and keys where any bias needs them."""
         bias = self.model.position.bias()
-        if bias is None and not isinstance(self.config.position, Shaw | TransformerXL):
+        if not isinstance(self.config.position, ScoreBias):
             return None, None
         positions = positions[0] if positions.dim() == 2 and len(positions) == 1 else positions
-        return bias, (positions, positions if cache is None else cache.key_positions(positions))
+        return bias, (positions, positions if past is None else past.key_positions(positions))
 
-    def _whole(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
-        """Positions, attention mask and causality of a text that stands alone, without a cache."""
-        n, causal = ids.shape[1], self.config.causal
-        if mask is None:
-            return torch.arange(n, device=ids.device), None, causal
-        if mask.ndim == 3:
-            return (mask.sum(-1) - 1).clamp(min=0), mask[:, None], False
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        allowed = mask[:, None, None]
-        if causal:
-            allowed = allowed & torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
-        return positions, allowed, False
-
-    def _check(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, cache: KVCache | None) -> None:
-        if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
-            raise VolvelleError(f"token ids must be integers of shape (b, n), got {ids.dtype} {tuple(ids.shape)}")
-        b, n = ids.shape
-        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in {(b, n), (b, n, n)}):
-            raise VolvelleError(
-                f"mask must be bool of shape {(b, n)} or {(b, n, n)}, got {mask.dtype} {tuple(mask.shape)}"
-            )
+    def _check(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None, cache: Cache | None) -> None:
+        check_ids("token ids", ids, mask)
         if segments is not None and not self.config.segments:
             raise VolvelleError("this model has no segment embeddings, but segments were given")
         if cache is not None and not self.config.causal:
             raise VolvelleError("a masked language model attends in both directions: it has no cache")
+        if self._linear and self.before is not None:
+            raise no_keys()
+        if cache is not None and isinstance(cache, StateCache) != self._linear:
+            raise VolvelleError(f"this model does not decode with a {type(cache).__name__}", tip="call model.new_cache")
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, config: LanguageConfig) -> None:
+    """Draw fresh weights for a decoder, or for blocks beside one, as `Decoder` says."""
+    std = config.init_std
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            back = config.order == "pre" and name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=std / (2 * config.depth) ** 0.5 if back else std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    for part in module.modules():
+        # Vectors that are added are drawn as all weights are; other encodings begin where their papers say.
+        if isinstance(part, PositionEncoding) and type(part) not in {LearnedPositions, HierarchicalPositions}:
+            getattr(part, "reset_parameters", lambda: None)()
