@@ -176,11 +176,8 @@ class StateCache:
 
         An open step is forgotten.
         """
-        self._states, self._empty = (
-            tuple(LinearState(*(x.index_select(0, rows) for x in state)) for state in states)
-            for states in (self._states, self._empty)
-        )
-        self._lengths, self.batch = self._lengths.index_select(0, rows), len(rows)
+        self._states = tuple(LinearState(*(x.index_select(0, rows) for x in state)) for state in self._states)
+        self._lengths = self._lengths.index_select(0, rows)
         self._close()
 
     def _close(self) -> None:
