@@ -5,23 +5,24 @@ weights, gradients and optimiser by the number of cards N and gathers one block 
 
     peak = max over t of  (weights + gradients + optimiser)(t) / N + activations(t) + temporaries(t) + gathered
 
-`gathered` is two blocks' full weights (the current and the prefetched one) and one block's full gradients. Under
-autocast the gathered weights are half precision already (FSDP's mixed-precision policy), so no casts of all weights are
-kept, which DDP does. The batch is the one card's own: N cards train N times as many samples a step.
+`gathered` is what a card holds whole (see `Gathered`): weights that stay whole through the step, two blocks' weights
+(the current and the prefetched one), and gradients on their way into shards. Under autocast the gathered weights are
+half precision already (FSDP's mixed-precision policy), so no casts of all weights are kept, which DDP does. The batch
+is the one card's own: N cards train N times as many samples a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor
 
-from volvelle.inspect.memory_ledger import CATEGORIES
+from volvelle.inspect.memory_ledger import CATEGORIES, Entry
 from volvelle.inspect.memory_options import Cards, Shard
 from volvelle.inspect.memory_session import Trace
-from volvelle.inspect.memory_step import TrainingStep, blocks_of
+from volvelle.inspect.memory_step import TrainingStep, units_of
 
 _SPLIT = ("weights", "gradients", "optimiser")
 
@@ -70,42 +71,81 @@ def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> C
 def card_moments(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> Iterator[tuple[float, float]]:
     """Bytes on one card at each moment: those that persist or travel, and those that grow with the batch."""
     n = cards.count if shard == "fsdp" else 1
-    extra = _communication(step, cards, shard)
+    gathered = Gathered.of(step) if n > 1 else None
+    buckets = _communication(step, cards, shard) if gathered is None else 0
     # Autocast's copies of weights are gathered instead of kept.
     amp = n > 1 and step.options.precision == "amp"
     blocks, entries = trace.ledger.blocks, trace.ledger.entries
     cast_sizes = {i: block.size for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
-    casts = sum(entry.sign * cast_sizes.get(entry.block, 0) for entry in entries[: trace.start])
+    waiting_sizes = {i: blocks[i].size for i in trace.root_gradients}
+
+    def moved(sizes: dict[int, int], entry: Entry) -> int:
+        return entry.sign * sizes.get(entry.block, 0)
+
+    casts = sum(moved(cast_sizes, entry) for entry in entries[: trace.start])
+    waiting = sum(moved(waiting_sizes, entry) for entry in entries[: trace.start])
     for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
-        casts += entries[index].sign * cast_sizes.get(entries[index].block, 0)
+        casts += moved(cast_sizes, entries[index])
+        waiting += moved(waiting_sizes, entries[index])
         split = sum(sums[name] for name in _SPLIT)
         rest = sum(sums[name] for name in CATEGORIES if name not in _SPLIT) - casts
-        if phase == "optimiser" and n > 1:  # it works on shards alone, and needs no block gathered
+        if gathered is None:
+            yield split + buckets, rest
+        elif phase == "optimiser":  # it works on shards alone, and needs no block gathered
             yield (split + rest) / n, 0.0
         else:
-            yield split / n + extra, rest
+            yield (split - waiting) / n + waiting + gathered.beside(waiting), rest
 
 
 def _communication(step: TrainingStep, cards: Cards, shard: Shard) -> int:
     if cards.count == 1:
         return 0
     if shard == "fsdp":
-        return _gathered(step.model, step.options.precision == "amp")
+        return Gathered.of(step).most
     # DDP: one bucket a group of parameters, together as large as the gradients.
     return sum(p.numel() * p.element_size() for p in step.trainable)
 
 
-def _gathered(model: nn.Module, amp: bool) -> int:
-    """Two units' full weights and one unit's full gradients; a unit is a block, or a parameter outside all blocks.
+@dataclass(frozen=True)
+class Gathered:
+    """What a rank holds whole beside its shards, in bytes of weights and of gradients.
 
-    Under autocast weights are gathered in half precision; gradients are reduced in their own.
+    As training shards: every block (`units_of`) is a unit, and all else is one more, the root, whose weights stay whole
+    from the forward pass on, and whose gradients wait for the end of the backward pass to be reduced. Under autocast
+    weights are gathered in half precision; gradients are reduced in their own.
     """
-    blocks = [list(block.parameters()) for block in blocks_of(model)]
-    inside = {id(p) for block in blocks for p in block}
-    units = [*blocks, *([p] for p in model.parameters() if id(p) not in inside)]
-    weights = max((sum(p.numel() * (2 if amp else p.element_size()) for p in unit) for unit in units), default=0)
-    trained = ([p for p in unit if p.requires_grad] for unit in units)
-    return 2 * weights + max((sum(p.numel() * p.element_size() for p in unit) for unit in trained), default=0)
+
+    root_weights: int
+    root_gradients: int
+    block_weights: int
+    block_gradients: int
+
+    @classmethod
+    def of(cls, step: TrainingStep) -> Gathered:
+        """Count them; of the blocks the largest matters."""
+        amp = step.options.precision == "amp"
+        units, root = units_of(step.model)
+
+        def weights(unit: Sequence[Tensor]) -> int:
+            return sum(p.numel() * (2 if amp else p.element_size()) for p in unit)
+
+        def gradients(unit: Sequence[Tensor]) -> int:
+            return sum(p.numel() * p.element_size() for p in unit if p.requires_grad)
+
+        return cls(
+            weights(root), gradients(root), max(map(weights, units), default=0), max(map(gradients, units), default=0)
+        )
+
+    def beside(self, waiting: int) -> int:
+        """Whole weights and buffers at a moment when root gradients of `waiting` bytes are there."""
+        if waiting and waiting == self.root_gradients:  # past the blocks: the last one's buffer, or the root's own
+            return max(self.root_weights + self.block_gradients, self.root_gradients)
+        return self.root_weights + 2 * self.block_weights + 2 * self.block_gradients  # one block is fetched ahead
+
+    @property
+    def most(self) -> int:
+        """The most of it, with the root's gradients where they are all there."""
+        return max(self.beside(0), self.root_gradients + self.beside(self.root_gradients))
 
 
 @dataclass(frozen=True)

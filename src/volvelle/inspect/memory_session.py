@@ -18,20 +18,24 @@ from volvelle.inspect.memory_inputs import Inputs
 from volvelle.inspect.memory_kernels import Kernels
 from volvelle.inspect.memory_ledger import Block, Ledger
 from volvelle.inspect.memory_options import StepOptions
-from volvelle.inspect.memory_step import TrainingStep
+from volvelle.inspect.memory_step import TrainingStep, units_of
 from volvelle.inspect.memory_tracker import StorageTracker
 from volvelle.inspect.memory_values import Assumption, KnownValues
 
 
 @dataclass
 class Trace:
-    """One traced stretch: the ledger's entries [start, stop), its peak in bytes, and the entry where it is reached."""
+    """One traced stretch: the ledger's entries [start, stop), its peak in bytes, and the entry where it is reached.
+
+    `root_gradients` are the ledger's blocks that hold gradients of parameters outside the model's repeated blocks.
+    """
 
     ledger: Ledger
     start: int
     stop: int
     peak: int
     at: int
+    root_gradients: frozenset[int] = frozenset()
 
     @property
     def composition(self) -> dict[str, int]:
@@ -175,4 +179,8 @@ class StepSession(Session):
             self.step.run(inputs, self.tracker.during)
         for category, tensors in self.step.named_tensors().items():
             self.name(category, tensors)
-        return self.trace_since(start)
+        trace = self.trace_since(start)
+        gradients = [p.grad for p in units_of(self.step.model)[1] if p.grad is not None]
+        found = {self.tracker.block_of(gradient) for gradient in gradients}
+        trace.root_gradients = frozenset(index for index in found if index is not None)
+        return trace

@@ -177,6 +177,17 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=share).children()) if lists else []
 
 
+def units_of(model: nn.Module) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+    """The parameters that sharding gathers together: of each block, and of all that is outside blocks.
+
+    Blocks are the elements of every ModuleList, or of the largest Sequential where there is no ModuleList.
+    """
+    lists = [list(part) for part in model.modules() if isinstance(part, nn.ModuleList)] or [blocks_of(model)]
+    units = [list(block.parameters()) for blocks in lists for block in blocks]
+    inside = {id(p) for unit in units for p in unit}
+    return units, [p for p in model.parameters() if id(p) not in inside]
+
+
 def checkpoint_blocks(model: nn.Module) -> None:
     """Recompute the repeated blocks in backward: through the model's own switch when it has one.
 
