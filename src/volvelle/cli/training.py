@@ -193,9 +193,10 @@ def _say_outcome(outcome: Outcome) -> None:
         say(f"continue with: {outcome.resume}")
         return
     say("", f"{outcome.steps} steps in {duration(outcome.seconds)}")
+    wide = max([11, *map(len, outcome.after)])
     for name, after in outcome.after.items():
         before = outcome.before.get(name)
-        say(f"  held-out {name:<11} {after:.4g}" + (f"   before: {before:.4g}" if before is not None else ""))
+        say(f"  held-out {name:<{wide}} {after:.4g}" + (f"   before: {before:.4g}" if before is not None else ""))
     say(f"run      {outcome.run}", f"report   {outcome.report}")
     for command in outcome.next:
         say(f"next     {command}")

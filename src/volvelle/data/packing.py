@@ -39,7 +39,7 @@ class Windows:
         start = index * self.length
         late = min(start, len(self._tokens) - 1 - self.length)
         ids = self._tokens[late : late + self.length].long()
-        targets = self._tokens[late + 1 : late + 1 + self.length].long()
+        targets = self._tokens[late + 1 : late + 1 + self.length].to(torch.long, copy=True)  # written to below
         if late < start:
             targets[: start - late] = IGNORE
         return ids, targets

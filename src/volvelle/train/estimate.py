@@ -1,4 +1,4 @@
-"""The memory of a training step of a decoder, planned from its configuration: nothing is allocated.
+"""The memory of a training step of a language model, planned from its configuration: nothing is allocated.
 
 `plan_language` plans the step that the training loop takes. `estimate_memory` is its quick form for a run's first line:
 a deep model is planned at two small depths and continued to its own.
@@ -25,9 +25,14 @@ from volvelle.inspect.memory_plan import MemoryPlan, plan_memory
 from volvelle.inspect.memory_step import cast
 from volvelle.systems.language.config import LanguageConfig
 from volvelle.systems.language.decoder import Decoder
-from volvelle.train.language import completion_loss
+from volvelle.systems.language.encoder_decoder_config import ModelConfig
+from volvelle.systems.language.models import LanguageModel
+from volvelle.systems.language.models import build as fresh
+from volvelle.systems.language.mtp import MTP, MultiToken
+from volvelle.train.language import completion_loss, states
 from volvelle.train.losses import _Fused as FusedLoss
 from volvelle.train.losses import _rows as chunk_rows
+from volvelle.train.mtp import multi_token_loss
 
 DEPTHS = (3, 5)
 """Planned depths; models of up to `SHALLOW` blocks are planned as they are."""
@@ -64,16 +69,25 @@ class MemoryEstimate:
 
 
 def plan_language(
-    config: LanguageConfig, batch: Batch, *, stored: torch.dtype = torch.float32, **planning: Any
+    config: ModelConfig,
+    batch: Batch,
+    *,
+    stored: torch.dtype = torch.float32,
+    mtp: MTP | None = None,
+    **planning: Any,
 ) -> MemoryPlan:
-    """Plan one step of the training loop for a fresh decoder of this configuration, weights stored as `stored`.
+    """Plan one step of the training loop for a fresh model of this configuration, weights stored as `stored`.
+
+    With `mtp` a fresh copy of these modules trains with it.
 
     `batch` holds ids and targets (b, n), and mask and positions where the data has them, or makes them from b.
     `planning` are the arguments of `plan_memory`: method, precision, checkpointing, optimizer, size, gpus and so on.
     """
 
-    def build() -> Decoder:
-        model = Decoder(config)
+    def build() -> LanguageModel | MultiToken:
+        model = fresh(config)
+        if mtp is not None and isinstance(model, Decoder):
+            model = MultiToken(model, type(mtp)(model.config, mtp.depths))
         if stored != torch.float32:
             cast(model, stored)
         return model
@@ -92,7 +106,7 @@ def whole_windows(length: int) -> Callable[[int], dict[str, Tensor]]:
 
 
 def estimate_memory(
-    config: LanguageConfig,
+    config: ModelConfig,
     batch: Mapping[str, Tensor],
     *,
     method: Any = "full",
@@ -101,11 +115,12 @@ def estimate_memory(
     checkpointing: bool = False,
     average: bool = False,
     device: str = "cpu",
+    mtp: MTP | None = None,
 ) -> MemoryEstimate:
     """What a step on `batch` takes at its peak on one rank, unsharded, by category.
 
     `method` is "full" or a method of volvelle.adapt; `autocast` runs the forward pass in half precision; `average`
-    keeps a moving average of what is trained, counted with the optimiser.
+    keeps a moving average of what is trained, counted with the optimiser; `mtp` are modules that are trained too.
     """
     options: dict[str, Any] = {
         "method": method,
@@ -113,9 +128,11 @@ def estimate_memory(
         "checkpointing": checkpointing,
         "device": "cuda" if device == "cuda" else "cpu",
         "stored": stored,
+        "mtp": mtp,
     }
-    # A method that names blocks by index means blocks of the whole model.
-    if config.depth <= SHALLOW or getattr(method, "layers", None) is not None:
+    # A method that names blocks by index means blocks of the whole model; and an encoder-decoder has two depths.
+    whole = not isinstance(config, LanguageConfig) or getattr(method, "layers", None) is not None
+    if config.depth <= SHALLOW or whole:
         return _estimate(plan_language(config, batch, **options).composition, average)
     plans = [plan_language(dataclasses.replace(config, depth=depth), batch, **options) for depth in DEPTHS]
     return _estimate(deeper(plans[0], plans[1], DEPTHS, config.depth), average)
@@ -165,10 +182,12 @@ def _estimate(composition: Mapping[str, float], average: bool) -> MemoryEstimate
 
 def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The training loop's loss in memory; of its many equal chunks of logits only the first few are planned."""
+    if isinstance(model, MultiToken):
+        return multi_token_loss(model, batch, 1.0).value
     if not model.plain_head or type(model.lm_head) is not nn.Linear:
         return completion_loss(model, batch).value
     targets = batch["targets"].reshape(-1)
-    hidden = model.hidden(batch["ids"], mask=batch.get("mask"), positions=batch.get("positions")).flatten(0, 1)
+    hidden = states(model, batch).flatten(0, 1)
     kept = (targets != IGNORE).nonzero()[:, 0]
     chosen, wanted = hidden.index_select(0, kept), targets.index_select(0, kept)
     weight = model.output_weight

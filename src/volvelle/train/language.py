@@ -46,8 +46,19 @@ def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Loss:
 
     The batch holds ids and targets (b, n), and optionally mask and positions. The loss's weight is their number.
     """
-    targets = batch["targets"]
-    hidden = model.hidden(batch["ids"], mask=batch.get("mask"), positions=batch.get("positions"))
+    hidden = states(model, batch)
+    value, count = token_loss(model, hidden, batch["targets"])
+    return Loss(value, weight=count)
+
+
+def states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's final states (b, n, d) of a batch; an encoder-decoder's batch holds source and source_mask too."""
+    read = {name: batch[name] for name in ("source", "source_mask") if name in batch}
+    return model.hidden(batch["ids"], mask=batch.get("mask"), positions=batch.get("positions"), **read)
+
+
+def token_loss(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Mean cross-entropy of the states hidden (b, n, d) on targets (b, n), where there are any, and their number."""
     kept = (targets != IGNORE).reshape(-1).nonzero()[:, 0]
     chosen, wanted = hidden.flatten(0, 1).index_select(0, kept), targets.reshape(-1).index_select(0, kept)
     # An adapter on the head replaces the linear layer, and the matrix alone would then leave it out.
@@ -55,7 +66,7 @@ def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Loss:
         value = linear_cross_entropy(chosen, model.output_weight, wanted)
     else:
         value = head_cross_entropy(chosen, model.logits, wanted, vocabulary=model.output_weight.shape[0])
-    return Loss(value, weight=len(kept))
+    return value, len(kept)
 
 
 class LanguageObjective(Objective):
@@ -96,28 +107,52 @@ class LanguageObjective(Objective):
         return float(batch_tokens(batch)), "tokens"
 
     def evaluate(self) -> Mapping[str, float]:
-        """Held-out loss a token and its perplexity."""
+        """What `measure` finds, and `also`."""
         if self.held_out is None:
             return {}
-        found = held_out_loss(self.model, self.held_out, self.options.precision)
-        return found | dict(self.also() if self.also else {})
+        return dict(self.measure(self.held_out)) | dict(self.also() if self.also else {})
+
+    def measure(self, held_out: Loader) -> Mapping[str, float]:
+        """Held-out loss a token and its perplexity."""
+        return held_out_loss(self.model, held_out, self.options.precision)
 
 
 def held_out_loss(model: Any, loader: Loader, precision: Any = "fp32") -> dict[str, float]:
     """Mean cross-entropy a learnt token over the whole loader, `loss`, and exp of it, `perplexity`."""
+
+    def measure(batch: Any) -> dict[str, tuple[Tensor, float]]:
+        loss = completion_loss(model, batch)
+        return {"loss": (loss.value, loss.weight)}
+
+    return with_perplexity(held_out_means(model, loader, measure, precision))
+
+
+def held_out_means(
+    model: Any, loader: Loader, measure: Callable[[Any], Mapping[str, tuple[Any, float]]], precision: Any = "fp32"
+) -> dict[str, float]:
+    """Averages over the whole loader: `measure` gives each batch's means by name, and the number each is the mean of.
+
+    NaN where there was nothing to measure.
+    """
     device = next(model.parameters()).device
     numbers = Precision(precision, device)
-    total, weight, training = 0.0, 0.0, model.training
+    totals, training = dict[str, tuple[float, float]](), model.training
     model.eval()
     try:
         with torch.no_grad():
             for plan in loader.plan(0):
                 batch = to_device(loader.load(plan), device)
                 with numbers.autocast():
-                    loss = completion_loss(model, batch)
-                total += float(loss.value) * loss.weight
-                weight += loss.weight
+                    found = measure(batch)
+                for name, (value, weight) in found.items():
+                    total, count = totals.get(name, (0.0, 0.0))
+                    totals[name] = total + float(value) * weight, count + weight
     finally:
         model.train(training)
-    mean = total / weight if weight else math.nan
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+
+
+def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics with exp(loss) behind the loss."""
+    loss = metrics.get("loss", math.nan)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **metrics}

@@ -43,7 +43,7 @@ def linear_cross_entropy(
     hidden, targets = _kept(hidden, targets, ignore_index)
     if not len(targets):
         return hidden.sum().float() * 0
-    if _computing_in(hidden) == torch.float16:
+    if computing_in(hidden) == torch.float16:
         # Made in the forward pass, the gradients would underflow before the loss scale has reached them.
         return head_cross_entropy(
             hidden, lambda h: h @ weight.T, targets, vocabulary=weight.shape[0], ignore_index=ignore_index, chunk=chunk
@@ -83,7 +83,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _computing_in(x: Tensor) -> torch.dtype:
+def computing_in(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with x here."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -98,7 +98,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
-        kind, dtype = hidden.device.type, _computing_in(hidden)
+        kind, dtype = hidden.device.type, computing_in(hidden)
         h, w, count = hidden.to(dtype), weight.to(dtype), len(targets)
         need_h, need_w = ctx.needs_input_grad[:2]
         grad_h = torch.empty_like(h) if need_h else None

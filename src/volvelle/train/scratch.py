@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import write_folder
+from volvelle.systems.language.huggingface_config import config_to_dict
+from volvelle.systems.language.mtp import KINDS, MTP, MultiToken
+from volvelle.systems.language.mtp_files import write_mtp
 from volvelle.systems.language.tokenizer import TextTokenizer
 from volvelle.train.estimate import estimate_memory, largest_batch
 from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.language import LanguageObjective
 from volvelle.train.loop import FitResult, fit
+from volvelle.train.mtp import MultiTokenObjective, usual_weight
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
-from volvelle.train.recipes.language import ModelShape, PositionName, TrainLanguage
+from volvelle.train.recipes.choices import ATTENTIONS, POSITIONS, AttentionName, PositionName, embedding_scale
+from volvelle.train.recipes.language import ModelShape, TrainLanguage
 from volvelle.train.text_run import (
     NUMBERS,
+    at_first,
     choose_device,
     closing,
     finish,
@@ -66,9 +74,10 @@ def train_language(
             held, tokenizer, length=context, batch=recipe.batch, on_bad=recipe.on_bad, limit=limit
         )
         seed_all(recipe.seed)
-        model = Decoder(build_config(recipe.model, tokenizer, recipe.position)).to(device)
+        model = Decoder(build_config(recipe.model, tokenizer, recipe.position, recipe.attention)).to(device)
         model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
-        count = sum(p.numel() for p in model.parameters())
+        multi = _with_modules(recipe, model)
+        count = sum(p.numel() for p in (multi or model).parameters())
         memory = estimate_memory(
             model.config,
             largest_batch(loader),
@@ -76,34 +85,31 @@ def train_language(
             checkpointing=recipe.checkpointing,
             average=recipe.average is not None,
             device=device.type,
+            mtp=multi.mtp if multi else None,
         )
         subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, from scratch", count, count, memory)
         observer.say(subtitle)
         observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {model.config.vocabulary:,}")
-        objective = LanguageObjective(model, recipe, held_out=held_loader)
+        objective = _objective(recipe, model, multi, held_loader)
+        if multi:
+            observer.say(f"{recipe.mtp} tokens at each position, {_described(multi.mtp)}")
         result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
         if not ranks.leads:
             return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
+        if multi and not result.interrupted:
+            write_mtp(multi.mtp, model, run.path / "mtp")
         return _close(recipe, run, model, held, result, subtitle, observer)
 
 
-POSITIONS: dict[PositionName, c.Position] = {
-    "rope": c.Rope(), "none": c.NoPosition(), "learned": c.Learned(), "hierarchical": c.Hierarchical(),
-    "sinusoidal": c.Sinusoidal(), "recurrent": c.Recurrent(), "multiplicative": c.Multiplicative(),
-    "complex": c.Complex(), "convolutional": c.Convolutional(), "shaw": c.Shaw(), "transformer-xl": c.TransformerXL(),
-    "t5": c.T5(), "alibi": c.ALiBi(),
-}  # fmt: skip
+def build_config(
+    shape: ModelShape, tokenizer: Any, position: PositionName = "rope", attention: AttentionName = "softmax"
+) -> c.LanguageConfig:
+    """A Llama-style configuration of that shape and these parts, with the tokenizer's vocabulary.
 
-
-def embedding_scale(position: c.Position, width: int) -> float:
-    """What token embeddings are multiplied by: as much as makes them as large as position vectors of size 1."""
-    return width**0.5 if isinstance(position, c.Sinusoidal | c.Recurrent | c.Convolutional) else 1.0
-
-
-def build_config(shape: ModelShape, tokenizer: Any, position: PositionName = "rope") -> c.LanguageConfig:
-    """A Llama-style configuration of that shape and position encoding, with the tokenizer's vocabulary."""
-    return c.LanguageConfig(
-        "llama" if position == "rope" else "volvelle",
+    Its family is "llama" where Hugging Face's Llama can hold it, else our own.
+    """
+    config = c.LanguageConfig(
+        "llama",
         vocabulary=tokenizer.vocabulary,
         width=shape.width,
         depth=shape.depth,
@@ -113,9 +119,15 @@ def build_config(shape: ModelShape, tokenizer: Any, position: PositionName = "ro
         norm=c.RMSNorm(),
         mlp=c.GatedMLP(shape.inner),
         position=POSITIONS[position],
+        attention=ATTENTIONS[attention],
         embedding_scale=embedding_scale(POSITIONS[position], shape.width),
         special=c.SpecialTokens(bos=tokenizer.bos_id, eos=tuple(tokenizer.eos_ids), pad=tokenizer.pad_id),
     )
+    try:
+        config_to_dict(config)
+    except VolvelleError:
+        return dataclasses.replace(config, family="volvelle")
+    return config
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> TextTokenizer:
@@ -123,6 +135,13 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> TextTokenizer:
 
     A small corpus has fewer merges than asked for, and the vocabulary is then smaller.
     """
+    tokenizer = byte_level_bpe(texts, vocabulary, [END])
+    end = tokenizer.get_vocab()[END]
+    return TextTokenizer(tokenizer, eos_ids=(end,), pad_id=end)
+
+
+def byte_level_bpe(texts: Sequence[str], vocabulary: int, special: Sequence[str]) -> Any:
+    """A `tokenizers.Tokenizer` of that many words, the special ones first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -130,13 +149,34 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> TextTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[END],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    end = tokenizer.get_vocab()[END]
-    return TextTokenizer(tokenizer, eos_ids=(end,), pad_id=end)
+    return tokenizer
+
+
+def _with_modules(recipe: TrainLanguage, model: Decoder) -> MultiToken | None:
+    """The model with fresh modules for the further tokens, where the recipe asks for any.
+
+    They are drawn after the model, whose weights are those of a run without them.
+    """
+    if recipe.mtp == 1:
+        return None
+    return MultiToken(model, KINDS[recipe.mtp_kind](model.config, recipe.mtp - 1).to(model.device))
+
+
+def _objective(recipe: TrainLanguage, model: Decoder, multi: MultiToken | None, held: Loader) -> LanguageObjective:
+    if multi is None:
+        return LanguageObjective(model, recipe, held_out=held)
+    weight = recipe.mtp_weight or usual_weight(recipe.mtp_kind, multi.mtp.depths)
+    return MultiTokenObjective(multi, recipe, weight=weight, held_out=held)
+
+
+def _described(mtp: MTP) -> str:
+    count = sum(p.numel() for p in mtp.parameters())
+    return f"the further ones by {mtp.depths} {mtp.kind} modules of {count:,} parameters that plain decoding leaves out"
 
 
 def _tokenizer(recipe: TrainLanguage, run: RunFolder, train: Corpus, resume: bool) -> TextTokenizer:
@@ -185,9 +225,6 @@ def _close(
     """Save the weights and show what the model writes, unless the run was interrupted."""
     model.eval()
     samples: list[Sample] = []
-    before: dict[str, float] = next(
-        (_held(record) for record in run.metrics() if record.get("event") == "evaluate" and record["step"] == 0), {}
-    )
     if not result.interrupted:
         write_folder(model, run.path / "weights")
         observer.say(f"saved {run.path / 'weights'}")
@@ -196,7 +233,7 @@ def _close(
     return finish(
         run,
         result,
-        before=before,
+        before=at_first(run),
         after={} if result.interrupted else result.held_out,
         samples=samples,
         subtitle=subtitle,
@@ -206,10 +243,6 @@ def _close(
             f"volvelle export {run.path} to=safetensors",
         ),
     )
-
-
-def _held(record: dict[str, Any]) -> dict[str, float]:
-    return {k.removeprefix("held_out_"): v for k, v in record.items() if k.startswith("held_out_")}
 
 
 def _samples(recipe: TrainLanguage, model: Decoder, held: Corpus, observer: Observer) -> list[Sample]:

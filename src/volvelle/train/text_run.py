@@ -15,13 +15,14 @@ import torch
 from volvelle.data.loader import Loader
 from volvelle.data.packing import PackedExamples, Windows, collate_packed, collate_windows
 from volvelle.data.text import Corpus, read_corpus
-from volvelle.data.tokens import Tokenizer, collate, encode_corpus
+from volvelle.data.tokens import ONE_TEXT, Layout, Tokenizer
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.files import write_atomic
 from volvelle.inspect.threads_peek import answer_threads
 from volvelle.runs import RunFolder, environment
 from volvelle.train.estimate import MemoryEstimate
 from volvelle.train.loop import FitResult
+from volvelle.train.mtp import token_rows
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.recipes.text import TextOptions
@@ -87,17 +88,24 @@ def _split_documents(documents: Sequence[str], share: float) -> tuple[list[str],
     return [text[:at]], [text[at:]]
 
 
-def training_loader(corpus: Corpus, tokenizer: Tokenizer, recipe: TextOptions, context: int) -> Loader:
-    """Seeded batches: windows of plain text, padded examples of similar length, or packed rows of examples."""
+def training_loader(
+    corpus: Corpus, tokenizer: Tokenizer, recipe: TextOptions, context: int, *, layout: Layout = ONE_TEXT
+) -> Loader:
+    """Seeded batches: windows of plain text, padded examples of similar length, or packed rows of examples.
+
+    `layout` is how the model wants examples. Raises UsageError for packing where a batch is not one text a row.
+    """
     lengths = None
-    if corpus.documents:
+    if corpus.documents and layout is ONE_TEXT:
         dataset, joined = Windows.of(corpus.documents, tokenizer, context), collate_windows
     else:
-        examples = encode_corpus(corpus, tokenizer, context=context, on_bad=recipe.on_bad)
+        examples = layout.encode(corpus, tokenizer, context=context, on_bad=recipe.on_bad)
         if recipe.pack:
+            if layout is not ONE_TEXT:
+                raise UsageError("pack: an encoder-decoder's sources cannot share a row", tip="leave pack out")
             dataset, joined = PackedExamples(examples, context), collate_packed
         else:
-            dataset, joined, lengths = examples, collate, examples.lengths
+            dataset, joined, lengths = examples, layout.collate, examples.lengths
     return Loader(
         dataset,
         recipe.batch,
@@ -162,6 +170,13 @@ def kept_samples(run: RunFolder) -> list[Sample] | None:
     return [Sample(**{**s, "references": tuple(s["references"])}) for s in json.loads(path.read_text())]
 
 
+def at_first(run: RunFolder) -> dict[str, float]:
+    """What the loop measured before the first step."""
+    records = (record for record in run.metrics() if record.get("event") == "evaluate" and record["step"] == 0)
+    first = next(records, {})
+    return {k.removeprefix("held_out_"): v for k, v in first.items() if k.startswith("held_out_")}
+
+
 def resume_command(run: RunFolder) -> str:
     """The command that continues a run."""
     return f"volvelle resume {run.path}"
@@ -222,6 +237,9 @@ def _report(
     report.tiles(tiles(before, after, result))
     records = run.metrics()
     training_curves(report.heading("Training"), records)
+    tokens = token_rows(before, after)
+    if tokens:
+        report.heading("Each token it predicts").table(("token", "held-out loss", "accuracy, %", "loss before"), tokens)
     if samples:
         many = f"{SHOWN} of {len(samples)}; all are in samples.json" if len(samples) > SHOWN else ""
         report.heading("What it writes, on held-out prompts").text(many).samples(samples[:SHOWN])
@@ -233,7 +251,7 @@ def _report(
 
 def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) -> list[tuple[str, str, str]]:
     """The main figures with what they were before."""
-    names = {"loss": "held-out loss", "perplexity": "held-out perplexity", "bleu": "BLEU"}
+    names = {"loss": "held-out loss", "perplexity": "held-out perplexity", "bleu": "BLEU", "rougeL": "ROUGE-L"}
     found = after or before
     shown = []
     for name, label in names.items():

@@ -1,4 +1,4 @@
-"""Hugging Face model folders, config.json and safetensors: read into a `Decoder`, written for transformers to load.
+"""Hugging Face model folders, config.json and safetensors: read into our models, written for transformers to load.
 
 Reading builds the model on the meta device and assigns one tensor at a time, already in the dtype asked for: the peak
 is the model and one tensor. Writing puts every file in place atomically, the index last.
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from volvelle.errors import VolvelleError, did_you_mean
 from volvelle.files import atomic_path, write_atomic
 from volvelle.parts.position.sinusoidal import sinusoidal_positions
+from volvelle.systems.language import bart
 from volvelle.systems.language.config import LanguageConfig
-from volvelle.systems.language.decoder import Decoder
+from volvelle.systems.language.encoder_decoder import EncoderDecoder
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
 from volvelle.systems.language.key_maps import KEY_MAPS, Binding
+from volvelle.systems.language.models import LanguageModel, build
+from volvelle.systems.language.mtp_names import left_out
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -63,7 +66,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
 def read_folder(
     path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> Decoder:
+) -> LanguageModel:
     """Read a Hugging Face folder: config.json, safetensors weights and, where present, the tokenizer.
 
     `dtype` None keeps the files' own. The model comes in evaluation mode. Raises VolvelleError for missing, truncated
@@ -73,7 +76,7 @@ def read_folder(
     if not folder.is_dir():
         raise VolvelleError(f"{folder}: no such folder")
     model = from_tensors(
-        _read_json(folder / "config.json"),
+        read_json(folder / "config.json") | _generation(folder / "generation_config.json"),
         SafetensorsFolder(folder),
         source=str(folder),
         dtype=dtype,
@@ -93,24 +96,29 @@ def from_tensors(
     source: str,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Decoder:
-    """Build the Decoder of a config.json's content and Hugging Face tensors by name; `tensors` may load lazily.
+) -> LanguageModel:
+    """Build the model of a config.json's content and Hugging Face tensors by name; `tensors` may load lazily.
 
     Each tensor is fetched once, cast and assigned, so nothing is held twice. Raises VolvelleError as `read_folder`.
     """
     config = config_from_dict(values, f"{source}: config.json")
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build(config)
     key_map = KEY_MAPS[config.family]
     bindings = key_map.bind(_shapes(model))
-    places = key_map.locate(tensors, bindings, source=source)
-    for alias, held in key_map.tied(tensors, bindings):
+    extra = left_out(values, tensors, config.depth, source)
+    names = [name for name in tensors if name not in extra]
+    places = key_map.locate(names, bindings, source=source)
+    for alias, held in key_map.tied(names, bindings):
         if not torch.equal(tensors[alias], tensors[held]):
             raise VolvelleError(
                 f"{source}: config.json ties {alias} to {held}, but the file holds different values",
                 tip="set tie_word_embeddings to false in config.json if they were trained apart",
             )
     for binding in bindings:
+        if binding.theirs not in places:  # the key map lets a file lack it: it is zero
+            _assign(model, binding.ours[0], torch.zeros(binding.shapes[0], dtype=dtype, device=device))
+            continue
         try:
             parts = binding.split(tensors[places[binding.theirs]])
         except VolvelleError as error:
@@ -123,18 +131,18 @@ def from_tensors(
     return model.eval()
 
 
-def to_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's names and tensors of a Decoder, one at a time; views of the parameters where the layouts agree.
+def to_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's names and tensors of a model, one at a time; views of the parameters where the layouts agree.
 
     Raises VolvelleError for parameters that the family's files have no place for (adapters).
     """
-    parameters = dict(model.named_parameters())
+    held = _held(model)
     for binding in KEY_MAPS[model.config.family].bind(_shapes(model)):
-        yield binding.theirs, binding.join(parameters)
-    yield from _tables(model.config)
+        yield binding.theirs, binding.join(held)
+    yield from _tables(model)
 
 
-def write_folder(model: Decoder, path: str | os.PathLike[str], *, shard_size: int = 5 * 10**9) -> None:
+def write_folder(model: LanguageModel, path: str | os.PathLike[str], *, shard_size: int = 5 * 10**9) -> None:
     """Write config.json, generation_config.json, the tokenizer and the weights as transformers expects them.
 
     Weights go to model.safetensors, or to shards of at most `shard_size` bytes (a larger tensor gets its own) and an
@@ -147,7 +155,8 @@ def write_folder(model: Decoder, path: str | os.PathLike[str], *, shard_size: in
     name = str(model.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.json", _json(values | {"dtype": name, "torch_dtype": name}))
-    special = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values[key] is not None}
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", *bart.GENERATION)
+    special = {key: values[key] for key in tokens if values.get(key) is not None}
     write_atomic(folder / "generation_config.json", _json({"_from_model_config": True, **special}))
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
@@ -170,26 +179,45 @@ def write_folder(model: Decoder, path: str | os.PathLike[str], *, shard_size: in
             old.unlink()
 
 
+def _generation(path: Path) -> dict[str, Any]:
+    """The fields of a configuration that transformers 5 keeps beside it."""
+    values = read_json(path) if path.is_file() else {}
+    return {name: values[name] for name in bart.GENERATION if name in values}
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """What a file holds of a model: its parameters, each once, and the buffers that belong to its state."""
+    buffers = dict(model.named_buffers())
+    return dict(model.named_parameters()) | {name: buffers[name] for name in model.state_dict() if name in buffers}
+
+
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in _held(model).items()}
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    module = model.get_submodule(owner)
+    is_buffer = leaf in module._buffers
+    setattr(module, leaf, tensor if is_buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
 
-def _tables(config: LanguageConfig) -> Iterator[tuple[str, Tensor]]:
-    """Constant tensors that a family's files hold and ours compute."""
-    if config.family == "roformer":
+def _tables(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a family's files hold besides, and ours compute or share."""
+    config = model.config
+    if isinstance(model, EncoderDecoder) and not config.head.tied:
+        # transformers 5 then takes no embeddings for shared.
+        for side in ("encoder", "decoder"):
+            yield f"model.{side}.embed_tokens.weight", model.model.shared.weight.detach().clone()
+    if isinstance(config, LanguageConfig) and config.family == "roformer":
         table = sinusoidal_positions(torch.arange(config.context), config.head_width, layout="half")
         yield "roformer.encoder.embed_positions.weight", table
 
 
-def _plan(model: Decoder, shard_size: int) -> list[int]:
+def _plan(model: LanguageModel, shard_size: int) -> list[int]:
     """How many tensors go into each shard."""
     sizes = [_bytes(binding, model.dtype) for binding in KEY_MAPS[model.config.family].bind(_shapes(model))]
-    sizes += [table.nbytes for _, table in _tables(model.config)]
+    sizes += [table.nbytes for _, table in _tables(model)]
     shards, room = [0], shard_size
     for size in sizes:
         if size > room and shards[-1]:
@@ -220,7 +248,7 @@ def _open(path: Path) -> Any:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    index = _read_json(folder / INDEX).get("weight_map")
+    index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise VolvelleError(f"{folder / INDEX}: weight_map is missing or not a table of names")
     for file in sorted(set(index.values())):
@@ -233,7 +261,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises VolvelleError for a missing file and for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from volvelle.errors import UsageError
+from volvelle.systems.language import config as c
+from volvelle.systems.language.mtp_names import Kind as MTPKind
+from volvelle.train.recipes.choices import POSITIONS, AttentionName, PositionName
 from volvelle.train.recipes.text import TextOptions
-
-PositionName = Literal[
-    "rope", "none", "learned", "hierarchical", "sinusoidal", "recurrent", "multiplicative", "complex", "convolutional",
-    "shaw", "transformer-xl", "t5", "alibi",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +60,14 @@ class TrainLanguage(TextOptions):
     """The size of the model: model.width=128."""
     position: PositionName = "rope"
     """How the model knows where a token stands; `volvelle ls techniques` says more about each."""
+    attention: AttentionName = "softmax"
+    """softmax looks back at every token; linear sums all of them up in a state of fixed size."""
+    mtp: int = 1
+    """Tokens predicted at each position; the further ones by modules that plain decoding leaves out."""
+    mtp_kind: MTPKind = "sequential"
+    """sequential: each is given the token before its own (DeepSeek-V3); parallel: heads side by side (Gloeckle 2024)."""
+    mtp_weight: float | None = None
+    """λ, the weight of the further tokens' mean loss; None: 0.3 for sequential, mtp - 1 (their sum) for parallel."""
     tokenizer: str | None = None
     """A model whose tokenizer to use; None: byte-level BPE trained on the data."""
     vocabulary: int = 4096
@@ -72,3 +77,15 @@ class TrainLanguage(TextOptions):
         super().__post_init__()
         if self.vocabulary < 257:
             raise UsageError(f"vocabulary: a byte-level tokenizer needs at least 257 words, got {self.vocabulary}")
+        if self.mtp < 1:
+            raise UsageError(f"mtp: must be at least 1 (the next token only), got {self.mtp}")
+        if self.attention == "linear" and isinstance(POSITIONS[self.position], c.ScoreBias):
+            raise UsageError(
+                f"position={self.position} adds to attention scores, and attention=linear has none",
+                tip="take rope, or an encoding that is added to the embeddings",
+            )
+        window = min(self.length or self.model.context, self.model.context)
+        if self.mtp > window:
+            raise UsageError(f"mtp: a window of {window} tokens has no position with {self.mtp} tokens to learn")
+        if self.mtp_weight is not None and self.mtp_weight <= 0:
+            raise UsageError(f"mtp_weight: must be above 0, got {self.mtp_weight}")
