@@ -9,7 +9,7 @@ import torch
 from tests.parts.attention.test_cache import ancestors, as_path, random_tree, way_to
 
 from volvelle.parts.attention.cache import Cache, KVCache
-from volvelle.parts.attention.linear import linear_attention
+from volvelle.parts.attention.linear import LinearState, linear_attention
 from volvelle.parts.attention.state_cache import StateCache
 from volvelle.parts.position.rope import RotaryEmbedding
 
@@ -227,3 +227,50 @@ def test_it_is_a_cache_and_16_bits_are_summed_in_32():
     cache: Cache = StateCache.allocate(1, 1, 2, 4, dtype=torch.bfloat16)
     assert isinstance(cache, StateCache)
     assert cache.state(0).s.dtype == torch.float32
+
+
+def rejected_stays(monkeypatch):
+    monkeypatch.setattr(StateCache, "_kept", lambda self, layer, path, taken: self._written[layer].after)
+
+
+def one_position_for_all_rows(monkeypatch):
+    right = StateCache._positions
+
+    def wrong(self, n, padding, tree):
+        self._ragged = False
+        return right(self, n, padding, tree)
+
+    monkeypatch.setattr(StateCache, "_positions", wrong)
+
+
+def padding_enters_the_state(monkeypatch):
+    right = StateCache.begin
+
+    def wrong(self, n, **kind):
+        step = right(self, n, **kind)
+        return step if "tree" in kind else step._replace(mask=None)
+
+    monkeypatch.setattr(StateCache, "begin", wrong)
+
+
+def a_path_begins_at_zero(monkeypatch):
+    right = LinearState.after
+
+    def wrong(self, *tokens, **options):
+        return right(LinearState(self.s * 0, self.z), *tokens, **options)
+
+    monkeypatch.setattr(LinearState, "after", wrong)
+
+
+def all_traces():
+    for seed in range(12):
+        test_random_traces_equal_a_fresh_text(seed)
+
+
+@pytest.mark.parametrize(
+    "mutant", [rejected_stays, one_position_for_all_rows, padding_enters_the_state, a_path_begins_at_zero]
+)
+def test_mutants_are_caught(mutant, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        all_traces()

@@ -264,3 +264,23 @@ def test_beyond_the_context_frequencies_that_grow_with_the_text_tell_cached_keys
     torch.testing.assert_close(inside, model(ids[:, :8]).logits, rtol=0, atol=1e-10)
     beyond = model(ids[:, 8:], cache=in_parts).logits
     assert (beyond - whole[:, 8:]).abs().max() > 1e-4
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", [name for name, position in POSITIONS.items() if isinstance(position, c.Rope)])
+@torch.no_grad()
+def test_transformers_opens_what_a_llama_file_can_hold(name, tmp_path):
+    """The scalings that have a name in Hugging Face's files compute the same there, inside the context and beyond."""
+    transformers = pytest.importorskip("transformers")
+    llama = dataclasses.replace(LLAMA, position=POSITIONS[name], context=16)
+    if isinstance(llama.position.scaling, c.NtkScaling | c.ProportionalScaling):
+        with pytest.raises(VolvelleError, match=r"a llama config\.json has no name for"):
+            write_folder(build(llama), tmp_path)
+        return
+    model = build(llama)
+    write_folder(model, tmp_path)
+    assert read_folder(tmp_path).config == llama
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    for length in (16, 40):
+        ids = some_ids(2, length)
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=0, atol=2e-5)
