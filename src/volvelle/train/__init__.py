@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from volvelle.train.language import LanguageObjective as LanguageObjective
     from volvelle.train.loop import FitResult as FitResult
     from volvelle.train.loop import fit as fit
+    from volvelle.train.mtp import MultiTokenObjective as MultiTokenObjective
     from volvelle.train.observer import Observer as Observer
     from volvelle.train.options import FitOptions as FitOptions
     from volvelle.train.phase import Loss as Loss
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from volvelle.train.phase import Phase as Phase
     from volvelle.train.resume import resume_run as resume_run
     from volvelle.train.scratch import train_language as train_language
+    from volvelle.train.summarize import train_summarize as train_summarize
 
 _HOMES = {
     "FitOptions": "options",
@@ -25,6 +27,7 @@ _HOMES = {
     "LanguageObjective": "language",
     "Loss": "phase",
     "Objective": "phase",
+    "MultiTokenObjective": "mtp",
     "Observer": "observer",
     "Phase": "phase",
     "adapt_language": "adaptation",
@@ -32,6 +35,7 @@ _HOMES = {
     "fit": "loop",
     "resume_run": "resume",
     "train_language": "scratch",
+    "train_summarize": "summarize",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -73,7 +73,8 @@ def multi_token_loss(model: MultiToken, batch: Mapping[str, Tensor], weight: flo
     counts = [int((wanted != IGNORE).sum()) for wanted in targets]
     shares = [1.0] + [weight / mtp.depths] * mtp.depths
     factors = [share * count / max(counts[0], 1) for share, count in zip(shares, counts, strict=True)]
-    ids, given = batch["ids"], {"mask": batch.get("mask"), "positions": batch.get("positions")}
+    ids = batch["ids"]
+    given: dict[str, Any] = {"mask": batch.get("mask"), "positions": batch.get("positions")}
     if frugal and isinstance(mtp, ParallelMTP) and _can_be_frugal(model):
         z, heads = mtp.trunk(decoder, ids, **given)
 

@@ -15,7 +15,7 @@ Shapes: b rows, m new positions, k drafted tokens, v vocabulary, D depths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from volvelle.errors import VolvelleError
 from volvelle.systems.language.components import Step
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.mtp import MTP, ParallelMTP, SequentialMTP, token_embeddings
+from volvelle.systems.language.mtp import MTP, MTPModule, ParallelMTP, SequentialMTP, token_embeddings
 
 Choose = Callable[[Tensor], Tensor]
 
@@ -142,7 +142,8 @@ class SequentialDrafts(Drafts):
             for j in range(k):
                 depth = min(j, last)
                 state = self.newest[depth]
-                logits.append(self.model.logits(self.mtp.layers[depth].shared_head["norm"](state)))
+                module = cast(MTPModule, self.mtp.layers[depth])
+                logits.append(self.model.logits(module.shared_head["norm"](state)))
                 tokens.append(choose(logits[-1]))
                 if j + 1 < k:
                     mask = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)

@@ -63,9 +63,9 @@ class TrainLanguage(TextOptions):
     attention: AttentionName = "softmax"
     """softmax looks back at every token; linear sums all of them up in a state of fixed size."""
     mtp: int = 1
-    """Tokens predicted at each position; the further ones by modules that plain decoding leaves out."""
+    """Tokens predicted at each position; those after the next by modules that plain decoding omits."""
     mtp_kind: MTPKind = "sequential"
-    """sequential: each is given the token before its own (DeepSeek-V3); parallel: heads side by side (Gloeckle 2024)."""
+    """sequential: each is given the token before its own (DeepSeek-V3); parallel: heads side by side (Gloeckle)."""
     mtp_weight: float | None = None
     """λ, the weight of the further tokens' mean loss; None: 0.3 for sequential, mtp - 1 (their sum) for parallel."""
     tokenizer: str | None = None
