@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import subprocess
 
 import pytest
 import torch
@@ -185,18 +183,6 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, where):
     assert checkpoints.steps() == [1]
     assert equal(checkpoints.load(1), {"x": torch.ones(3)})
     assert not list(tmp_path.glob(".step-*.part"))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB; skipped where this user may not mount one."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs privileges")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 def test_really_full_disk(small_disk):

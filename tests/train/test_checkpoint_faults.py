@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 
 import pytest
 import torch
@@ -83,18 +82,6 @@ def test_any_cut_is_seen(whole, name, place, zeros):
         whole.load()
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 256 KB; skipped where this user may not mount one."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs privileges")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 class FillsUp(Regression):
     """At step 5 something else takes what is left of the disk, but for `left` bytes."""
 
@@ -108,23 +95,24 @@ class FillsUp(Regression):
             (self.disk / "other").write_bytes(bytes(free.f_bavail * free.f_frsize - self.left))
 
 
+@pytest.mark.parametrize("small_disk", ["256k"], indirect=True)
 @pytest.mark.parametrize("left", [4096, 0])
-def test_a_run_whose_disk_fills_up_goes_on_exactly_when_there_is_room(disk, tmp_path, left):
+def test_a_run_whose_disk_fills_up_goes_on_exactly_when_there_is_room(small_disk, tmp_path, left):
     options = FitOptions(steps=9, checkpoint_every=3, log_every=1)
     whole, part = Regression(), Regression(seed=9)
     expected = fit(
         whole, loader(), options=options, run=RunFolder.create("a", root=tmp_path, kind="toy", config={}),
         observer=Quiet(),
     )  # fmt: skip
-    run = RunFolder.create("b", root=disk, kind="toy", config={})
+    run = RunFolder.create("b", root=small_disk, kind="toy", config={})
     with pytest.raises((VolvelleError, OSError)) as caught:
-        fit(FillsUp(disk, left), loader(), options=options, run=run, observer=Quiet())
+        fit(FillsUp(small_disk, left), loader(), options=options, run=run, observer=Quiet())
     if isinstance(caught.value, VolvelleError):
         assert "the disk is full; the checkpoint of step 3 is intact" in str(caught.value)
     else:
         assert "No space left" in str(caught.value)
     assert Checkpoints(run.path / "checkpoints").steps() == [3]
-    (disk / "other").unlink()
+    (small_disk / "other").unlink()
     again = RunFolder.open(run.path)
     result = fit(part, loader(), options=options, run=again, observer=Quiet(), resume=True)
     assert result.resumed_from == 3
