@@ -17,7 +17,7 @@ LAYERS = (ROOT, ("parts",), ("data",), ("systems",), VERBS, ("claims",), ("cli",
 FACADES = ("functional", "nn")
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
 
-PARTS_LIBRARIES = frozenset({"torch"})  # beside the standard library
+PARTS_LIBRARIES = frozenset({"torch", "triton"})  # beside the standard library; Triton is optional
 PARTS_OF_VOLVELLE = frozenset({"parts", "export"})
 
 
@@ -65,7 +65,7 @@ def complaint(unit: str, wanted: str) -> str | None:
     target = rest.split(".")[0]
     if top != "volvelle":
         if unit == "parts" and top not in PARTS_LIBRARIES and top not in sys.stdlib_module_names:
-            return "parts import torch and the standard library only"
+            return "parts import torch, Triton and the standard library only"
         return None
     if target in FACADES:
         return "nothing inside imports the facades"
@@ -122,8 +122,8 @@ def tree(folder: Path, files: dict[str, str]) -> Path:
     [
         ("parts/a/x.py", "from volvelle.data.text import read", "parts import other parts"),
         ("parts/a/x.py", "from volvelle.errors import VolvelleError", "parts import other parts"),
-        ("parts/a/x.py", "import numpy as np", "torch and the standard library only"),
-        ("parts/a/x.py", "def f():\n    import safetensors.torch", "torch and the standard library only"),
+        ("parts/a/x.py", "import numpy as np", "Triton and the standard library only"),
+        ("parts/a/x.py", "def f():\n    import safetensors.torch", "Triton and the standard library only"),
         ("parts/a/x.py", "from ...systems import language", "parts import other parts"),
         ("parts/__init__.py", "from ..systems import language", "parts import other parts"),
         ("data/x.py", "from volvelle import systems", "data lies below systems"),

@@ -57,7 +57,7 @@ def test_positions_begin_after_the_keys_of_the_row():
     assert Before(states()).begin(2).positions.tolist() == [[4, 5]]
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(BACKENDS.keys() - {"triton"}))  # that one runs on CUDA, and not in fp64
 @pytest.mark.parametrize("present", [None, RAGGED], ids=["all", "ragged"])
 def test_every_back_end_against_a_loop(backend, present):
     before = Before(states(1 if present is None else B), present)

@@ -31,9 +31,12 @@ from volvelle.parts.attention.spec import (
 )
 from volvelle.parts.attention.tiled import Tiled
 from volvelle.parts.attention.tiles import Dropout, Window
+from volvelle.parts.attention.triton import INTERPRETED, Triton
 from volvelle.parts.position.encoding import Bias, PositionEncoding
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SDPA(), Tiled(), Reference(), Flex())}
+# The interpreter of Triton serves tensors of the CPU too, but only when the back end is asked for by name.
+_KERNELS = (Tiled(), Triton()) if INTERPRETED else (Triton(), Tiled())
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (SDPA(), *_KERNELS, Reference(), Flex())}
 """The back ends in the order in which `backend="auto"` asks them; the reference serves all, one behind it by name."""
 
 
