@@ -53,12 +53,14 @@ def _write_merged(options: Options, out: Path) -> str:
 
     model = open_language_model(options.run, options.precision)
     if model.config.family == "volvelle":
+        config = model.config
         raise VolvelleError(
-            f"{options.run}: transformers has no model with position = {model.config.position!r}",
+            f"{options.run}: transformers has no model with position = {config.position!r} and {config.attention!r}",
             tip="our own folder of it, which load_language_model opens, is weights/ in the run",
         )
     write_folder(model, out)
-    return f'transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+    kind = "AutoModelForSeq2SeqLM" if model.config.family == "bart" else "AutoModelForCausalLM"
+    return f'transformers.{kind}.from_pretrained("{out}")'
 
 
 def _write_adapter(options: Options, out: Path) -> str:
