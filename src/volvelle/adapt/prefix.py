@@ -20,6 +20,7 @@ from volvelle.adapt.methods import AdapterLayer
 from volvelle.adapt.prefix_methods import PrefixTuning, PromptTuning
 from volvelle.adapt.prefix_sites import SitedPrefix, stacks
 from volvelle.adapt.prefix_transformers import Graft, Sizes, sizes
+from volvelle.adapt.sites import moved
 from volvelle.adapt.switch import Switch, check_rows
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.before import Before
@@ -154,7 +155,7 @@ class PrefaceLayer:
                 prefaces.graft = Graft(self.model, prefaces)
             self.model.add_module(SLOT, prefaces)
         # The model may have moved to another device while the preface was out of it.
-        prefaces.at[self.name] = self.preface.to(_device(self.model))
+        prefaces.at[self.name] = moved(self.preface, device=_device(self.model))
 
     def restore(self) -> None:
         """Take the preface out; with the last one goes the place for them."""
@@ -201,7 +202,7 @@ def install_prefix(
         if start is not None:
             start = start[:, :, 0].permute(3, 0, 1, 2, 4).reshape(method.length, -1).to(_master(start.dtype))
         with torch.device(_device(model)):
-            made[site] = (Prefix if kind is None else PrefixStates)(
+            states = (Prefix if kind is None else PrefixStates)(
                 method.length,
                 layers,
                 heads,
@@ -210,7 +211,8 @@ def install_prefix(
                 width=method.width,
                 start=start,
                 generator=generator,
-            ).to(_master(_dtype(model)))
+            )
+        made[site] = moved(states, dtype=_master(_dtype(model)))  # pyright: ignore[reportArgumentType]
     preface = made["decoder"] if kind is None else kind(made)
     return _seated(model, name, preface, switch)  # pyright: ignore[reportArgumentType]
 

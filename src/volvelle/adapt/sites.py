@@ -158,9 +158,9 @@ class Seat:
             if "forward" in vars(layer):
                 # Put there by others, such as accelerate's hooks; it would come before the class's.
                 setattr(layer, _REPLACED, vars(layer).pop("forward"))
-        # The model may have moved to another device while the adapter was out of it.
         device = next((p.device for p in layer.parameters()), None)
-        layer.adapters[self.name] = self.update.to(device).train(layer.training)
+        # The model may have moved while the adapter was out of it.
+        layer.adapters[self.name] = moved(self.update, device=device).train(layer.training)
 
     def restore(self) -> None:
         """Take the update off; the last one to leave gives the module its class back."""
@@ -208,6 +208,13 @@ class Seat:
             weight = self.update.unmerged(layer, Folded(layer.weight, self.factor))
             layer.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
         self.original = self.factor = None
+
+
+def moved(module: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module on that device and in that dtype, untouched where it already is: fake tensors cannot be replaced."""
+    device_differs = device is not None and any(p.device != device for p in module.parameters())
+    dtype_differs = dtype is not None and any(p.dtype != dtype for p in module.parameters())
+    return module.to(device=device, dtype=dtype) if device_differs or dtype_differs else module
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
