@@ -236,6 +236,12 @@ def test_far_out_a_relative_encoding_is_as_exact_as_near(name):
     for start in (1_000, 1_000_000):
         there = model.hidden(ids, positions=torch.arange(start, start + 9))
         torch.testing.assert_close(there, model.hidden(ids), rtol=0, atol=1e-8)
+    half, exact = model_of(name).to(torch.bfloat16), model_of(name).to(torch.bfloat16).double()
+    errors = [
+        float((half.hidden(ids, positions=at).double() - exact.hidden(ids, positions=at)).square().mean().sqrt())
+        for at in (torch.arange(9), torch.arange(1_000_000, 1_000_009))
+    ]
+    assert errors[1] <= 1.5 * errors[0]
 
 
 @EVERY
