@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volvelle.adapt.extract import extract_lora
     from volvelle.adapt.files import load, save
     from volvelle.adapt.methods import Bottleneck, DoRA, Full, LoRA
     from volvelle.adapt.model import Adapted, activate, adapted, apply, disabled, merge, remove, unmerge, using
@@ -21,6 +22,7 @@ _HOME = {
         ("Adapted", "activate", "adapted", "apply", "disabled", "merge", "remove", "unmerge", "using"), "model"
     ),
     **dict.fromkeys(("load", "save"), "files"),
+    "extract_lora": "extract",
     **dict.fromkeys(("PrefixTuning", "PromptTuning"), "prefix_methods"),
     "load_run": "run",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "adapted",
     "apply",
     "disabled",
+    "extract_lora",
     "load",
     "load_run",
     "merge",

@@ -42,13 +42,13 @@ def target_paths(model: nn.Module, method: LoRA) -> list[str]:
     linear = [path for path, module in modules.items() if is_linear(module)]
     if isinstance(method.targets, str) and method.targets.lower() == ALL_LINEAR:
         head = _output_head(model)
-        linear = [path for path in linear if modules[path] is not head and _bypassed(model, path) is None]
+        linear = [path for path in linear if modules[path] is not head and bypassed(model, path) is None]
         if not linear:
             raise VolvelleError(f"targets={ALL_LINEAR!r}: this model has no nn.Linear or Conv1D layer")
         return select(linear, tuple(linear), exclude=method.exclude, layers=method.layers)
     chosen = select(list(modules), method.targets, exclude=method.exclude, layers=method.layers, offer=linear)
     for path in chosen:
-        reason = why_not(modules[path]) or _bypassed(model, path)
+        reason = why_not(modules[path]) or bypassed(model, path)
         if reason is not None:
             raise VolvelleError(
                 f"{method.label}: cannot adapt {path}: {reason}", tip='target layers by name, or targets="all-linear"'
@@ -56,7 +56,7 @@ def target_paths(model: nn.Module, method: LoRA) -> list[str]:
     return chosen
 
 
-def _bypassed(model: nn.Module, path: str) -> str | None:
+def bypassed(model: nn.Module, path: str) -> str | None:
     """Why an adapter at `path` would be passed by without a word, or None."""
     if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weights directly when it does not train"
