@@ -289,7 +289,7 @@ def test_answers_before_and_after_are_kept_and_shown(tmp_path, base):
     assert len(outcome.samples) == min(3, len({s.prompt for s in outcome.samples}))
     assert [s.before for s in outcome.samples] == [s.before for s in stopped.samples]
     assert all(len(s.references) == 2 and s.after is not None for s in outcome.samples)
-    assert outcome.after.keys() == outcome.before.keys() == {"loss", "perplexity", "bleu"}
+    assert outcome.after.keys() == outcome.before.keys() == {"loss", "perplexity", "bleu", "rouge1", "rouge2", "rougeL"}
     page = outcome.report.read_text()
     assert "What it writes" in page
     assert outcome.samples[0].references[0] in page
