@@ -115,9 +115,10 @@ class PackedExamples:
 
 
 def collate_packed(items: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
-    """Rows of examples as ids, positions and targets (b, n), and mask (b, n, n): causal inside each example only.
+    """Rows of examples as ids, positions, targets and mask, all (b, n).
 
-    Positions begin at 0 in each example. Padding sees itself, so that no row of the mask is empty.
+    The mask numbers the examples of a row from 1 on; each sees itself only. Padding is 0 and sees itself, so that no
+    token sees nothing. Positions begin at 0 in each example.
     """
     longest = max(sum(len(ids) for ids, _ in row) for row in items)
     b = len(items)
@@ -132,6 +133,4 @@ def collate_packed(items: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str
             ids[row, part], positions[row, part], owner[row, part] = sample, torch.arange(n), number
             targets[row, at : at + n - 1] = shifted(sample, learn)
             at += n
-    same = owner[:, :, None] == owner[:, None, :]
-    mask = same & torch.ones(longest, longest, dtype=torch.bool).tril()
-    return {"ids": ids, "positions": positions, "mask": mask, "targets": targets}
+    return {"ids": ids, "positions": positions, "mask": owner, "targets": targets}

@@ -210,5 +210,5 @@ ONE_TEXT = Layout(encode_corpus, collate)
 def batch_tokens(batch: Mapping[str, Tensor]) -> int:
     """Real tokens in a batch, those of sources included."""
     mask, read = batch.get("mask"), batch.get("source_mask")
-    count = batch["ids"].numel() if mask is None or mask.ndim != 2 else int(mask.sum())
+    count = batch["ids"].numel() if mask is None or mask.ndim != 2 else int((mask > 0).sum())
     return count if read is None else count + int(read.sum())

@@ -16,7 +16,7 @@ from volvelle.adapt.methods import Bottleneck, LoRA
 from volvelle.adapt.model import apply
 from volvelle.errors import VolvelleError
 from volvelle.parts.lowrank.kinds import is_linear
-from volvelle.systems.language.components import SelfAttention, Step
+from volvelle.systems.language.components import SelfAttention, Step, written_out
 from volvelle.systems.language.decoder import Decoder
 
 PREFIX_LENGTH = 20
@@ -74,11 +74,13 @@ class PrefixAttention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width), every position also attending to the prefix."""
-        mask = step.mask
+        mask, causal = step.mask, step.causal
+        if step.documents is not None:
+            mask, causal = written_out(step.documents, causal)[:, None], False
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (self.prefix.shape[2], 0), value=True)
         # Causal attention is aligned to the end, so whatever comes first is seen by all.
-        return self.attention(x, step._replace(mask=mask, cache=self))  # type: ignore[arg-type]
+        return self.attention(x, step._replace(mask=mask, causal=causal, documents=None, cache=self))  # type: ignore[arg-type]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stand in the place of a cache: the prefix, then the new keys and values."""

@@ -42,7 +42,7 @@ def further_targets(batch: Mapping[str, Tensor], k: int) -> Tensor:
     """The token to learn k places behind each position's next one (b, n), or -100.
 
     There is none where it is not to be learnt, where the row ends, and where another text begins: by a mask (b, n)
-    that is padding, by a mask (b, n, n) a token that cannot see this position.
+    that is padding or the number of the text, from 1 on, by a mask (b, n, n) a token that cannot see this position.
 
     >>> further_targets({"targets": torch.tensor([[5, 6, -100, 8]])}, 1)
     tensor([[   6, -100,    8, -100]])
@@ -55,7 +55,7 @@ def further_targets(batch: Mapping[str, Tensor], k: int) -> Tensor:
         return found
     there = targets[:, k:]
     if mask is not None:
-        together = mask[:, k:] & mask[:, :-k] if mask.ndim == 2 else mask.diagonal(-k, 1, 2)
+        together = mask.diagonal(-k, 1, 2) if mask.ndim == 3 else (mask[:, k:] == mask[:, :-k]) & (mask[:, k:] > 0)
         there = there.masked_fill(~together, IGNORE)
     found[:, :-k] = there
     return found

@@ -29,6 +29,7 @@ class Step(NamedTuple):
     `mask` is bool, broadcastable to (b, h, n, m), True = may attend. `positions` of the queries, (n,) or (b, n), and of
     the keys, (m,) or (b, m), are there where a score bias asks for them; `bias` is the one that all layers share,
     `vectors` what each layer makes its own of. `cache` is of the kind that the attention of the layers needs.
+    `documents` (b, n) are the numbers of the texts packed into a row, each of which sees itself only.
     """
 
     rotation: Turning | None
@@ -38,6 +39,7 @@ class Step(NamedTuple):
     bias: Bias | None = None
     positions: tuple[Tensor, Tensor] | None = None
     vectors: Tensor | None = None
+    documents: Tensor | None = None
 
 
 ACTIVATIONS: dict[c.Activation, Callable[[Tensor], Tensor]] = {
@@ -134,6 +136,7 @@ class SelfAttention(nn.Module):
             mask=step.mask,
             bias=self._bias(step),
             causal=step.causal,
+            segments=step.documents,
             dropout=dropout,
             q_positions=at,
             k_positions=among,
@@ -251,6 +254,8 @@ def standing_alone(
     n = ids.shape[1]
     if mask is None:
         return torch.arange(n, device=ids.device), None, causal
+    if mask.dtype != torch.bool:
+        return places(mask), written_out(mask, causal)[:, None], False
     if mask.ndim == 3:
         return (mask.sum(-1) - 1).clamp(min=0), mask[:, None], False
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -260,10 +265,29 @@ def standing_alone(
     return positions, allowed, causal and not merged
 
 
+def places(documents: Tensor) -> Tensor:
+    """Number the tokens of each text of a packed row from 0; documents are those of `Decoder.hidden`, (b, n)."""
+    place = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents.diff() != 0
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
+def written_out(documents: Tensor, causal: bool) -> Tensor:
+    """The mask (b, n, n) of packed rows, for what needs one: True where a token may attend to another."""
+    same = documents[:, :, None] == documents[:, None]
+    return same.tril() if causal else same
+
+
 def check_ids(what: str, ids: Tensor, mask: Tensor | None) -> None:
-    """Raise VolvelleError where token ids are not integers (b, n), or the mask is not bool (b, n) or (b, n, n)."""
+    """Raise VolvelleError where token ids are not integers (b, n), or the mask is none of `Decoder.hidden`."""
     if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
         raise VolvelleError(f"{what} must be integers of shape (b, n), got {ids.dtype} {tuple(ids.shape)}")
     b, n = ids.shape
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in {(b, n), (b, n, n)}):
-        raise VolvelleError(f"mask must be bool of shape {(b, n)} or {(b, n, n)}, got {mask.dtype} {tuple(mask.shape)}")
+    if mask is None or (mask.dtype == torch.int64 and tuple(mask.shape) == (b, n)):
+        return
+    if mask.dtype != torch.bool or tuple(mask.shape) not in {(b, n), (b, n, n)}:
+        raise VolvelleError(
+            f"mask must be bool of shape {(b, n)} or {(b, n, n)}, or int64 of {(b, n)}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )

@@ -29,7 +29,9 @@ from volvelle.systems.language.components import (
     check_ids,
     drop,
     no_keys,
+    places,
     standing_alone,
+    written_out,
 )
 from volvelle.systems.language.config import LanguageConfig, LinearAttention, ScoreBias
 from volvelle.systems.language.positions import build_position
@@ -220,14 +222,15 @@ class Decoder(Prefaced):
         """Return the final normed states (b, n, width) of the tokens `ids`, (b, n) int64.
 
         `mask` is bool: (b, n), True = a real token (padding may be left or right), or (b, n, n), True = may attend,
-        which replaces the causal order among the new tokens (token trees, packed documents). `positions` are int64 (n,)
+        which replaces the causal order among the new tokens (token trees); or int64 (b, n), the number of the text that
+        each token belongs to (packed rows), of which no (n, n) mask is made. `positions` are int64 (n,)
         or (b, n), by default the number of real tokens before each; keys that come before every text (`before`) move
         all of them by their number. `segments` (b, n) are token types (RoFormer; default 0). With a `cache` the tokens
         follow those in it and are written to it; the caller commits the step.
         Raises VolvelleError on shapes that do not fit and on a cache for a model without causal order.
         """
         x, step = self.begin(ids, positions=positions, mask=mask, segments=segments, cache=cache)
-        straight = self.model.prepared(x)
+        straight = self.model.prepared(x) if step.documents is None else None
         if straight is not None:
             return self.model.norm(straight(x, step))
         for layer in self.model.layers:
@@ -246,14 +249,19 @@ class Decoder(Prefaced):
         """Return what the first block reads (b, n, width), and what all blocks share; the arguments are `hidden`'s."""
         self._check(ids, mask, segments, cache)
         past = self._past(cache, len(ids))
+        documents = None if mask is None or mask.dtype == torch.bool else mask
+        if documents is not None and (past is not None or self._linear):  # which know masks only
+            documents, mask = None, written_out(documents, self.config.causal)
         if past is not None:
             kind = {} if mask is None else {"padding": mask} if mask.ndim == 2 else {"tree": mask}
             where, allowed, causal = past.begin(ids.shape[1], **kind)
+        elif documents is not None:
+            where, allowed, causal = places(documents), None, self.config.causal
         else:
             where, allowed, causal = standing_alone(ids, mask, self.config.causal, merged=not self._linear)
         at = where if positions is None else self._moved(positions)
         x = self.model.embed(ids, at, segments)
-        return x, self.shared(x, at, allowed, causal, past)
+        return x, self.shared(x, at, allowed, causal, past)._replace(documents=documents)
 
     def run(self, layer: nn.Module, *inputs: Any) -> Any:
         """Return layer(*inputs), computed again in the backward pass with `gradient_checkpointing`."""
