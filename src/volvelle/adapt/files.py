@@ -144,6 +144,12 @@ def base_name(folder: str | os.PathLike[str]) -> str | None:
     return json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
 
 
+def stored_numbers(folder: str | os.PathLike[str]) -> int:
+    """How many numbers the tensors of an adapter folder hold: what a further task costs on disk."""
+    tensors, _ = _read_tensors(Path(folder) / WEIGHTS)
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
 def base_shapes(model: nn.Module) -> names.Shapes:
     """Parameter names and shapes of the model without its adapters, sorted by name."""
     from volvelle.adapt.model import record_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from volvelle.adapt import apply, load_run, save
+from volvelle.adapt.files import base_shapes, stored_numbers
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
 from volvelle.errors import UsageError, VolvelleError
@@ -69,20 +71,20 @@ class _Adaptation:
         self.model: Any = load_run(recipe.model, dtype=dtype, device=self.device, merged=True)
         if self.model.tokenizer is None:
             raise VolvelleError(f"{recipe.model}: has no tokenizer, so it cannot read text")
-        self.context = self._context()
+        generator = torch.Generator(device=self.device).manual_seed(recipe.seed)
+        adapted = apply(self.model, self.method, generator=generator)
+        self.context = self._context()  # what comes before the text takes its part of it
         self.layout = layout_of(self.model.config)
         self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context, layout=self.layout)
         self.held_loader = self._held_loader(self.held)
         prompts = answerable(self.model, prompted(self.held.examples), recipe.max_tokens, recipe.on_bad)
         self.prompts = spread(prompts, recipe.samples)
-        generator = torch.Generator(device=self.device).manual_seed(recipe.seed)
-        adapted = apply(self.model, self.method, generator=generator)
         total = adapted.total_count
         self.model.gradient_checkpointing = recipe.checkpointing
         memory = estimate_memory(
             self.model.config,
             largest_batch(self.loader),
-            method=self.method,
+            method=_planned(self.method),
             autocast=recipe.precision != "fp32",
             stored=dtype,
             checkpointing=recipe.checkpointing,
@@ -94,7 +96,7 @@ class _Adaptation:
         observer.say(self.subtitle)
 
     def _context(self) -> int:
-        most, asked = self.model.config.context, self.recipe.length
+        most, asked = self.model.room, self.recipe.length
         if asked is not None and asked > most:
             raise UsageError(f"length={asked}: {self.recipe.model} has a context of {most} tokens")
         if self.train.documents:
@@ -127,7 +129,7 @@ class _Adaptation:
         after: dict[str, float] = {}
         if not result.interrupted:
             saved = self._save()
-            self.observer.say(f"saved {saved}")
+            self.observer.say(f"saved {self._named(saved)}")
             after, outputs = self._measure("after")
             samples = [replace(s, after=text) for s, text in zip(samples, outputs, strict=True)]
             keep_samples(run, samples)
@@ -145,6 +147,13 @@ class _Adaptation:
             subtitle=self.subtitle,
             next_commands=commands,
         )
+
+    def _named(self, saved: Path) -> str:
+        """A folder, and for an adapter what a further task costs: its numbers beside the model's."""
+        if self.method.trains_base:
+            return str(saved)
+        stored, base = stored_numbers(saved), sum(math.prod(shape) for shape in base_shapes(self.model).values())
+        return f"{saved} ({stored:,} numbers, {100 * stored / base:.2g} % of the model)"
 
     def _before(self, resume: bool) -> tuple[dict[str, float], list[Sample]]:
         """Metrics and outputs of the model as it came; a resumed run has them already."""
@@ -177,6 +186,11 @@ class _Adaptation:
         assert isinstance(self.model, nn.Module)
         write_folder(self.model, self.run.path / "weights")  # type: ignore[arg-type]
         return self.run.path / "weights"
+
+
+def _planned(method: Any) -> Any:
+    """The method for a plan, whose models have no tokenizer: where training begins costs nothing."""
+    return replace(method, text=None) if getattr(method, "text", None) else method
 
 
 def _shown(example: Any) -> str:
