@@ -172,8 +172,9 @@ def _check_prompt(model: LanguageModel, prompt: list[int]) -> None:
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         wrong = next(token for token in prompt if not 0 <= token < vocabulary)
         raise VolvelleError(f"prompt token {wrong} is outside the model's vocabulary of {vocabulary}")
-    if len(prompt) > model.room:
-        raise _too_long(prompt, model.room)
+    longest = model.config.context if isinstance(model.config, EncoderDecoderConfig) else model.room
+    if len(prompt) > longest:
+        raise _too_long(prompt, longest)
 
 
 def _check_rules(model: LanguageModel, rules: Rules) -> None:

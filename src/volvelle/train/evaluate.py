@@ -102,7 +102,8 @@ def answerable(model: Any, prompts: Sequence[Prompted], max_tokens: int, on_bad:
     if on_bad == "stop":
         return list(prompts)  # one that is too long stops the run when it is asked
     # An encoder-decoder's answers take no room from their prompts.
-    room = model.room - (0 if isinstance(model.config, EncoderDecoderConfig) else max_tokens)
+    apart = isinstance(model.config, EncoderDecoderConfig)
+    room = model.config.context if apart else model.room - max_tokens
     return [p for p in prompts if len(prompt_ids(model.tokenizer, p.example)) <= room]
 
 

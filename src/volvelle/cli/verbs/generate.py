@@ -26,8 +26,8 @@ class Options:
     """A known model, a Hugging Face repo id, a folder, or a run."""
     prompt: Positional[str | None] = None
     """The text to continue, as it is; read from standard input when left out."""
-    max_tokens: int = 256
-    """The longest answer, in tokens."""
+    max_tokens: int | None = None
+    """The longest answer, in tokens; when left out 256, or what the model's context leaves."""
     stop: tuple[str, ...] = ()
     """Strings before which the answer ends."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -43,6 +43,7 @@ class Options:
 def main(options: Options) -> int:
     """Print the answer as it comes, then what it cost."""
     from volvelle.decode import beam_search, generate
+    from volvelle.systems.language import EncoderDecoderConfig
 
     if options.beams.width > 1 and (options.sampling != Sampling() or options.stop):
         raise UsageError("generate: a beam search takes no sampling options and no stop strings", tip="beams.width=1")
@@ -51,15 +52,17 @@ def main(options: Options) -> int:
     if model.tokenizer is None:
         raise UsageError(f"{options.model}: has no tokenizer, so it cannot read a prompt")
     ids = model.tokenizer.encode_prompt(prompt)
+    begun = 1 if isinstance(model.config, EncoderDecoderConfig) else len(ids)
+    max_tokens = min(256, max(1, model.room - begun)) if options.max_tokens is None else options.max_tokens
     if options.beams.width > 1:
-        [answer] = beam_search(model, [ids], beams=options.beams, max_tokens=options.max_tokens, rules=options.rules)
+        [answer] = beam_search(model, [ids], beams=options.beams, max_tokens=max_tokens, rules=options.rules)
         write(answer.text)
     else:
         answer = generate(
             model,
             ids,
             sampling=options.sampling,
-            max_tokens=options.max_tokens,
+            max_tokens=max_tokens,
             stop=options.stop,
             rules=options.rules,
             on_token=lambda token: write(token.text),
