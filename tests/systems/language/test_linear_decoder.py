@@ -199,11 +199,25 @@ def test_positions_far_out_are_as_exact_in_bf16_as_near_ones():
     assert errors[1] <= 2 * errors[0]
 
 
-def test_fusing_leaves_it_alone():
-    model, ids = model_of(dtype=torch.float32), some_ids()
-    before = model(ids).logits
-    assert fuse_projections(model) == 0
-    assert torch.equal(model(ids).logits, before)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_joined_projections_change_nothing(dtype):
+    model, ids = model_of(dtype=dtype), some_ids()
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    found = []
+    for fused in (False, True):
+        assert fuse_projections(model) == 4 if fused else not model.model.straight
+        cache, parts = model.new_cache(2, 12), []
+        for part, real in zip(ids.split([6, 1, 2], 1), mask.split([6, 1, 2], 1), strict=True):
+            parts.append(model(part, mask=real, cache=cache).logits)
+            cache.commit()
+        alone = model.new_cache(1, 12)
+        single = model(ids[:1, :1], cache=alone).logits
+        found.append([torch.cat(parts, 1)[mask], single, model(ids, mask=mask).logits[mask]])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, **tolerance)
 
 
 def test_what_does_not_fit_is_named(tmp_path):

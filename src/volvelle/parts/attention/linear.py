@@ -194,6 +194,10 @@ def _causal(
 ) -> tuple[Tensor, LinearState]:
     """Each token sees those before it and itself."""
     (s, z), parts = state, []
+    if v.shape[-2] == 1:  # a step of decoding: what the token sees is the state behind it
+        s, z = s + keys.turned.mT @ v, z + keys.plain.squeeze(-2)
+        below = (queries.plain * z.unsqueeze(-2)).sum(-1, keepdim=True) + eps
+        return queries.turned @ s / below, LinearState(s, z)
     for start in range(0, v.shape[-2], chunk):
         part = slice(start, start + chunk)
         q, k, values = queries.part(part), keys.part(part), v[..., part, :]

@@ -27,6 +27,7 @@ from volvelle.parts.attention.spec import Shape, Terms
 from volvelle.systems.language.components import (
     MLP,
     GatedMLP,
+    LinearSelfAttention,
     PostNormBlock,
     PreNormBlock,
     SelfAttention,
@@ -169,7 +170,8 @@ def _prepare(model: Decoder) -> Straight | None:
 
 
 def _is_plain(block: nn.Module) -> bool:
-    known = (PreNormBlock, PostNormBlock, SelfAttention, GatedMLP, MLP, nn.Linear, nn.RMSNorm, nn.LayerNorm)
+    attentions = (SelfAttention, LinearSelfAttention)
+    known = (PreNormBlock, PostNormBlock, *attentions, GatedMLP, MLP, nn.Linear, nn.RMSNorm, nn.LayerNorm)
     return (
         all(
             type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
@@ -203,6 +205,15 @@ def _attention(module: SelfAttention, groups: list[list[nn.Linear]]) -> Branch:
     h, g, d, index = module.heads, module.kv_heads, module.head_width, module.index
     project, out = _joined([module.q_proj, module.k_proj, module.v_proj], groups), _back(module.o_proj)
     rotate_value, sdpa = module.rotate_value, SDPA()
+    if isinstance(module, LinearSelfAttention):
+
+        def linear(x: Tensor, stream: Tensor, now: Now) -> Tensor:
+            heads = project(x, now.row).view(now.b, now.n, h + 2 * g, d).transpose(1, 2)
+            q, k, v = heads.split_with_sizes((h, g, g), 1)
+            seen = module.attend(q, k, v, now.step)
+            return out(seen.reshape(h * d) if now.row else seen.transpose(1, 2).reshape(-1, h * d), stream, now)
+
+        return linear
 
     def run(x: Tensor, stream: Tensor, now: Now) -> Tensor:
         step, b, n = now.step, now.b, now.n
@@ -215,7 +226,7 @@ def _attention(module: SelfAttention, groups: list[list[nn.Linear]]) -> Branch:
             both, v = heads.split_with_sizes((h + g, g), 1)
             q, k = step.rotation.turn(both).split_with_sizes((h, g), 1)
         if step.cache is not None:
-            k, v = cast("Past", step.cache).append(index, k, v)  # linear attention is not prepared
+            k, v = cast("Past", step.cache).append(index, k, v)
         seen = sdpa(q, k, v, now.terms, now.shape)
         return out(seen.view(h * d) if now.row else seen.transpose(1, 2).reshape(b * n, h * d), stream, now)
 
