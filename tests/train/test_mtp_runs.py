@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.systems.language.test_decoder import LLAMA
 from tests.train.many import run
 from tests.train.mtp_program import train_several
 from tests.train.test_recipes import Ear, folder, history, scratch
@@ -15,10 +17,11 @@ from tests.train.toys import Folder
 
 from volvelle.adapt import load_run
 from volvelle.errors import UsageError
-from volvelle.systems.language.mtp import KINDS
+from volvelle.systems.language.decoder import Decoder
+from volvelle.systems.language.mtp import KINDS, MultiToken
 from volvelle.systems.language.mtp_drafts import drafts_of
 from volvelle.systems.language.mtp_files import read_mtp
-from volvelle.train import resume_run, train_language
+from volvelle.train import estimate, resume_run, train_language
 from volvelle.train.observer import Quiet
 from volvelle.train.options import FitOptions
 from volvelle.train.ranks import Ranks
@@ -72,11 +75,11 @@ def test_two_ranks_take_the_steps_of_one(kind, shard, tmp_path):
     ],
 )
 def test_interrupted_it_resumes_bit_for_bit(kind, precision, tmp_path):
-    recipe = scratch(tmp_path, mtp=3, mtp_kind=kind, precision=precision, average=0.9, steps=9)
+    recipe = scratch(tmp_path, mtp=3, mtp_kind=kind, precision=precision, average=0.9, steps=7)
     whole, part = (folder(tmp_path, name, "language", recipe) for name in ("whole", "part"))
     finished = train_language(recipe, whole, observer=Quiet())
-    stopped = train_language(recipe, part, observer=Ear(6, signal.SIGTERM))
-    assert (stopped.interrupted, stopped.step) == ("SIGTERM", 6)
+    stopped = train_language(recipe, part, observer=Ear(5, signal.SIGTERM))
+    assert (stopped.interrupted, stopped.step) == ("SIGTERM", 5)
     assert not (part.path / "mtp").exists()
     resumed = resume_run(part.path, observer=Quiet())
     assert resumed.after == finished.after
@@ -139,3 +142,18 @@ def test_the_first_line_counts_the_modules(tmp_path):
         train_language(recipe, folder(tmp_path, f"run{mtp}", "language", recipe), observer=ear)
         lines[mtp] = next(line for line in ear.said if "memory about" in line)
     assert lines[1] != lines[3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_planned_memory_is_what_a_step_takes(kind):
+    from volvelle.inspect.memory_measure import measure_memory
+
+    config = dataclasses.replace(LLAMA, vocabulary=500, width=64, embedding_width=64, head_width=16)
+    mtp, batch = KINDS[kind](config, 2), estimate.whole_windows(48)(6)
+    planned = estimate.plan_language(config, batch, mtp=mtp)
+    measured = measure_memory(lambda: MultiToken(Decoder(config), KINDS[kind](config, 2)), batch, loss=estimate._loss)
+    assert planned.peak == pytest.approx(measured.peak, rel=0.03)
+    plain = estimate.plan_language(config, batch)
+    extra = sum(p.numel() for p in mtp.parameters())
+    assert planned.composition["weights"] - plain.composition["weights"] == 4 * extra
+    assert planned.peak > plain.peak + 16 * extra

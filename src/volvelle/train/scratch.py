@@ -98,6 +98,7 @@ def train_language(
             return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
         if multi and not result.interrupted:
             write_mtp(multi.mtp, model, run.path / "mtp")
+            observer.say(f"saved {run.path / 'mtp'}")
         return _close(recipe, run, model, held, result, subtitle, observer)
 
 
