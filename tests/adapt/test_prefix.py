@@ -102,6 +102,8 @@ def test_every_packed_segment_sees_it(method, position):
     logits = model(ids, mask=mask, positions=positions).logits[0]
     expected = torch.cat([model(IDS[:1, :4]).logits[0], model(IDS[1:, :3]).logits[0]])
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    numbered = model(ids, mask=owner[None]).logits[0]
+    torch.testing.assert_close(numbered, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)

@@ -197,7 +197,7 @@ def test_training_begins_at_real_words_before_the_text():
 
 
 def test_models_that_cannot_are_named():
-    with pytest.raises(VolvelleError, match="Sequential: its configuration does not say"):
+    with pytest.raises(VolvelleError, match="prefix tuning: Sequential is no decoder"):
         adapt.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), PrefixTuning())
     model = llama()
     adapt.apply(model, PrefixTuning(3))

@@ -358,7 +358,7 @@ def test_unknown_options(options, message):
         (lambda: nn.Linear(2, 2), torch.zeros(1, 2), {}, "returned FakeTensor without a loss"),
         (lambda: nn.Linear(2, 2), torch.zeros(1, 2), {"checkpointing": True}, "no repeated blocks"),
         (lambda: nn.Linear(2, 2), torch.zeros(1, 2), {"method": "adapter"}, "no attention or MLP"),
-        (lambda: nn.Linear(2, 2), torch.zeros(1, 2), {"method": "prefix"}, "does not take past keys"),
+        (lambda: nn.Linear(2, 2), torch.zeros(1, 2), {"method": "prefix"}, "prefix tuning: Linear is no decoder"),
         (lambda: nn.ReLU(), torch.zeros(1, 2), {}, "no parameter of ReLU asks for a gradient"),
         (Toy, ids(), {"search": True}, "search=True needs gpus"),
     ],

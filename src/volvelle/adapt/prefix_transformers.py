@@ -52,7 +52,7 @@ def sizes(model: nn.Module) -> Sizes:
         )
     if not (heads and width and layers):
         raise VolvelleError(
-            f"{type(model).__name__}: its configuration does not say how many layers and heads it has",
+            f"prefix tuning: {type(model).__name__} is no decoder whose configuration tells its layers and heads",
             tip="prefixes and prompts go to our decoders and to transformers' decoder models",
         )
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
