@@ -144,14 +144,17 @@ def test_right_padding_and_packing_train_as_separate_texts_do():
         rows[mask] = ids
         return model(rows, mask=mask).logits.logsumexp(-1)[mask].sum()
 
+    owner = torch.tensor([[1] * 4 + [2] * 5])
+
     def packed(model):
-        owner = torch.tensor([0] * 4 + [1] * 5)
-        mask = ((owner[:, None] == owner) & torch.ones(9, 9, dtype=torch.bool).tril())[None]
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        return model(ids[None], positions=positions, mask=mask).logits.logsumexp(-1).sum()
+        return model(ids[None], mask=owner).logits.logsumexp(-1).sum()
+
+    def packed_by_a_mask_of_pairs(model):
+        mask = (owner[:, :, None] == owner[:, None]).tril()
+        return model(ids[None], mask=mask).logits.logsumexp(-1).sum()
 
     expected = gradients(alone)
-    for other in (padded, packed):
+    for other in (padded, packed, packed_by_a_mask_of_pairs):
         for ours, theirs in zip(gradients(other), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 

@@ -145,6 +145,8 @@ def test_packed_equals_separate(name):
     packed = model(ids[None], positions=positions, mask=mask).logits
     separate = torch.cat([model(part[None]).logits for part in parts], 1)
     torch.testing.assert_close(packed, separate, rtol=0, atol=1e-10)
+    by_number = model(ids[None], mask=owner[None] + 1).logits  # as the loader packs, without a mask of pairs
+    torch.testing.assert_close(by_number, separate, rtol=0, atol=1e-10)
 
 
 @EVERY

@@ -165,7 +165,7 @@ class LinearSelfAttention(SelfAttention):
             mask = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0]
         options: dict[str, Any] = {"rotation": step.rotation, "mask": mask, "chunk": self.chunk, "eps": self.eps}
         if step.cache is None:
-            return linear_attention(q, k, v, causal=step.causal, **options)
+            return linear_attention(q, k, v, causal=step.causal, segments=step.documents, **options)
         if not isinstance(step.cache, StateCache):
             raise no_keys()
         out, after = linear_attention(q, k, v, state=step.cache.state(self.index), **options)

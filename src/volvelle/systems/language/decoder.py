@@ -250,7 +250,8 @@ class Decoder(Prefaced):
         self._check(ids, mask, segments, cache)
         past = self._past(cache, len(ids))
         documents = None if mask is None or mask.dtype == torch.bool else mask
-        if documents is not None and (past is not None or self._linear):  # which know masks only
+        both_ways = self._linear and not self.config.causal
+        if documents is not None and (past is not None or both_ways):  # which know masks only
             documents, mask = None, written_out(documents, self.config.causal)
         if past is not None:
             kind = {} if mask is None else {"padding": mask} if mask.ndim == 2 else {"tree": mask}
