@@ -11,6 +11,7 @@ from tests.systems.language.test_decoder import GPT2, LLAMA, ROFORMER, build, so
 
 from volvelle.errors import VolvelleError
 from volvelle.systems.language import config as c
+from volvelle.systems.language import mtp_drafts
 from volvelle.systems.language.mtp import KINDS, MTP, MultiToken
 from volvelle.systems.language.mtp_drafts import drafts_of
 from volvelle.train.scratch import POSITIONS
@@ -176,11 +177,17 @@ def test_drafts_step_by_step_are_the_whole_text(kind, cuts):
     assert torch.equal(greedy.tokens[:, 0], drafted.logits[:, 0].argmax(-1))
 
 
-@pytest.mark.parametrize("name", [*POSITIONS, "gpt2"])
+OTHERS = {
+    "gpt2": GPT2,
+    "linear attention": dataclasses.replace(LLAMA, family="volvelle", attention=c.LinearAttention()),
+}
+
+
+@pytest.mark.parametrize("name", [*POSITIONS, *OTHERS])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_position_encoding_drafts(kind, name):
-    config = GPT2 if name == "gpt2" else dataclasses.replace(LLAMA, family="volvelle", position=POSITIONS[name])
+def test_every_position_encoding_and_attention_drafts(kind, name):
+    config = OTHERS.get(name) or dataclasses.replace(LLAMA, family="volvelle", position=POSITIONS[name])
     model, mtp = pair(kind, config, 2)
     ids = some_ids(2, 10)
     drafts = observed(model, mtp, ids, (4, 1, 2))
@@ -188,11 +195,12 @@ def test_every_position_encoding_drafts(kind, name):
     torch.testing.assert_close(drafted.logits, full_drafts(kind, model, mtp, ids, 7, 2), **CLOSE)
 
 
+@pytest.mark.parametrize("config", [LLAMA, OTHERS["linear attention"]], ids=["softmax", "linear"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_rows_that_accept_different_numbers(kind):
+def test_rows_that_accept_different_numbers(kind, config):
     """Four steps of up to three new tokens; each row keeps its own, with padding on either side, or none at all."""
-    model, mtp = pair(kind)
+    model, mtp = pair(kind, config)
     texts = some_ids(3, 16)
     kept = [(1, 2, 1, 3), (3, 0, 2, 0), (2, 3, 3, 1)]
     states = mtp(model, texts)[0] if kind == "sequential" else mtp.trunk(model, texts)[0]
@@ -281,3 +289,36 @@ def test_a_mutant_that_reads_the_token_after_is_caught(monkeypatch):
     monkeypatch.setattr(module, "token_embeddings", lambda model, ids: original(model, ids.roll(-1, 1)))
     assert isinstance(mtp, MTP)
     assert not torch.allclose(logits_of(model, mtp, ids)[1][0, :4], wanted[1][:4], atol=1e-3)
+
+
+def unshifted(drafts, depth, h, mask):
+    """The state of the same position, one too late."""
+    drafts.newest[depth], drafts.known[depth] = h[:, -1], mask.any(1)
+    return h, mask
+
+
+def forgetful(drafts, k, choose):
+    """Drafts that stay in the caches."""
+    found = original_propose(drafts, k, choose)
+    for cache in drafts.caches:
+        cache.begin(1)
+        cache.commit()
+    return found
+
+
+original_propose = mtp_drafts.SequentialDrafts._propose
+
+
+@pytest.mark.parametrize(("method", "mutant"), [("_shift", unshifted), ("_propose", forgetful)])
+@torch.no_grad()
+def test_mutants_of_the_drafts_are_caught(method, mutant, monkeypatch):
+    model, mtp = pair("sequential")
+    ids = some_ids(2, 14)
+    monkeypatch.setattr(mtp_drafts.SequentialDrafts, method, mutant)
+    drafts = observed(model, mtp, ids, (3, 4))
+    drafts.draft(2, Told(ids[:, 0], ids[:, 1]))
+    states = mtp.read(model, ids[:, :8])[1]
+    drafts.observe(states[:, 7:], ids[:, 8:9])
+    told = Told(*(ids[:, 9 + j] for j in range(DEPTHS)))
+    wanted = full_drafts("sequential", model, mtp, ids, 8, DEPTHS)
+    assert (drafts.draft(DEPTHS, told).logits - wanted).abs().max() > 1e-3

@@ -16,6 +16,7 @@ from volvelle.errors import VolvelleError
 from volvelle.systems.language.huggingface import read_folder, write_folder
 from volvelle.systems.language.mtp import KINDS
 from volvelle.systems.language.mtp_files import read_mtp, write_mtp
+from volvelle.train.scratch import POSITIONS
 
 
 def same(a, b):
@@ -28,7 +29,10 @@ def made(kind="sequential", config=LLAMA, depths=2):
     return model.float(), mtp.float()
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.family)
+SHAW = dataclasses.replace(LLAMA, family="volvelle", position=POSITIONS["shaw"])
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2, SHAW], ids=lambda config: config.family)
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_and_read_they_are_the_same_bits(kind, config, tmp_path):
     model, mtp = made(kind, config)
