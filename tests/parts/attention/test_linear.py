@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.parts.attention.test_tiled import Largest
 from torch.autograd import gradcheck, gradgradcheck
 
 from volvelle.parts.attention import linear
@@ -224,3 +225,16 @@ def test_mutants_are_caught(mutant, monkeypatch):
     monkeypatch.setattr(linear, "_causal", mutated)
     bad = linear_attention(q, k, v, causal=True, chunk=4).as_subclass(torch.Tensor)
     assert not torch.allclose(bad, good)
+
+
+@pytest.mark.parametrize("kind", ["causal", "segments", "padding"])
+def test_no_square_tensor_ever_exists(kind):
+    """Forward and backward: nothing larger than a few times the input, d_v numbers a chunk's row included."""
+    b, h, n, d, chunk = 1, 2, 512, 4, 16
+    q, k, v = (x.requires_grad_() for x in inputs(b, h, n, d, d))
+    numbers = torch.arange(n)[None]
+    options = {"causal": {}, "segments": {"segments": numbers // 100}, "padding": {"mask": numbers > 9}}[kind]
+    with Largest() as watch:
+        out = linear_attention(q, k, v, causal=True, rotation=turned(n, d), chunk=chunk, **options)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert watch.numbers <= 8 * b * h * n * d < b * n * n
