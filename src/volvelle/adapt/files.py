@@ -150,6 +150,12 @@ def stored_numbers(folder: str | os.PathLike[str]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+def peft_type(folder: str | os.PathLike[str]) -> str | None:
+    """The `peft_type` of an adapter folder: PEFT's name of the method, or VOLVELLE_… for formats of our own."""
+    path = Path(folder) / CONFIG
+    return json.loads(path.read_text()).get("peft_type") if path.is_file() else None
+
+
 def base_shapes(model: nn.Module) -> names.Shapes:
     """Parameter names and shapes of the model without its adapters, sorted by name."""
     from volvelle.adapt.model import record_of

@@ -65,12 +65,12 @@ def _write_merged(options: Options, out: Path) -> str:
 
 def _write_adapter(options: Options, out: Path) -> str:
     from volvelle import adapt
+    from volvelle.adapt.files import peft_type
 
     model = adapt.load_run(options.run)
-    adapted = adapt.adapted(model)
-    if not adapted:
+    if not adapt.adapted(model):
         raise VolvelleError(f"{options.run}: holds no adapter", tip="to=hf writes whole models")
     adapt.save(model, out)
-    if isinstance(adapted.method, adapt.Bottleneck):
+    if str(peft_type(out)).startswith("VOLVELLE_"):
         return f'volvelle.adapt.load(base_model, "{out}"); PEFT has no such adapters'
     return f'peft.PeftModel.from_pretrained(base_model, "{out}")'
