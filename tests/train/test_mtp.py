@@ -149,13 +149,16 @@ def test_one_head_at_a_time_gives_the_gradients_of_all_at_once(head, checkpointi
         torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-13, msg=name)
 
 
-def test_under_autocast_both_ways_are_close():
-    model, mtp = pair("parallel", depths=DEPTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_both_ways_are_close(kind):
+    model, mtp = pair(kind, depths=DEPTHS)
     both, batch = MultiToken(model.float(), mtp.float()), batch_of("padded")
     _, exact = gradients(both, batch, frugal=False)
     for frugal in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
             loss = multi_token_loss(both, batch, 1.3, frugal=frugal)
+            streams = both.states(batch["ids"], mask=batch["mask"])
+        assert {state.dtype for state in streams} == {torch.float32}
         both.zero_grad()
         loss.value.backward()
         flat = torch.cat([p.grad.reshape(-1) for p in both.parameters()])

@@ -322,3 +322,40 @@ def test_mutants_of_the_drafts_are_caught(method, mutant, monkeypatch):
     told = Told(*(ids[:, 9 + j] for j in range(DEPTHS)))
     wanted = full_drafts("sequential", model, mtp, ids, 8, DEPTHS)
     assert (drafts.draft(DEPTHS, told).logits - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_greedy_loop_over_drafts_writes_what_plain_decoding_writes(kind):
+    """Rows accept different numbers of drafts that are right more often than not; the logits stay those of whole texts."""
+    model, mtp = pair(kind)
+    written = some_ids(3, 4)
+    for _ in range(36):
+        written = torch.cat((written, model(written).logits[:, -1:].argmax(-1)), 1)
+    cache, drafts, lucky = model.new_cache(3, 90), drafts_of(mtp, model, 3, 90), torch.Generator().manual_seed(0)
+    hidden, states = mtp.read(model, written[:, :4], cache=cache)
+    cache.commit()
+    newest = model.logits(hidden)[:, -1].argmax(-1)
+    drafts.observe(states, torch.cat((written[:, 1:4], newest[:, None]), 1))
+    rows, at, accepted = torch.arange(3), torch.full((3,), 5), []
+    while int(at.min()) < 20:
+        good = torch.rand(3, DEPTHS, generator=lucky) < 0.6
+        right = torch.stack([written[rows, (at + j).clamp(max=39)] for j in range(DEPTHS)], 1)
+        told = torch.where(good, right, (right + 1) % 61)
+        drafted = drafts.draft(DEPTHS, Told(*told.unbind(1)))
+        for row in range(3):
+            if int(at[row]) < 36 and bool(good[row, :-1].all()):
+                wanted = full_drafts(kind, model, mtp, written[row : row + 1], int(at[row]) - 1, DEPTHS)
+                torch.testing.assert_close(drafted.logits[row : row + 1], wanted, **CLOSE)
+        hidden, states = mtp.read(model, torch.cat((newest[:, None], drafted.tokens), 1), cache=cache)
+        greedy = model.logits(hidden).argmax(-1)
+        taken = (greedy[:, :-1] == drafted.tokens).long().cumprod(1).sum(1)
+        slots = torch.arange(1 + DEPTHS)
+        cache.commit(torch.where(slots <= taken[:, None], slots, -1))
+        drafts.observe(states, greedy, slots <= taken[:, None])
+        newest, at = greedy[rows, taken], at + 1 + taken
+        accepted += taken.tolist()
+        for row in range(3):
+            if int(at[row]) <= 40:
+                assert int(newest[row]) == int(written[row, at[row] - 1])
+    assert set(accepted) == set(range(1 + DEPTHS)), "all, none, and what lies between"

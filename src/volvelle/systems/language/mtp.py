@@ -54,7 +54,8 @@ class MTPModule(nn.Module):
 
     def forward(self, h: Tensor, embedded: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Map h^{k-1} and Emb(t_{i+k}), both (b, n, width), to h^k and to what the output head reads."""
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1))
+        # Autocast would give a residual stream in 16 bits, where the decoder's own begins with its embeddings.
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1)).to(h.dtype)
         x = self.block(x, step)
         return x, self.shared_head["norm"](x)
 
