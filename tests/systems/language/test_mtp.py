@@ -327,7 +327,7 @@ def test_mutants_of_the_drafts_are_caught(method, mutant, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_greedy_loop_over_drafts_writes_what_plain_decoding_writes(kind):
-    """Rows accept different numbers of drafts that are right more often than not; the logits stay those of whole texts."""
+    """Rows accept different numbers of drafts, most of them right; the logits stay those of whole texts."""
     model, mtp = pair(kind)
     written = some_ids(3, 4)
     for _ in range(36):
