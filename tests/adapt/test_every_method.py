@@ -185,7 +185,9 @@ def test_checkpointing_and_autocast_give_the_same_gradients(model, name):
         assert torch.equal(gradients(True, autocast), plain)
 
 
-@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize(
+    "name", [name if name in {"lora", "parallel"} else pytest.param(name, marks=pytest.mark.slow) for name in ADDED]
+)
 def test_compiles_to_the_same_result(name):
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ where it returns a tuple). It may also have
 
 - `merged(layer) -> Folded`, the weight with the update in it, and `unmerged(layer, folded) -> weight`, its inverse;
 - `mixed(layer, x, result, rows) -> result`, one computation for a batch whose rows have different updates of its class
-  (`rows[i]` is the update of row i, or None); without it the rows are grouped by update;
+  (`rows[i]` is the update of row i, or None); where it is absent or returns None, the rows are grouped by update;
 - `around(layer, chosen, forward, args, kwargs) -> output` in place of update, when it changes what the module gets;
   `chosen` is the update for all rows, or the list `rows`.
 """

@@ -101,7 +101,11 @@ class DoRAUpdate(LoRAUpdate):
         v = self._unbiased(layer, y)
         if self.drops(x):
             v = kind.add(layer, kind.plain(layer, low_input), low_input, self.a, self.b, self.scale)
-        return torch.addcmul(y, kind.channels(self.magnitude / self.norm(layer) - 1).to(y.dtype), v)
+        return torch.addcmul(y, kind.channels(self.change(layer)).to(y.dtype), v)
+
+    def change(self, layer: Any) -> Tensor:
+        """The factor on each output beyond 1: m / ‖V‖ - 1 (d)."""
+        return self.magnitude / self.norm(layer) - 1
 
     @staticmethod
     def mixed(layer: Any, x: Tensor, result: Tensor, rows: Sequence[LowRank | None]) -> Tensor | None:
@@ -112,7 +116,7 @@ class DoRAUpdate(LoRAUpdate):
         y = LoRAUpdate.mixed(layer, x, result, rows)  # type: ignore[arg-type]
         if y is None:
             return None
-        factors = {id(each): each.magnitude / each.norm(layer) - 1 for each in updates}
+        factors = {id(each): each.change(layer) for each in updates}
         none = torch.zeros_like(next(iter(factors.values())))
         factor = torch.stack([factors.get(id(row), none) for row in rows]).to(y.dtype)  # (b, d)
         factor = factor.view(len(rows), *[1] * (y.dim() - 2), -1)

@@ -53,7 +53,8 @@ def check_factors(call: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
 def lora_rows(result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Add to every row of a batch its own low-rank update: result_i + (x_i A_iᵀ) B_iᵀ.
 
-    result (b, ..., d); x (b, ..., k); a (b, r, k); b (b, d, r), with the scale in it; computed in result's dtype.
+    result (b, ..., d); x (b, ..., k); a (b, r, k); b (b, d, r), with the scale in it; computed in result's dtype, or
+    in that of a and b where there are so few tokens that converting them would take longer.
 
     >>> x = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
     >>> a, b = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.ones(2, 3, 1)
@@ -62,10 +63,10 @@ def lora_rows(result: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             [2., 2., 2.]])
     """
     rows = len(x)
-    inputs = x.to(result.dtype).reshape(rows, -1, x.shape[-1])
-    low = torch.bmm(inputs, a.to(result.dtype).transpose(1, 2))  # (b, n, r)
-    flat = torch.baddbmm(result.reshape(rows, -1, result.shape[-1]), low, b.to(result.dtype).transpose(1, 2))
-    return flat.view(result.shape)
+    flat = result.reshape(rows, -1, result.shape[-1])  # (b, n, d)
+    dtype = result.dtype if flat.shape[1] > a.shape[1] else a.dtype
+    low = torch.bmm(x.to(dtype).reshape(rows, -1, x.shape[-1]), a.to(dtype).transpose(1, 2))  # (b, n, r)
+    return torch.baddbmm(flat.to(dtype), low, b.to(dtype).transpose(1, 2)).to(result.dtype).view(result.shape)
 
 
 class Folded(NamedTuple):
