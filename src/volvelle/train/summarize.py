@@ -192,7 +192,7 @@ def _score(
         model,
         prompts,
         max_tokens=recipe.max_tokens,
-        beams=recipe.beams,
+        beams=recipe.beams if recipe.beams.width > 1 else None,
         progress=lambda done, total: observer.work("answers", done, total),
     )
     references = [p.references for p in prompts]

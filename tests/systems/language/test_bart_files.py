@@ -140,6 +140,13 @@ def test_wrong_configurations_are_refused_by_name(folder, field, value, message)
         read_folder(folder)
 
 
+def test_planning_ahead_is_for_decoders(folder):
+    from volvelle.inspect.memory_models import find_config
+
+    with pytest.raises(VolvelleError, match="an encoder-decoder, and only decoders are planned ahead"):
+        find_config(str(folder))
+
+
 def test_what_a_config_cannot_hold_is_not_written():
     from tests.systems.language.test_encoder_decoder import make_config
 

@@ -67,7 +67,7 @@ class TrainSummarize(TextOptions):
     vocabulary: int = 4096
     """Words of the tokenizer."""
     beams: Beams = field(default_factory=Beams)
-    """How answers are searched for when they are scored: beams.width=1 for a quick look."""
+    """How answers are searched for when they are scored; beams.width=1 takes the likeliest token each time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
