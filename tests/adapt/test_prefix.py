@@ -14,6 +14,7 @@ from volvelle.adapt.prefix import _words
 from volvelle.adapt.prefix_methods import PrefixTuning, PromptTuning
 from volvelle.decode import generate, generate_batch
 from volvelle.errors import UsageError, VolvelleError
+from volvelle.parts.attention.before import Before
 from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.projections import fuse_projections
@@ -44,6 +45,47 @@ def test_training_begins_at_real_words_before_the_text(method, position):
     expected = model(torch.cat((words.expand(2, -1), IDS), 1)).logits[:, 3:]
     adapt.apply(model, method, generator=seeded())
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def _text_begins_at_zero(patch):
+    begin = Before.begin
+    patch.setattr(
+        Before, "begin", lambda self, n, **kind: (s := begin(self, n, **kind))._replace(positions=s.positions - 3)
+    )
+
+
+def _hidden_from_the_text(patch):
+    begin = Before.begin
+
+    def mutant(self, n, **kind):
+        step = begin(self, n, **kind)
+        step.mask[..., :3] = False
+        return step
+
+    patch.setattr(Before, "begin", mutant)
+
+
+def _keys_for_values(patch):
+    append = Before.append
+    patch.setattr(Before, "append", lambda self, layer, k, v: append(self, layer, v, k)[::-1])
+
+
+def _of_the_layer_above(patch):
+    append = Before.append
+    patch.setattr(Before, "append", lambda self, layer, k, v: append(self, (layer + 1) % 2, k, v))
+
+
+@pytest.mark.parametrize(
+    "mutate", [None, _text_begins_at_zero, _hidden_from_the_text, _keys_for_values, _of_the_layer_above]
+)
+def test_mutants_are_caught(monkeypatch, mutate):
+    method, model = PrefixTuning(3, hidden=6), decoder()
+    words = _words(model, method, seeded())
+    expected = model(torch.cat((words.expand(2, -1), IDS), 1)).logits[:, 3:]
+    adapt.apply(model, method, generator=seeded())
+    if mutate is not None:
+        mutate(monkeypatch)
+    assert torch.allclose(model(IDS).logits, expected, rtol=1e-4, atol=1e-4) == (mutate is None)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name)
