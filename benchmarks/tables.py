@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
+from volvelle.parts.attention.capabilities import table as capability_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "language": "docs/language.md",
+    "summarization": "docs/summarization.md",
     "loader": "docs/data.md",
     "positions": "docs/positions.md",
     "collectives": "docs/collectives.md",
     "attention": "docs/attention.md",
+    "capabilities": "docs/attention.md",
+    "attention_cuda": "docs/attention.md",
     "amp": "docs/precision.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
@@ -48,6 +52,22 @@ def language(record: Mapping[str, Any]) -> list[str]:
         "",
         f"Greedy, {size['new_tokens']} new tokens; LoRA of rank 8 on q and v, {size['length']} tokens a row, AdamW. "
         + _footer("language", machine),
+    ]
+
+
+def summarization(record: Mapping[str, Any]) -> list[str]:
+    """Greedy answers and beam searches of an encoder-decoder: rates and the ratio."""
+    lines = ["| work | dtype | ours | transformers | ours : transformers |", "|---|---|---|---|---|"]
+    for row in record["rows"]:
+        rates = " | ".join(f"{row['tokens_per_second'][who]:.1f} tokens/s" for who in ("ours", "transformers"))
+        lines.append(f"| {row['what']} | {row['dtype']} | {rates} | {protocol.shown(row['speed'])} |")
+    size = record["size"]
+    return [
+        *lines,
+        "",
+        f"A model of BART-base's size with random weights; a batch of {size['sources']} sources of up to "
+        f"{size['length']} tokens, {size['new_tokens']} new tokens each. "
+        + _footer("summarization", record["machine"]),
     ]
 
 
@@ -138,13 +158,33 @@ def attention(record: Mapping[str, Any]) -> list[str]:
         speeds = " | ".join(protocol.shown(row[kind]["speed"]) for kind in ("forward", "forward and backward"))
         memory = " and ".join(f"{row['memory'][who] / 2**20:.0f}" for who in ("ours", "sdpa"))
         lines.append(f"| {row['what']} | {row['tokens']} | {row['threads']} | {speeds} | {memory} MiB |")
-    growth, auto = record["memory_exponent"], record["auto"]
+    growth, auto, notes = record.get("memory_exponent"), record.get("auto"), ""
+    if growth:
+        notes += f"Memory grows as n^{growth['tiled']:.2f} in tiles and as n^{growth['reference']:.2f} written out. "
+    if auto:
+        notes += f"Where SDPA serves the call, `backend='auto'` ends in {auto['kernel']} "
+        notes += f"and adds {auto['added_us']:.0f} µs. "
+    return [*lines, "", notes + _footer("attention", record["machine"])]
+
+
+def attention_cuda(record: Mapping[str, Any]) -> list[str]:
+    """Share of the card's dense rate, time and extra memory of every kind of call against SDPA."""
+    lines = [
+        "| call | tokens | forward, of the dense rate | forward | forward and backward | extra memory, ours and SDPA |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        share = row["forward"]["flops"]["ours"] / record["dense_flops"]
+        speeds = " | ".join(protocol.shown(row[kind]["speed"]) for kind in ("forward", "forward and backward"))
+        memory = " and ".join(f"{row['memory'][who] / 2**20:.0f}" for who in ("ours", "sdpa"))
+        lines.append(f"| {row['what']} | {row['tokens']} | {share:.0%} | {speeds} | {memory} MiB |")
+    setting, machine = record["setting"], record["machine"]
     return [
         *lines,
         "",
-        f"Memory grows as n^{growth['tiled']:.2f} in tiles and as n^{growth['reference']:.2f} written out. Where SDPA "
-        f"serves the call, `backend='auto'` ends in {auto['kernel']} and adds {auto['added_us']:.0f} µs. "
-        + _footer("attention", record["machine"]),
+        f"{setting['dtype']}, batch {setting['batch']}, {setting['heads']} heads of {setting['width']} features on "
+        f"{machine['device']}, whose dense rate is {record['dense_flops'] / 1e12:.0f} Tflop/s. "
+        + _footer("attention_cuda", machine),
     ]
 
 
@@ -165,25 +205,39 @@ def amp(record: Mapping[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
+    "summarization": summarization,
     "loader": loader,
     "positions": positions,
     "collectives": collectives,
     "attention": attention,
+    "attention_cuda": attention_cuda,
     "amp": amp,
 }
 
 
 def _footer(name: str, machine: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
+    threads = f"{machine['threads']} threads, " if "threads" in machine else ""  # else each row says how many
     return (
         f"Medians of at least 5 interleaved rounds; a ratio above 1 means that ours is faster, its range over the "
-        f"rounds stands in parentheses. {machine['cpus']} cores of {machine['cpu']}, {machine['threads']} threads, "
+        f"rounds stands in parentheses. {machine['cpus']} cores of {machine['cpu']}, {threads}"
         f"Python {machine['python']}, {packages}, {machine['date'][:10]}. Made by `python -m benchmarks.{name}`."
     )
 
 
+def capabilities() -> list[str]:
+    """What every back end of attention serves, asked of the back ends."""
+    return [*capability_table("cpu"), "", *capability_table("cuda")]
+
+
+FROM_CODE: dict[str, Callable[[], list[str]]] = {"capabilities": capabilities}
+"""Tables that follow from the code alone."""
+
+
 def rendered(name: str) -> str:
     """What stands between the marks of `name`: its table, or that there is none yet."""
+    if name in FROM_CODE:
+        return "\n".join(FROM_CODE[name]())
     record = protocol.read(name)
     return "\n".join(TABLES[name](record)) if record else NOTHING.format(name=name)
 
@@ -201,5 +255,5 @@ def write(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for one in TABLES:
+    for one in PAGES:
         write(one)

@@ -9,7 +9,6 @@ from tests.systems.language.test_decoder import GPT2, LLAMA, ROFORMER, build, so
 from tests.systems.language.test_positions import EVERY, model_of
 
 from volvelle.adapt import PromptTuning, apply
-from volvelle.inspect.memory_methods import add_prefixes
 from volvelle.systems.language.components import places, written_out
 from volvelle.systems.language.projections import fuse_projections
 from volvelle.train.mtp import further_targets
@@ -64,12 +63,6 @@ def test_a_fused_model_a_cache_and_keys_that_come_before_give_the_same():
     torch.testing.assert_close(
         model(ids, mask=TEXTS).logits, model(ids, mask=written_out(TEXTS, True)).logits, rtol=0, atol=1e-12
     )
-
-
-def test_planned_prefixes_are_seen_by_every_text():
-    model, ids = add_prefixes(build().double()), some_ids(2, 9)
-    found = [model(ids, mask=mask, positions=places(TEXTS)).logits for mask in (TEXTS, written_out(TEXTS, True))]
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
 
 
 def test_no_mask_of_all_pairs_is_made():

@@ -36,7 +36,7 @@ class Spec(NamedTuple):
     `computed_bias`: the bias is a `Bias` that is no function of distance alone. `blockwise()`: it is that, or one by
     distance at positions with more than one distance on a diagonal, so that it must be asked block by block.
     `order`: how often the result will be differentiated backwards, 0 where no gradient is asked for; `tangents`:
-    forward-mode derivatives are under way.
+    forward-mode derivatives are under way; `traced`: the call becomes part of a graph (torch.compile, torch.export).
     """
 
     shape: Shape
@@ -55,6 +55,7 @@ class Spec(NamedTuple):
     blockwise: Callable[[], bool] = bool  # no: bool() is False
     order: int = 0
     tangents: bool = False
+    traced: bool = False
 
 
 class Terms(NamedTuple):
@@ -97,7 +98,7 @@ class Terms(NamedTuple):
         if self.q_positions is None and self.k_positions is None:
             return 1 - n_q
         q_positions, k_positions = self.positions(q, k)
-        if q_positions.dim() != 1 or k_positions.dim() != 1:
+        if q_positions.dim() != 1 or k_positions.dim() != 1 or torch.compiler.is_compiling():  # which has no values
             return None
         if self.segments is not None:
             less = (
@@ -151,9 +152,15 @@ class Terms(NamedTuple):
         )
 
     def factors(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return what dropout multiplies all weights (b, h, n_q, n_k) by: that of the tiled back end, put together."""
+        """Return what dropout multiplies all weights (b, h, n_q, n_k) by: that of the tiled back end, put together.
+
+        A traced graph cannot follow a seed and draws for itself.
+        """
         if self.dropout is None:
             return None
+        if torch.compiler.is_compiling():
+            p, sizes = self.dropout.p, (shape.b, shape.h, shape.n_q, shape.n_k)
+            return (torch.rand(sizes, device=device) >= p).to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
         if self.by_row:
             one = shape._replace(b=1)
             rows = [self.row(i).factors(one, dtype, device) for i in range(shape.b)]
@@ -176,7 +183,7 @@ def spec_of(
         asked is not None and asked.has_value_term, terms.window is not None, terms.dropout is not None, lse,
         terms.segments is not None, computed,
         lambda: computed or (asked is not None and terms.first_distance(q, k) is None),
-        derivatives if differentiated else 0, _tangents(q, k, v, bias),
+        derivatives if differentiated else 0, _tangents(q, k, v, bias), torch.compiler.is_compiling(),
     )  # fmt: skip
 
 

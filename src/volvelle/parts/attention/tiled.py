@@ -38,9 +38,13 @@ class Tiled(LSEBackend):
     name = "tiled"
 
     def supports(self, spec: Spec) -> str | None:
-        """Serve everything that is differentiated once and backwards."""
+        """Serve everything that is differentiated once and backwards; in a traced graph not quite."""
         if spec.tangents or spec.order > 1:
             return "tiles have no second and no forward-mode derivative"
+        if spec.traced and spec.dropout:
+            return "the draws of a tile follow from a seed, which torch.compile cannot trace"
+        if spec.traced and spec.order and spec.blockwise():
+            return "the bias is differentiated tile by tile, which torch.compile cannot trace"
         return None
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -218,15 +222,13 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     return out, lse
 
 
-def _backward(
-    call: _Call, saved: tuple[Tensor, ...], d_out: Tensor, d_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(call: _Call, saved: tuple[Tensor, ...], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = saved
-    scale, term, features = call.terms.scale, call.term, q.shape[-1]
+    scale, term, sums = call.terms.scale, call.term, call.term.start()
     first, second, d_q = call.scratch(), call.scratch(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # One more feature, 1 in K and in V, -L in Q and -D in dO, makes the products give S - L and dO V^T - D.
-    keys, values = call.keys(k, ones=True), call.keys(v, ones=True)
-    d_keys, d_values = ([torch.zeros_like(x[..., :-1]) for x in parts] for parts in (keys, values))
+    keys, keys_1, values_1 = call.keys(k), call.keys(k, ones=True), call.keys(v, ones=True)
+    d_keys, d_values = ([torch.zeros_like(x[..., :-1]) for x in parts] for parts in (keys_1, values_1))
     # A row with nothing to attend to has P = exp(S - L) = 0, for which L must not be -inf.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
     for i0, i1, tiles in call.rows():
@@ -239,29 +241,31 @@ def _backward(
         towards_1 = torch.cat((towards, torch.zeros_like(within) if dropping else -within), -1)
         for tile in tiles:
             at = tile.j0 // call.side
-            weights = call.scores(call.room(first, tile), rows_1, keys[at], tile).exp_()
+            weights = call.scores(call.room(first, tile), rows_1, keys_1[at], tile).exp_()
             kept = call.factors(tile)
             dropped = weights if kept is None else (call.heads(weights, i0, i1) * kept).view_as(weights)
             d_values[at].baddbmm_(dropped.transpose(1, 2), towards)
-            d_scores = torch.bmm(towards_1, values[at].transpose(1, 2), out=call.room(second, tile))
+            d_scores = torch.bmm(towards_1, values_1[at].transpose(1, 2), out=call.room(second, tile))
             if term.has_value_term:
                 seen_by = call.heads(dropped, i0, i1)
-                d_scores += term.collect_values(tile, seen_by, call.heads(towards, i0, i1)).reshape(d_scores.shape)
+                d_scores += term.collect_values(sums, tile, seen_by, call.heads(towards, i0, i1)).reshape(
+                    d_scores.shape
+                )
             if kept is not None:
                 call.heads(d_scores, i0, i1).mul_(kept)
                 d_scores.sub_(within)
             d_scores.mul_(weights)
-            d_rows.baddbmm_(d_scores, keys[at][..., :features])
+            d_rows.baddbmm_(d_scores, keys[at])
             d_keys[at].baddbmm_(d_scores.transpose(1, 2), rows)
-            more_q, more_k = term.collect(tile, call.heads(d_scores, i0, i1))
+            more_q, more_k = term.collect(sums, tile, call.heads(d_scores, i0, i1))
             if more_q is not None:
                 more = more_q if more is None else more + more_q
             if more_k is not None:
                 d_keys[at].view(more_k.shape).add_(more_k)
         d_block = call.heads(d_rows.mul_(scale), i0, i1)
         d_q[:, :, i0:i1] = d_block if more is None else d_block.add_(more)
-    del keys, values, first, second
-    return d_q, call.restored(d_keys, k), call.restored(d_values, v)
+    del keys, keys_1, values_1, first, second
+    return d_q, call.restored(d_keys, k), call.restored(d_values, v), *term.gradients(sums)
 
 
 class _Tiled(torch.autograd.Function):
@@ -282,6 +286,4 @@ class _Tiled(torch.autograd.Function):
         if d_out is None:
             d_out = torch.zeros_like(out)
         with torch.autocast(q.device.type, enabled=False):
-            call.term.start()
-            found = _backward(call, (q, k, v, out, lse), d_out, d_lse)
-            return None, *found, *call.term.gradients()
+            return None, *_backward(call, (q, k, v, out, lse), d_out, d_lse)

@@ -19,6 +19,8 @@ from volvelle.parts.attention.spec import Shape, Terms
 from volvelle.parts.attention.tiles import Tile
 from volvelle.parts.position.encoding import Bias
 
+Sums = list[Tensor | None]
+
 
 class Term:
     """Nothing to add. `inputs` are the tensors that gradients leave through besides q and k."""
@@ -37,22 +39,23 @@ class Term:
         """Return a number that no entry of any tile exceeds in magnitude; inf where that is not cheap to know."""
         return 0.0
 
-    def start(self) -> None:
-        """Before a backward pass."""
+    def start(self) -> Sums:
+        """Return what a backward pass sums the gradients of `inputs` up in."""
+        return [None] * len(self.inputs)
 
-    def collect(self, tile: Tile, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def collect(self, sums: Sums, tile: Tile, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Take the gradient (b, h, queries, keys) of one tile of scores; return what its q and k get."""
         return None, None
 
-    def gradients(self) -> Sequence[Tensor | None]:
-        """After a backward pass: the gradients of `inputs`."""
-        return [None] * len(self.inputs)
+    def gradients(self, sums: Sums) -> Sums:
+        """Return the gradients of `inputs` after a backward pass."""
+        return sums
 
     def values(self, tile: Tile, weights: Tensor) -> Tensor:
         """Return what the weights add to the output besides weights @ v; only with `has_value_term`."""
         raise NotImplementedError
 
-    def collect_values(self, tile: Tile, weights: Tensor, gradient: Tensor) -> Tensor:
+    def collect_values(self, sums: Sums, tile: Tile, weights: Tensor, gradient: Tensor) -> Tensor:
         """Take the output's gradient; return what it means for the weights of this tile."""
         raise NotImplementedError
 
@@ -75,18 +78,17 @@ class _Dense(Term):
     def tile(self, tile: Tile) -> Tensor:
         return self._slice(self.whole.detach(), tile).to(self.wide)
 
-    def start(self) -> None:
-        if self.learnable:
-            self.gradient = torch.zeros(self.whole.shape, dtype=self.wide, device=self.whole.device)
+    def start(self) -> Sums:
+        return [torch.zeros(self.whole.shape, dtype=self.wide, device=self.whole.device) if self.learnable else None]
 
-    def collect(self, tile: Tile, gradient: Tensor) -> tuple[None, None]:
-        if self.learnable:
-            target = self._slice(self.gradient, tile)
+    def collect(self, sums: Sums, tile: Tile, gradient: Tensor) -> tuple[None, None]:
+        if sums[0] is not None:
+            target = self._slice(sums[0], tile)
             target.add_(gradient.sum_to_size(target.shape))
         return None, None
 
-    def gradients(self) -> Sequence[Tensor | None]:
-        return [self.gradient.to(self.whole.dtype) if self.learnable else None]
+    def gradients(self, sums: Sums) -> Sums:
+        return [None if x is None else x.to(self.whole.dtype) for x in sums]
 
 
 class _Diagonals(Term):
@@ -113,19 +115,16 @@ class _Diagonals(Term):
         keys = tile.j1 - tile.j0
         return self.numbers.detach()[:, self._range(tile)].unfold(-1, keys, 1)[None]
 
-    def start(self) -> None:
-        self.gradient = torch.zeros_like(self.numbers)
+    def start(self) -> Sums:
+        return [torch.zeros_like(self.numbers) if self.learnable else None]
 
-    def collect(self, tile: Tile, gradient: Tensor) -> tuple[None, None]:
-        if self.learnable:
+    def collect(self, sums: Sums, tile: Tile, gradient: Tensor) -> tuple[None, None]:
+        if sums[0] is not None:
             summed = gradient.sum(0) if gradient.shape[0] > 1 else gradient[0]
             if self.numbers.shape[0] == 1 < summed.shape[0]:
                 summed = summed.sum(0, keepdim=True)
-            self.gradient[:, self._range(tile)] += _antidiagonals(summed)
+            sums[0][:, self._range(tile)].add_(_antidiagonals(summed))
         return None, None
-
-    def gradients(self) -> Sequence[Tensor]:
-        return [self.gradient]
 
 
 def _antidiagonals(x: Tensor) -> Tensor:
@@ -201,16 +200,14 @@ class _Computed(Term):
         block = self.whole.part(tile, self.wide)
         return self.bias.value_term(weights, block.q_positions, block.k_positions)
 
-    def start(self) -> None:
-        self.sums: list[Tensor | None] = [None] * len(self.inputs)
-
-    def _add(self, found: Sequence[Tensor | None]) -> None:
+    @staticmethod
+    def _add(sums: Sums, found: Sequence[Tensor | None]) -> None:
         for index, gradient in enumerate(found):
+            before = sums[index]
             if gradient is not None:
-                before = self.sums[index]
-                self.sums[index] = gradient if before is None else before + gradient
+                sums[index] = gradient if before is None else before + gradient
 
-    def collect(self, tile: Tile, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def collect(self, sums: Sums, tile: Tile, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if not self.learnable:
             return None, None
         with torch.enable_grad():
@@ -222,10 +219,10 @@ class _Computed(Term):
         # The graph beyond the tile may be shared with the next tile.
         inputs = (block.q, block.k, *self.inputs)
         found = torch.autograd.grad(score, inputs, towards, retain_graph=True, allow_unused=True)
-        self._add(found[2:])
+        self._add(sums, found[2:])
         return found[0], found[1]
 
-    def collect_values(self, tile: Tile, weights: Tensor, gradient: Tensor) -> Tensor:
+    def collect_values(self, sums: Sums, tile: Tile, weights: Tensor, gradient: Tensor) -> Tensor:
         block = self.whole.part(tile, self.wide)
         with torch.enable_grad():
             weights = weights.detach().requires_grad_()
@@ -233,12 +230,9 @@ class _Computed(Term):
         found = torch.autograd.grad(
             out, (weights, *self.inputs), gradient.to(out.dtype), retain_graph=True, allow_unused=True
         )
-        self._add(found[1:])
+        self._add(sums, found[1:])
         assert found[0] is not None
         return found[0]
-
-    def gradients(self) -> Sequence[Tensor | None]:
-        return self.sums
 
 
 def make_term(terms: Terms, q: Tensor, k: Tensor, shape: Shape, wide: torch.dtype) -> Term:

@@ -108,7 +108,9 @@ class Dropout(NamedTuple):
 
     @classmethod
     def draw(cls, p: float) -> Dropout:
-        """Take a seed from torch's global generator."""
+        """Take a seed from torch's global generator; a traced graph has none and draws for itself."""
+        if torch.compiler.is_compiling():
+            return cls(p, 0)
         return cls(p, int(torch.randint(2**62, ()).item()))
 
     def row(self, i: int) -> Dropout:
