@@ -35,7 +35,7 @@ CLAIM = Claim(
 LENGTH, BATCH, SEEDS, INIT_STD = 64, 8, 3, 0.1
 SIZES: dict[Budget, dict[str, Any]] = {
     "quick": {"tokens": 2, "steps": 240, "width": 48, "depth": 2, "mlp": 128},
-    "full": {"tokens": 4, "steps": 1200, "width": 64, "depth": 3, "mlp": 160},
+    "full": {"tokens": 4, "steps": 1800, "width": 64, "depth": 3, "mlp": 160},
 }
 
 
