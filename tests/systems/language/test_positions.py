@@ -205,10 +205,15 @@ def test_a_native_configuration_names_what_is_wrong(tmp_path):
         ({"position": {"kind": "Shaw", "reech": 3}}, r"config.position: unknown field 'reech'"),
         ({"widht": 3}, r"unknown field 'widht'"),
         ({"heads": 0}, r"heads must be positive"),
+        ({"attention": {"kind": "LinearAtention"}}, r"config.attention: kind 'LinearAtention' is not known"),
+        ({"attention": {"kind": "LinearAttention"}}, "Shaw adds to attention scores, and linear attention has none"),
     ):
         path.write_text(json.dumps(good | {"config": good["config"] | change}))
         with pytest.raises(VolvelleError, match=said):
             read_folder(tmp_path)
+    del good["config"]["attention"]  # as files were before there was a choice
+    path.write_text(json.dumps(good))
+    assert read_folder(tmp_path).config.attention == c.SoftmaxAttention()
     del good["config"]["width"]
     path.write_text(json.dumps(good))
     with pytest.raises(VolvelleError, match="config: width is missing"):
