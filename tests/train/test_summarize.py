@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,6 +188,20 @@ def test_the_verbs_take_the_run(finished, capsys):
     out = finished[0].run.parent / "exported"
     assert main(["export", run, f"out={out}"]) == 0
     assert "AutoModelForSeq2SeqLM" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    words = [f"data={write_data(tmp_path)}", "steps=4", "batch=8", "held_out_size=4", "samples=1", "vocabulary=300"]
+    words += ["max_tokens=8", "beams.width=1", "model.width=32", "model.depth=1", "model.context=64", "model.dropout=0"]
+    losses = []
+    for options in (["accumulate=2"], ["ranks=2"], ["ranks=2", "shard=fsdp"]):
+        name = "-".join(options).replace("=", "")
+        command = [sys.executable, "-m", "volvelle", "train", "summarize", *words, *options, f"run={name}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        losses.append(RunFolder.open(tmp_path / "runs" / name).manifest["after"]["loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
 def test_docstrings_are_collected_once_and_recorded(tmp_path):
