@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from volvelle.errors import VolvelleError
@@ -137,7 +138,7 @@ class EncoderDecoder(Prefaced):
         """Whether logits are exactly hidden @ output_weight.T: nothing is added to them."""
         bias = self.final_logits_bias
         # A fake tensor has no values; the planner asks about fresh models, whose bias is zero.
-        return bias.is_meta or type(bias) is not Tensor or not bool(bias.any())
+        return bias.is_meta or isinstance(bias, FakeTensor) or not bool(bias.any())
 
     def new_cache(self, batch: int, context: int, dtype: torch.dtype | None = None) -> KVCache:
         """Allocate a cache for `batch` answers of up to `context` tokens, in the model's dtype unless it is given."""
