@@ -129,7 +129,7 @@ def row_of(name: str, *, quick: bool) -> dict[str, Any]:
     count = case.quick if quick else case.full
     kinds = ("fp32", "bf16") if quick else tuple(DTYPES)
     variants = {kind: step(case, kind, count) for kind in kinds}
-    rounds = {"rounds": 2, "most": 2} if quick else {"rounds": 5, "most": 30, "best_of": BEST_OF}
+    rounds = {"rounds": 2, "most": 2} if quick else {"rounds": 5, "most": 15, "best_of": BEST_OF}
     series = protocol.interleave(variants, **rounds)
     speed = {kind: protocol.compare(series, kind, "fp32") for kind in kinds[1:]}
     row = {

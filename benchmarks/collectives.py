@@ -1,6 +1,7 @@
 """Our collectives against gloo's own all-reduce, and a model of latency, bandwidth and contention with its error.
 
     python -m benchmarks.collectives            # the table and the model, benchmarks/results/collectives.json
+    python -m benchmarks.collectives --ranks 4 --sizes 1024     # these rows again, the others and the model stay
     python -m benchmarks.collectives --quick    # a smoke run, nothing written
 
 Ranks are processes on loopback, one thread each; a round times every variant once, in turning order; a time is that of
@@ -30,24 +31,30 @@ MANY = (10, 100, 1000, 10_000)
 
 def main() -> None:
     options = _arguments()
-    sizes = (1 << 10, 1 << 20) if options.quick else SIZES
+    sizes = tuple(options.sizes or ((1 << 10, 1 << 20) if options.quick else SIZES))
     rounds = 2 if options.quick else options.rounds
     with protocol.alone():
         machine = protocol.machine(["torch"]) | {"threads": 1, "scheduler": _scheduler()}
         rows = [row for p in options.ranks for row in _table(p, sizes, rounds)]
         print(_shown(rows), flush=True)
-        model = None if options.quick else _calibrate(rounds)
-    if model is None:
-        return
+        if options.quick:
+            return
+        # The rows first: a run that is cut keeps what it measured.
+        before = protocol.read("collectives")
+        known = {(row["ranks"], row["bytes"], row["algorithm"]): row for row in before.get("rows", [])}
+        known |= {(row["ranks"], row["bytes"], row["algorithm"]): row | {"machine": machine} for row in rows}
+        payload = {
+            "machine": machine,
+            "peer": "torch.distributed.all_reduce over gloo",
+            "setting": {"dtype": "fp32", "op": "sum", "transport": "loopback", "rounds": rounds},
+            "rows": list(known.values()),
+        } | ({"model": before["model"]} if "model" in before else {})
+        print(f"wrote {protocol.write('collectives', payload)}")
+        if options.sizes:
+            return
+        model = _calibrate(rounds)
     print(_model_text(model))
-    payload = {
-        "machine": machine,
-        "peer": "torch.distributed.all_reduce over gloo",
-        "setting": {"dtype": "fp32", "op": "sum", "transport": "loopback", "rounds": rounds},
-        "rows": rows,
-        "model": _model_record(model),
-    }
-    print(f"wrote {protocol.write('collectives', payload)}")
+    print(f"wrote {protocol.write('collectives', payload | {'model': _model_record(model)})}")
 
 
 def _table(p: int, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
@@ -174,6 +181,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--sizes", type=int, nargs="+", help="bytes of the vectors; without the model")
     parser.add_argument("--rounds", type=int, default=7, help="at least 5 for figures to publish")
     return parser.parse_args()
 

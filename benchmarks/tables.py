@@ -137,11 +137,11 @@ def collectives(record: Mapping[str, Any]) -> list[str]:
     kinds = {"sizes": "held_out_sizes", "ranks": "held_out_ranks", "two-level": "held_out_algorithm"}
     errors = {name: record["model"][key] for name, key in kinds.items() if key in record["model"]}
     told = "; ".join(f"{name} {e['median']:.0%} median, {e['worst']:.0%} worst" for name, e in errors.items())
-    machine, setting = record["machine"], record["setting"]
+    machine = record["machine"]
     return [
         *lines,
         "",
-        f"Time over gloo's own all-reduce, below 1 is faster; medians of {setting['rounds']} interleaved rounds, fp32 "
+        "Time over gloo's own all-reduce, below 1 is faster; medians of at least 5 interleaved rounds, fp32 "
         "sums over loopback, one thread a rank; none: gloo itself drifted by more than 15 %. Error of the model on "
         f"what it was not fitted on: {told}. {machine['cpus']} cores of {machine['cpu']}, "
         f"torch {machine['packages']['torch']}, {machine['date'][:10]}. Made by `python -m benchmarks.collectives`.",
@@ -199,7 +199,8 @@ def amp(record: Mapping[str, Any]) -> list[str]:
         *lines,
         "",
         "Forward, backward and an SGD update with momentum under autocast over fp32 weights, fp16 with dynamic loss "
-        f"scaling; a ratio above 1 means faster than fp32. {_footer('amp', record['machine'])}",
+        f"scaling; in each round the fastest of {record['rows'][0]['best_of']} steps counts. "
+        + _footer("amp", record["machine"], "the half precision is faster than fp32"),
     ]
 
 
@@ -215,11 +216,11 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 }
 
 
-def _footer(name: str, machine: Mapping[str, Any]) -> str:
+def _footer(name: str, machine: Mapping[str, Any], above: str = "ours is faster") -> str:
     packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
     threads = f"{machine['threads']} threads, " if "threads" in machine else ""  # else each row says how many
     return (
-        f"Medians of at least 5 interleaved rounds; a ratio above 1 means that ours is faster, its range over the "
+        f"Medians of at least 5 interleaved rounds; a ratio above 1 means that {above}, its range over the "
         f"rounds stands in parentheses. {machine['cpus']} cores of {machine['cpu']}, {threads}"
         f"Python {machine['python']}, {packages}, {machine['date'][:10]}. Made by `python -m benchmarks.{name}`."
     )

@@ -28,6 +28,8 @@ FITTED = ("ring", "halving-doubling", "recursive-doubling", "tree")
 """The algorithms that a model is fitted on."""
 RESTLESS = 0.15
 """Drift between rounds from which a machine counts as restless."""
+STRETCHES = 10
+"""Stretches of a round of short vectors."""
 SIZES = tuple(1 << power for power in range(10, 27, 2))
 """Bytes of the vectors that a model is fitted on and checked with: 1 KB to 64 MB."""
 
@@ -137,10 +139,11 @@ def time_cases(
 ) -> dict[Case, Rounds]:
     """Time every case on `ranks` processes of `threads` threads, one warm-up, then `rounds` interleaved rounds.
 
-    In a round a short vector is reduced several times, at most `repeats`, and the mean taken. With `most` above
-    `rounds`, rounds are added, up to `most`, until the last `rounds` of every case lie within `RESTLESS` of each other;
-    they are the ones returned. Two-level takes the first and the second half of the ranks as two nodes. VolvelleError
-    when a rank failed.
+    In a round a short vector is reduced several times, at most `repeats`, in up to `STRETCHES` stretches, and the
+    median of their means taken: with more ranks than cores one late wake-up would else be most of a round. With `most`
+    above `rounds`, rounds are added, up to `most`, until the last `rounds` of every case lie within `RESTLESS` of each
+    other; they are the ones returned. Two-level takes the first and the second half of the ranks as two nodes.
+    VolvelleError when a rank failed.
     """
     work = (list(cases), rounds, max(rounds, most), repeats)
     answers = on_ranks(ranks, _time_all, work, threads=threads, limit=3600.0)  # a machine may be slow; see SILENCE
@@ -179,21 +182,26 @@ def _calm(taken: list[Rounds], rounds: int) -> bool:
 
 
 def _time(case: Case, x: torch.Tensor, most: int) -> tuple[float, float, int]:
-    """Mean seconds, CPU seconds and bytes sent of one call; short ones are repeated."""
+    """Seconds, CPU seconds and bytes sent of one call; short ones are repeated."""
     repeats = max(1, min(most, (16 << 20) // max(case.size, 1)))
+    stretches = min(STRETCHES, repeats)
+    each = repeats // stretches
     traffic, p = Traffic(), dist.get_world_size()
     halves = Topology((tuple(range(p // 2)), tuple(range(p // 2, p)))) if case.algorithm == TWO_LEVEL else None
     algorithm: Any = case.algorithm
     x.fill_(1.0)
     dist.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        if algorithm == GLOO:
-            dist.all_reduce(x)
-        else:
-            all_reduce(x, algorithm=algorithm, topology=halves, traffic=traffic)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall / repeats, cpu / repeats, traffic.sent // repeats
+    walls, cpu = [], time.process_time()
+    for _ in range(stretches):
+        wall = time.perf_counter()
+        for _ in range(each):
+            if algorithm == GLOO:
+                dist.all_reduce(x)
+            else:
+                all_reduce(x, algorithm=algorithm, topology=halves, traffic=traffic)
+        walls.append((time.perf_counter() - wall) / each)
+    calls = stretches * each
+    return statistics.median(walls), (time.process_time() - cpu) / calls, traffic.sent // calls
 
 
 def compare(
