@@ -5,6 +5,7 @@ Nothing heavy is imported before the verb asks for it: help, `ls` and a typo mus
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -88,9 +89,13 @@ def choose(words: Sequence[str], *, asks_help: bool = False) -> tuple[Verb | Non
     pair = " ".join(words[:2])
     if len(words) > 1 and pair in rows:
         return rows[pair], list(words[2:])
-    if words[0] in rows:
-        return rows[words[0]], list(words[1:])
     seconds = [name.partition(" ")[2] for name in rows if name.startswith(f"{words[0]} ")]
+    if words[0] in rows:
+        # `adapt extrct`: a model of nearly that name is less likely.
+        close = difflib.get_close_matches(words[1], seconds, n=1, cutoff=0.8) if len(words) > 1 else []
+        if close:
+            raise UsageError(f"unknown verb {pair!r}", tip=f"did you mean {words[0]} {close[0]}?")
+        return rows[words[0]], list(words[1:])
     if seconds and len(words) == 1 and asks_help:
         return None, []
     if seconds:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from volvelle.cli.console import duration, result, say, wants_json, warn
+from volvelle.cli.console import duration, result, say, table, wants_json, warn
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
+from volvelle.train.comparison_outcome import HEADERS, Compared
 from volvelle.train.observer import Observer, Progress
 from volvelle.train.options import FitOptions, to_dict
 
@@ -189,10 +190,13 @@ def closing_lines(outcome: Outcome) -> int:
 
 def _say_outcome(outcome: Outcome) -> None:
     if outcome.interrupted is not None:
-        warn(f"stopped by {outcome.interrupted} after step {outcome.step} of {outcome.steps}; everything is saved")
+        done = f"{outcome.unit} {outcome.step} of {outcome.steps}"
+        warn(f"stopped by {outcome.interrupted} after {done}; everything is saved")
         say(f"continue with: {outcome.resume}")
         return
-    say("", f"{outcome.steps} steps in {duration(outcome.seconds)}")
+    say("", f"{outcome.steps} {outcome.unit}s in {duration(outcome.seconds)}")
+    if isinstance(outcome, Compared):
+        table(HEADERS, [row.cells() for row in outcome.rows])
     wide = max([11, *map(len, outcome.after)])
     for name, after in outcome.after.items():
         before = outcome.before.get(name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from volvelle.adapt import apply, load_run, save
+from volvelle.adapt import Adapted, apply, load_run, save
 from volvelle.adapt.files import base_shapes, stored_numbers
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
@@ -26,7 +26,7 @@ from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.precision import Precision
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
-from volvelle.train.recipes.adapt import AdaptLanguage
+from volvelle.train.recipes.adapt import AdaptLanguage, MethodOptions
 from volvelle.train.text_run import (
     NUMBERS,
     choose_device,
@@ -64,23 +64,17 @@ class _Adaptation:
         self.train, self.held = read_split(recipe, observer)
         self.device, where = choose_device(recipe.device)
         seed_all(recipe.seed)
-        # A frozen base can be stored in 16 bits; weights that are trained need fp32 to take small steps.
         self.method = recipe.adaptation
-        small = recipe.precision != "fp32" and not self.method.trains_base
-        dtype = Precision(recipe.precision, self.device).dtype if small else torch.float32
-        self.model: Any = load_run(recipe.model, dtype=dtype, device=self.device, merged=True)
-        if self.model.tokenizer is None:
-            raise VolvelleError(f"{recipe.model}: has no tokenizer, so it cannot read text")
-        generator = torch.Generator(device=self.device).manual_seed(recipe.seed)
-        adapted = apply(self.model, self.method, generator=generator)
-        self.context = self._context()  # what comes before the text takes its part of it
+        dtype = stored_as(recipe, self.device)
+        self.model: Any = open_base(recipe.model, dtype, self.device)
+        adapted = adapt_base(self.model, recipe)
+        self.context = context_of(recipe, self.model, self.train)
         self.layout = layout_of(self.model.config)
         self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context, layout=self.layout)
         self.held_loader = self._held_loader(self.held)
         prompts = answerable(self.model, prompted(self.held.examples), recipe.max_tokens, recipe.on_bad)
         self.prompts = spread(prompts, recipe.samples)
         total = adapted.total_count
-        self.model.gradient_checkpointing = recipe.checkpointing
         memory = estimate_memory(
             self.model.config,
             largest_batch(self.loader),
@@ -91,18 +85,9 @@ class _Adaptation:
             average=recipe.average is not None,
             device=self.device.type,
         )
-        numbers = f"{recipe.precision} base" if small else NUMBERS[recipe.precision]
+        numbers = NUMBERS[recipe.precision] if dtype == torch.float32 else f"{recipe.precision} base"
         self.subtitle = first_line(where, f"{numbers}, {self.method.label}", adapted.trainable_count, total, memory)
         observer.say(self.subtitle)
-
-    def _context(self) -> int:
-        most, asked = self.model.room, self.recipe.length
-        if asked is not None and asked > most:
-            raise UsageError(f"length={asked}: {self.recipe.model} has a context of {most} tokens")
-        if self.train.documents:
-            # A window is always full, and attention over thousands of tokens is rarely what is wanted by default.
-            return asked or min(most, 512)
-        return asked or most
 
     def _held_loader(self, held: Corpus) -> Loader:
         recipe = self.recipe
@@ -128,7 +113,7 @@ class _Adaptation:
         self.model.eval()
         after: dict[str, float] = {}
         if not result.interrupted:
-            saved = self._save()
+            saved = save_adapted(self.model, recipe, self.run)
             self.observer.say(f"saved {self._named(saved)}")
             after, outputs = self._measure("after")
             samples = [replace(s, after=text) for s, text in zip(samples, outputs, strict=True)]
@@ -180,12 +165,46 @@ class _Adaptation:
         outputs = write(self.model, self.prompts, max_tokens=self.recipe.max_tokens, progress=progress)
         return metrics | text_scores(outputs, [p.references for p in self.prompts]), outputs
 
-    def _save(self) -> Path:
-        if not self.method.trains_base:
-            return save(self.model, self.run.path / "adapter", base=self.recipe.model)
-        assert isinstance(self.model, nn.Module)
-        write_folder(self.model, self.run.path / "weights")  # type: ignore[arg-type]
-        return self.run.path / "weights"
+
+def stored_as(recipe: AdaptLanguage, device: torch.device) -> torch.dtype:
+    """A frozen base can be stored in 16 bits; weights that are trained need fp32 to take small steps."""
+    small = recipe.precision != "fp32" and not recipe.adaptation.trains_base
+    return Precision(recipe.precision, device).dtype if small else torch.float32
+
+
+def open_base(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model that is to be adapted; VolvelleError where it has no tokenizer."""
+    model = load_run(name, dtype=dtype, device=device, merged=True)
+    if model.tokenizer is None:
+        raise VolvelleError(f"{name}: has no tokenizer, so it cannot read text")
+    return model
+
+
+def adapt_base(model: Any, recipe: AdaptLanguage) -> Adapted:
+    """Put the recipe's method on the model, with new values drawn from its seed."""
+    generator = torch.Generator(device=model.device).manual_seed(recipe.seed)
+    model.gradient_checkpointing = recipe.checkpointing
+    return apply(model, recipe.adaptation, generator=generator)
+
+
+def context_of(recipe: MethodOptions, model: Any, corpus: Corpus) -> int:
+    """Tokens of the longest sample."""
+    most, asked = model.room, recipe.length  # what comes before the text takes its part of the context
+    if asked is not None and asked > most:
+        raise UsageError(f"length={asked}: {recipe.model} has a context of {most} tokens")
+    if corpus.documents:
+        # A window is always full, and attention over thousands of tokens is rarely what is wanted by default.
+        return asked or min(most, 512)
+    return asked or most
+
+
+def save_adapted(model: Any, recipe: AdaptLanguage, run: RunFolder) -> Path:
+    """Write what was trained to the run's folder: an adapter, or all weights."""
+    if not recipe.adaptation.trains_base:
+        return save(model, run.path / "adapter", base=recipe.model)
+    assert isinstance(model, nn.Module)
+    write_folder(model, run.path / "weights")  # type: ignore[arg-type]
+    return run.path / "weights"
 
 
 def _planned(method: Any) -> Any:

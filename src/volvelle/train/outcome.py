@@ -21,7 +21,8 @@ class Sample:
 class Outcome:
     """A finished or interrupted run: held-out metrics before and after, samples, and where things are.
 
-    `resume` is the command that continues an interrupted run, `next` are commands to try.
+    `unit` is what `step` and `steps` count. `resume` is the command that continues an interrupted run, `next` are
+    commands to try.
     """
 
     run: Path
@@ -35,6 +36,7 @@ class Outcome:
     report: Path | None = None
     seconds: float = 0.0
     next: tuple[str, ...] = ()
+    unit: str = "step"
 
     def record(self) -> dict[str, Any]:
         """The outcome as plain data, for machines."""

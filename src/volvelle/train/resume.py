@@ -24,6 +24,13 @@ def _adapt() -> tuple[type, Callable[..., Outcome]]:
     return AdaptLanguage, adapt_language
 
 
+def _compare() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.comparison import compare_methods
+    from volvelle.train.recipes.compare import CompareMethods
+
+    return CompareMethods, compare_methods
+
+
 def _language() -> tuple[type, Callable[..., Outcome]]:
     from volvelle.train.recipes.language import TrainLanguage
     from volvelle.train.scratch import train_language
@@ -40,6 +47,7 @@ def _summarize() -> tuple[type, Callable[..., Outcome]]:
 
 KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "adapt": _adapt,
+    "compare": _compare,
     "language": _language,
     "summarize": _summarize,
 }

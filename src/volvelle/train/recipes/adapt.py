@@ -13,13 +13,11 @@ MethodName = Literal["lora", "dora", "adapter", "prefix", "prompt", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptLanguage(TextOptions):
-    """Adapt a language model to examples or plain text."""
+class MethodOptions(TextOptions):
+    """The model, and every method's own options."""
 
     model: str
     """A known model, a Hugging Face repo id, a folder, or a run."""
-    method: MethodName = "lora"
-    """What is trained: additions to some layers (lora, dora, adapter), to the text (prefix, prompt), or full: all."""
     lora: LoRA = field(default_factory=LoRA)
     """LoRA's own options: lora.rank=16."""
     dora: DoRA = field(default_factory=DoRA)
@@ -30,10 +28,30 @@ class AdaptLanguage(TextOptions):
     """Those of prefix tuning: prefix.length=20."""
     prompt_tuning: PromptTuning = field(default_factory=PromptTuning)
     """Those of prompt tuning: prompt_tuning.length=50."""
-    learning_rate: float | None = None  # type: ignore[assignment]
-    """Peak learning rate; None: the method's own, 3e-5 for full, 1e-2 for prompt, else 1e-3."""
     checkpoint_every: int | None = 50
     """Steps between two checkpoints; None: only at the end or when interrupted."""
+
+    def named(self, name: MethodName) -> Method:
+        """A method with its options."""
+        methods: dict[MethodName, Method] = {
+            "lora": self.lora,
+            "dora": self.dora,
+            "adapter": self.adapter,
+            "prefix": self.prefix,
+            "prompt": self.prompt_tuning,
+            "full": Full(),
+        }
+        return methods[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptLanguage(MethodOptions):
+    """Adapt a language model to examples or plain text."""
+
+    method: MethodName = "lora"
+    """What is trained: additions to some layers (lora, dora, adapter), to the text (prefix, prompt), or full: all."""
+    learning_rate: float | None = None  # type: ignore[assignment]
+    """Peak learning rate; None: the method's own, 3e-5 for full, 1e-2 for prompt, else 1e-3."""
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
@@ -43,12 +61,4 @@ class AdaptLanguage(TextOptions):
     @property
     def adaptation(self) -> Method:
         """The chosen method with its options."""
-        methods: dict[MethodName, Method] = {
-            "lora": self.lora,
-            "dora": self.dora,
-            "adapter": self.adapter,
-            "prefix": self.prefix,
-            "prompt": self.prompt_tuning,
-            "full": Full(),
-        }
-        return methods[self.method]
+        return self.named(self.method)
