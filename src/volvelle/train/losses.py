@@ -130,17 +130,17 @@ def _chunk(
     h: Tensor, w: Tensor, targets: Tensor, count: int, total: Tensor, grad_h: Tensor | None, grad_w: Tensor | None
 ) -> None:
     """Add one chunk: its loss to `total`, its gradients into `grad_h` (n, d) and `grad_w` (V, d)."""
-    z = (h @ w.T).to(total.dtype)  # (n, V)
     at = targets[:, None]
-    log_sum = z.logsumexp(dim=1)
-    total += (log_sum - z.gather(1, at)[:, 0]).sum() / count
+    z = torch.log_softmax((h @ w.T).to(total.dtype), 1)  # (n, V)
+    total -= z.gather(1, at)[:, 0].sum() / count
     if grad_h is None and grad_w is None:
         return
-    # d loss / d z = (softmax(z) - onehot(target)) / count, written over z.
-    z.sub_(log_sum[:, None]).exp_()
-    z.scatter_add_(1, at, torch.full_like(at, -1, dtype=z.dtype))
-    g = z.div_(count).to(h.dtype)
+    # d loss / d z = (softmax(z) - onehot(target)) / count, written over z. The products, which are far smaller than z,
+    # are divided in its place.
+    z.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=z.dtype))
+    g = z.to(h.dtype)
     if grad_h is not None:
         torch.mm(g, w, out=grad_h)
+        grad_h.div_(count)
     if grad_w is not None:
-        grad_w += g.T @ h
+        grad_w.add_(g.T @ h, alpha=1 / count)
