@@ -99,7 +99,7 @@ def decode_rows(folder: Path, size: Size) -> list[dict[str, Any]]:
     """Tokens a second for greedy decoding, prompt included, at batch 1 and 8."""
     rows = []
     for name, dtype in DTYPES.items():
-        ours, theirs = load_language_model(folder, dtype=dtype), _transformers(folder, dtype)
+        ours, theirs = load_language_model(folder, dtype=dtype), transformers_model(folder, dtype)
         for batch in size.batches:
             prompts = _prompts(ours, batch)
             row = {"what": "decode", "dtype": name, "batch": batch, "prompt_tokens": [len(p) for p in prompts]}
@@ -161,7 +161,7 @@ def memory_of(folder: Path, what: str, who: str, dtype: str, batch: int, size: S
         prompts = _prompts(ours, batch)
         return protocol.peak_memory(lambda: _our_answers(ours, prompts, tokens))
     prompts = _prompts(load_language_model(folder, dtype=kind), batch)
-    theirs = _transformers(folder, kind)
+    theirs = transformers_model(folder, kind)
     return protocol.peak_memory(lambda: _their_answers(theirs, prompts, tokens))
 
 
@@ -213,7 +213,8 @@ def _our_answers(model: Decoder, prompts: list[list[int]], tokens: int) -> list[
     return [answer.tokens for answer in answers]
 
 
-def _transformers(folder: Path, dtype: torch.dtype) -> Any:
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The peer, with weights stored as `dtype`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -258,7 +259,7 @@ def _peft_step(folder: Path, dtype: torch.dtype, ids: torch.Tensor) -> Callable[
     import peft
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(_transformers(folder, dtype), config).train()
+    model = peft.get_peft_model(transformers_model(folder, dtype), config).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> float:

@@ -24,6 +24,7 @@ PAGES = {
     "capabilities": "docs/attention.md",
     "attention_cuda": "docs/attention.md",
     "amp": "docs/precision.md",
+    "adapt": "docs/adapt.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -204,6 +205,27 @@ def amp(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def adapt(record: Mapping[str, Any]) -> list[str]:
+    """Steps against peft, and many adapters in a batch against one: times, ratio, and the memory of each."""
+    lines = [
+        "| work | ours | held against | ours : that | memory a step allocates | peak of the process |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        ours, theirs = (one["wall_median"] for one in row["seconds"].values())
+        memory = []
+        for kind in ("tensor_growth", "rss_peak"):
+            sizes = [row["memory"][who][kind] for who in ("ours", "peft")] if row["memory"] else []
+            shown = " and ".join(f"{size / 2**20:.0f}" for size in sizes)
+            memory.append(f"{shown} MiB, {sizes[0] / sizes[1]:.2f}x" if sizes else "")
+        lines.append(
+            f"| {row['title']} | {ours:.2f} s | {row['baseline']} {theirs:.2f} s | {protocol.shown(row['speed'])} | "
+            f"{memory[0]} | {memory[1]} |"
+        )
+    facts = [f"- {fact}: {value}" for row in record["rows"] for fact, value in row["facts"].items()]
+    return [*lines, "", *facts, "", f"{record['model']} in bf16, AdamW. " + _footer("adapt", record["machine"])]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
     "summarization": summarization,
@@ -213,6 +235,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "attention": attention,
     "attention_cuda": attention_cuda,
     "amp": amp,
+    "adapt": adapt,
 }
 
 

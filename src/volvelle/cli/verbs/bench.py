@@ -30,6 +30,7 @@ BENCHES = (
         "collectives", "our all-reduces beside gloo's; a model of them with its error; which to use when", script=False
     ),
     Bench("language", "decoding beside transformers, a LoRA step beside peft"),
+    Bench("adapt", "adapting in bf16 beside peft, adapters mixed in one batch"),
     Bench("loader", "loader workers beside torch's DataLoader"),
     Bench("planner", "planned memory beside the profiler's"),
     Bench("amp", "bf16 autocast beside fp32"),
