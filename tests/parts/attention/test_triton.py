@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,71 @@ def test_without_triton_the_reason_names_it():
         "except ValueError as error: print(error)\n"
     )
     assert "triton is not installed (pip install triton)" in in_python(source, TRITON_INTERPRET="1")
+
+
+class NoDevice:
+    """Enough of a driver for Triton to compile for a card that is not there; each card counts as a device."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+CARDS = {"A100": (80, 163), "RTX 3090": (86, 99), "H100": (90, 227)}  # architecture, KiB of shared memory a program
+TERMS = {  # dtype, d, terms
+    "plain": (torch.bfloat16, 128, {}),
+    "by diagonal": (torch.bfloat16, 128, {"right": 0, "numbers": torch.empty(4, 1023)}),
+    "wide": (torch.bfloat16, 256, {"right": 0}),
+    "all": (torch.float16, 64, {
+        "left": 100, "right": 0, "dropout": 0.1, "seed": 2**50, "mask": torch.ones(512, 512).bool(),
+        "bias": torch.empty(4, 512, 512), "q_segments": torch.zeros(1, 512).long(),
+        "k_segments": torch.zeros(1, 512).long(),
+    }),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("card", CARDS)
+def test_the_kernels_compile_and_fit(card, terms, monkeypatch, tmp_path):
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from volvelle.parts.attention import triton_launch as launch
+
+    (arch, kib), (dtype, d, given) = CARDS[card], TERMS[terms]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", NoDevice(GPUTarget("cuda", arch, 32)))
+    added = launch.Added(*(given.get(name) for name in launch.Added._fields))
+    read = sum(x.element_size() for x in added[:3] if x is not None)
+    monkeypatch.setattr(
+        launch, "_blocks", lambda kind, *_: launch.choose(kind, (d, d), dtype.itemsize, kib * 1024, read)
+    )
+    compiled = {}
+
+    def start(kernel, programs, arguments, blocks, sizes):
+        compiled[kernel.__name__] = kernel.warmup(
+            *arguments, grid=(programs,), **sizes, num_warps=blocks.warps, num_stages=blocks.stages
+        )
+
+    monkeypatch.setattr(launch, "_start", start)
+    defaults = {"left": None, "right": None, "scale": 0.1, "dropout": 0.0, "seed": 0}
+    options = launch.Options(**{name: given.get(name, value) for name, value in defaults.items()})
+    q, k = torch.empty(1, 4, 512, d, dtype=dtype), torch.empty(1, 2, 512, d, dtype=dtype)
+    out, lse = launch.forward(q, k, k, added, options)
+    launch.backward(launch.Saved(out, lse, q, k, k, out, lse), added, options, bias_too=True)
+    assert {"attend", "key_gradients", "query_gradients"} <= compiled.keys()
+    assert len(compiled) == (4 if read else 3)
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared <= kib * 1024, name
+        assert re.search(r"mma", kernel.asm["ptx"]), f"{name}: no matrix units"
+        assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"]), f"{name}: atomics"

@@ -46,15 +46,17 @@ class Triton(LSEBackend):
         if not INSTALLED:
             return "triton is not installed (pip install triton)"
         if spec.dtype not in {torch.float32, torch.float16, torch.bfloat16}:
-            return f"the kernels compute in fp32; {str(spec.dtype).removeprefix('torch.')} would lose digits"
+            return f"the kernels compute in fp32, in which {str(spec.dtype).removeprefix('torch.')} would lose digits"
         if max(spec.shape.d, spec.shape.d_v) > WIDEST:
             return f"heads wider than {WIDEST} features do not fit on the chip"
         if spec.value_term:
             return "the bias adds a value term, which the kernels do not have"
         if spec.tangents or spec.order > 1:
             return "the kernels have no second and no forward-mode derivative"
+        if spec.traced and spec.dropout:
+            return "the draws follow from a seed, which torch.compile would make a constant"
         if spec.blockwise():  # last: the answer may read the positions, for which a device has to stop
-            return "the bias must be asked block by block; the kernels read a tensor or one number a diagonal"
+            return "the bias must be asked block by block, and the kernels read a tensor or one number a diagonal"
         return None
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:

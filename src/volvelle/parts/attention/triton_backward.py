@@ -30,15 +30,18 @@ def add_to_keys(  # noqa: PLR0917
     d_keys, d_values, keys, values, q, q_n, d_out, d_out_n, lse, within, j, pair, call, begin, end,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_Q: tl.constexpr, EDGES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries from `begin` to `end` mean for the keys j and their values."""
+    """Add what the queries from `begin` to `end` mean for the keys j and their values; tiles lie keys first, (K, Q)."""
     for start in range(begin, end, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
         queries = load_rows(q, q_n, i, call.n_q, D, keys.shape[1])
         towards = load_rows(d_out, d_out_n, i, call.n_q, D_V, values.shape[1])
         less, inner = load_sums(lse, within, pair, i, call)
-        weights, d_scores = gradient_tile(queries, keys, values, towards, less, inner, i, j, pair, call, EDGES, DOT)
-        d_values += product(tl.trans(weights.to(towards.dtype)), towards, DOT)
-        d_keys += product(tl.trans(d_scores.to(queries.dtype)), queries, DOT)
+        weights, d_scores = gradient_tile(
+            product(keys, tl.trans(queries), DOT), product(values, tl.trans(towards), DOT),
+            less[None, :], inner[None, :], i[None, :], j[:, None], pair, call, EDGES,
+        )  # fmt: skip
+        d_values += product(weights.to(towards.dtype), towards, DOT)
+        d_keys += product(d_scores.to(queries.dtype), queries, DOT)
     return d_keys, d_values
 
 
@@ -94,7 +97,10 @@ def add_to_queries(  # noqa: PLR0917
         j = start + tl.arange(0, BLOCK_K)
         keys = load_rows(k, k_n, j, call.n_k, D, queries.shape[1])
         values = load_rows(v, v_n, j, call.n_k, D_V, towards.shape[1])
-        _, d_scores = gradient_tile(queries, keys, values, towards, less, inner, i, j, pair, call, EDGES, DOT)
+        _, d_scores = gradient_tile(
+            product(queries, tl.trans(keys), DOT), product(towards, tl.trans(values), DOT),
+            less[:, None], inner[:, None], i[:, None], j[None, :], pair, call, EDGES,
+        )  # fmt: skip
         d_queries += product(d_scores.to(keys.dtype), keys, DOT)
     return d_queries
 

@@ -12,7 +12,7 @@ Shapes: as in triton_tiles.py; tiles by diagonal are square, (B, B).
 import triton
 import triton.language as tl
 
-from volvelle.parts.attention.triton_tiles import gradient_tile, load_rows, load_sums, start_of
+from volvelle.parts.attention.triton_tiles import gradient_tile, load_rows, load_sums, product, start_of
 
 
 @triton.jit
@@ -27,7 +27,10 @@ def score_gradients(  # noqa: PLR0917
     keys = load_rows(start_of(k, batch, head // call.group), k.n, j, call.n_k, D, BLOCK_D)
     values = load_rows(start_of(v, batch, head // call.group), v.n, j, call.n_k, D_V, BLOCK_V)
     less, inner = load_sums(lse, within, pair, i, call)
-    _, d_scores = gradient_tile(queries, keys, values, towards, less, inner, i, j, pair, call, True, DOT)
+    _, d_scores = gradient_tile(
+        product(queries, tl.trans(keys), DOT), product(towards, tl.trans(values), DOT),
+        less[:, None], inner[:, None], i[:, None], j[None, :], pair, call, True,
+    )  # fmt: skip
     return d_scores
 
 

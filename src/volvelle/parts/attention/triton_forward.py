@@ -33,14 +33,15 @@ def add_keys(  # noqa: PLR0917
     for start in range(begin, end, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         keys = load_rows(k, k_n, j, call.n_k, D, queries.shape[1])
-        scores = score_tile(queries, keys, i, j, pair, call, EDGES, DOT)
+        products = product(queries, tl.trans(keys), DOT)
+        scores = score_tile(products, i[:, None], j[None, :], pair, call, EDGES)
         grown = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(grown == float("-inf"), 0.0, grown)  # while a row has seen nothing, exp2 must still give 0
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(weights, 1)
         if call.limit is not None:
-            weights = tl.where(kept(i, j, pair, call), weights, 0.0)
+            weights = tl.where(kept(i[:, None], j[None, :], pair, call), weights, 0.0)
         values = load_rows(v, v_n, j, call.n_k, D_V, sums.shape[1])
         sums = sums * shrink[:, None] + product(weights.to(values.dtype), values, DOT)
         largest = grown

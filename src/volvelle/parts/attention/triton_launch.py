@@ -76,10 +76,10 @@ FORWARD = Kind(
     lambda x, d: x.queries * (d // 2 + x.keys),
 )  # fmt: skip
 KEYS = Kind(
-    tuple(Blocks(*x) for x in ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2),
-                               (32, 64, 8, 1), (32, 32, 4, 1), (16, 16, 4, 1))),
+    tuple(Blocks(*x) for x in ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1),
+                               (32, 32, 8, 1), (16, 16, 4, 1))),
     lambda x, d: (x.keys + x.stages * x.queries) * d + 2 * x.queries * x.keys,
-    lambda x, d: x.keys * d + 2 * x.queries * x.keys,
+    lambda x, d: 2 * x.keys * d + 3 * x.queries * x.keys,  # K and V stay in registers beside their gradients
 )  # fmt: skip
 QUERIES = Kind(
     tuple(Blocks(*x) for x in ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1),
@@ -95,25 +95,30 @@ BIAS = Kind(
 
 
 @lru_cache(maxsize=256)
-def choose(kind: Kind, d: int, d_v: int, itemsize: int, shared: int) -> Blocks:
+def choose(kind: Kind, widths: tuple[int, int], itemsize: int, shared: int, read: int = 0) -> Blocks:
     """Return the first candidate that fits `shared` bytes and the registers; the last where none does.
 
-    >>> choose(FORWARD, 128, 128, 2, 227 * 1024), choose(FORWARD, 256, 256, 2, 99 * 1024)[:2]
+    `widths` are d and d_v, `read` the bytes that are read for each score (a mask, a bias), in copies too. Products of
+    fp32 numbers run outside the matrix units and take far more registers.
+
+    >>> choose(FORWARD, (128, 128), 2, 227 * 1024), choose(FORWARD, (256, 256), 2, 99 * 1024)[:2]
     (Blocks(queries=128, keys=64, warps=8, stages=3), (64, 32))
     """
-    both = d + d_v
+    both = sum(widths)
     for blocks in kind.candidates:
-        fits = kind.shared(blocks, both) * itemsize <= shared
-        if fits and kind.registers(blocks, both) <= REGISTERS * 32 * blocks.warps:
+        needed = kind.shared(blocks, both) * itemsize + blocks.stages * blocks.queries * blocks.keys * read
+        registers = kind.registers(blocks, both) * (3 if itemsize == 4 else 1)
+        if needed <= shared and registers <= REGISTERS * 32 * blocks.warps:
             return blocks
     return kind.candidates[-1]
 
 
-def _blocks(kind: Kind, q: Tensor, v: Tensor) -> Blocks:
+def _blocks(kind: Kind, q: Tensor, v: Tensor, added: Added) -> Blocks:
     if INTERPRETED:
         return kind.candidates[-1]  # small calls still have many tiles
-    properties = torch.cuda.get_device_properties(q.device)
-    return choose(kind, _padded(q), _padded(v), q.element_size(), properties.shared_memory_per_block_optin)
+    read = sum(x.element_size() for x in (added.mask, added.bias, added.numbers) if x is not None)
+    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return choose(kind, (_padded(q), _padded(v)), q.element_size(), shared, read)
 
 
 def _padded(x: Tensor) -> int:
@@ -198,7 +203,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, added: Added, options: Options) -> 
     lse = torch.empty(b, h, n_q, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
-    blocks = _blocks(FORWARD, q, v)
+    blocks = _blocks(FORWARD, q, v, added)
     call = _meeting(_call(q, k, added, options), added.q_segments, added.k_segments, blocks.queries, blocks.keys)
     with torch.cuda.device_of(q):
         arguments = (_matrix(q), _matrix(k), _matrix(v), call, out, lse)
@@ -234,17 +239,17 @@ def backward(
     q_segments, k_segments = added.q_segments, added.k_segments
     shared = (_matrix(q), _matrix(k), _matrix(v), call, _matrix(d_out), lse, within)
     with torch.cuda.device_of(q):
-        blocks = _blocks(KEYS, q, v)
+        blocks = _blocks(KEYS, q, v, added)
         met = _meeting(call, k_segments, q_segments, blocks.keys, blocks.queries)
         arguments = (*shared[:3], met, *shared[4:], d_k, d_v)
         programs = b * h_kv * triton.cdiv(n_k, blocks.keys)
         _start(key_gradients, programs, arguments, blocks, _sizes(q, v, blocks))
-        blocks = _blocks(QUERIES, q, v)
+        blocks = _blocks(QUERIES, q, v, added)
         met = _meeting(call, q_segments, k_segments, blocks.queries, blocks.keys)
         arguments = (*shared[:3], met, *shared[4:], d_q)
         _start(query_gradients, b * h * triton.cdiv(n_q, blocks.queries), arguments, blocks, _sizes(q, v, blocks))
         if bias_too:
-            blocks = _blocks(BIAS, q, v)
+            blocks = _blocks(BIAS, q, v, added)
             if added.numbers is not None:
                 found = _by_diagonal(shared, added.numbers, blocks, _sizes(q, v, blocks))
             elif added.bias is not None:

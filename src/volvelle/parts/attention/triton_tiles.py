@@ -152,30 +152,33 @@ def query_range(j0, batch, call, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def score_tile(queries, keys, i, j, pair, call, EDGES: tl.constexpr, DOT: tl.constexpr):  # noqa: PLR0917
-    """Return log2(e) (scale q k^T + bias), (Q, K); -inf where hidden. EDGES: the tile may reach past what i sees."""
-    scores = product(queries, tl.trans(keys), DOT) * (call.scale * LOG2E)
+def score_tile(products, i, j, pair, call, EDGES: tl.constexpr):
+    """Return log2(e) (scale q k^T + bias), -inf where hidden. EDGES: the tile may reach past what i sees.
+
+    The products are (Q, K) with i (Q, 1) and j (1, K), or the other way round with i (1, Q) and j (K, 1).
+    """
+    scores = products * (call.scale * LOG2E)
     batch = (pair // call.h).to(tl.int64)
     head = (pair % call.h).to(tl.int64)
-    rows = i.to(tl.int64)[:, None]
-    columns = j.to(tl.int64)[None, :]
-    inside = (rows < call.n_q) & (columns < call.n_k)
+    inside = (i < call.n_q) & (j < call.n_k)
     if call.bias is not None:
-        at = call.bias + batch * call.bias_b + head * call.bias_h + rows * call.bias_i + columns * call.bias_j
+        at = call.bias + batch * call.bias_b + head * call.bias_h
+        at += i.to(tl.int64) * call.bias_i + j.to(tl.int64) * call.bias_j
         scores += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if call.numbers is not None:
-        at = call.numbers + head * call.numbers_h + (rows - columns + call.n_k - 1)
+        at = call.numbers + head * call.numbers_h + (i - j + call.n_k - 1)
         scores += tl.load(at, mask=inside, other=0.0) * LOG2E
     if call.mask is not None:
-        at = call.mask + batch * call.mask_b + head * call.mask_h + rows * call.mask_i + columns * call.mask_j
+        at = call.mask + batch * call.mask_b + head * call.mask_h
+        at += i.to(tl.int64) * call.mask_i + j.to(tl.int64) * call.mask_j
         scores = tl.where(tl.load(at, mask=inside, other=0) != 0, scores, float("-inf"))
     if call.q_segments is not None:
-        row = tl.load(call.q_segments + batch * call.q_segments_b + i, mask=i < call.n_q, other=0)
-        column = tl.load(call.k_segments + batch * call.k_segments_b + j, mask=j < call.n_k, other=0)
-        scores = tl.where(row[:, None] == column[None, :], scores, float("-inf"))
+        of_query = tl.load(call.q_segments + batch * call.q_segments_b + i, mask=i < call.n_q, other=0)
+        of_key = tl.load(call.k_segments + batch * call.k_segments_b + j, mask=j < call.n_k, other=0)
+        scores = tl.where(of_query == of_key, scores, float("-inf"))
     if EDGES:
-        seen = j[None, :] < call.n_k
-        ahead = j[None, :] - i[:, None] - (call.n_k - call.n_q)  # how far the key lies behind the query's own place
+        seen = j < call.n_k
+        ahead = j - i - (call.n_k - call.n_q)  # how far the key lies behind the query's own place
         if call.left is not None:
             seen = seen & (ahead >= -call.left)
         if call.right is not None:
@@ -196,31 +199,29 @@ def mix(x):
 
 @triton.jit
 def kept(i, j, pair, call):
-    """Which weights (Q, K) dropout keeps: bits that depend on the seed, the pair, the query and the key alone."""
+    """Which weights dropout keeps: bits that depend on the seed, the pair, the query and the key alone."""
     low = call.seed.to(tl.uint32)
     high = (call.seed >> 32).to(tl.uint32)
-    rows = mix(mix(low ^ pair.to(tl.uint32)) ^ i.to(tl.uint32))
-    columns = mix(high ^ j.to(tl.uint32))
-    bits = mix(rows[:, None] ^ columns[None, :])
-    return (bits >> 8).to(tl.int32) >= call.limit
+    of_query = mix(mix(low ^ pair.to(tl.uint32)) ^ i.to(tl.uint32))
+    of_key = mix(high ^ j.to(tl.uint32))
+    return (mix(of_query ^ of_key) >> 8).to(tl.int32) >= call.limit
 
 
 @triton.jit
 def gradient_tile(  # noqa: PLR0917
-    queries, keys, values, d_out, lse, within, i, j, pair, call, EDGES: tl.constexpr, DOT: tl.constexpr
+    products, d_products, lse, within, i, j, pair, call, EDGES: tl.constexpr
 ):
-    """(weights behind dropout, gradient of the natural scores), both (Q, K); rows beyond n_q come with lse = inf.
+    """(weights behind dropout, gradient of the natural scores) from q k^T and dO v^T, all shaped as `score_tile` says.
 
     P = exp(S - L), dS = P * (dO V^T - D) with D = rowsum(dO * O) - dL (Dao et al. 2022, algorithm 4).
     """
-    weights = tl.exp2(score_tile(queries, keys, i, j, pair, call, EDGES, DOT) - lse[:, None])
-    d_weights = product(d_out, tl.trans(values), DOT)
+    weights = tl.exp2(score_tile(products, i, j, pair, call, EDGES) - lse)
     dropped = weights
     if call.limit is not None:
         keep = kept(i, j, pair, call)
         dropped = tl.where(keep, weights * call.factor, 0.0)
-        d_weights = tl.where(keep, d_weights * call.factor, 0.0)
-    return dropped, weights * (d_weights - within[:, None])
+        d_products = tl.where(keep, d_products * call.factor, 0.0)
+    return dropped, weights * (d_products - within)
 
 
 @triton.jit
