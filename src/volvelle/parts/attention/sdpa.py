@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from volvelle.parts.attention.sdpa_backward import fused_bf16, own_backward
 from volvelle.parts.attention.spec import Shape, Spec, Terms
 
 FOLD_QUERIES = 8
@@ -64,6 +65,8 @@ class SDPA:
             and terms.segments is None
             and 1 < shape.n_q == shape.n_k
         ):
+            if own_backward(q, k, v):
+                return fused_bf16(q, k, v, None, True, scale)
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         allowed, empty = terms.allowed(shape, q.device), None
         if allowed is not None and q.device.type not in self.zero_rows_on:
@@ -72,6 +75,8 @@ class SDPA:
         mask = _merge(allowed, terms.whole_bias(q, k), q.dtype)
         if grouped and (shape.n_q == 1 or (shape.n_q <= FOLD_QUERIES and q.dtype.itemsize == 2)):
             out = _folded(q, k, v, mask, scale, shape)
+        elif terms.bias is None and own_backward(q, k, v):
+            out = fused_bf16(q, k, v, mask, False, scale)
         else:
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return out if empty is None else out.masked_fill(empty, 0)
