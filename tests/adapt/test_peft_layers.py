@@ -167,6 +167,22 @@ def test_the_base_weights_that_peft_adds_for_embeddings_are_checked(tiny_llama, 
         adapt.load(other, tmp_path)
 
 
+def test_embeddings_that_peft_adapted_reach_our_decoder_under_its_own_names(ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "tie_word_embeddings": False}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["wte", "c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any(name.endswith("base_layer.weight") for name in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    ours = load_language_model(tmp_path / "base")
+    adapt.load(ours, tmp_path / "adapter")
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_dora_of_our_decoder_and_of_transformers(family, ids, tmp_path):
     """In GPT-2's files q, k and v are one layer: adapted in part, the rest keeps the norm it has."""

@@ -83,11 +83,11 @@ class LowRankFormat:
     ) -> Unpacked:
         """The layers that the file names, as ours, each checked against the model's."""
         assert isinstance(method, LoRA)
-        tensors = _without_bases(model, tensors, folder)
+        where = names.places(model, base_shapes(model))
+        tensors = _without_bases(model, tensors, where or [], folder)
         found = _parts(tensors, folder / WEIGHTS, dora=isinstance(method, DoRA))
         _check_ranks(method, found, folder)
         layers = {path: LowRank(scale=method.scale_of(path), **parts) for path, parts in found.items()}
-        where = names.places(model, base_shapes(model))
         if where is not None:
             layers = names.from_foreign(layers, where)
             method = names.spelled_out(method, layers)
@@ -101,21 +101,21 @@ class LowRankFormat:
         return Unpacked(method, names.spelled_out(method, layers), values)
 
 
-def _without_bases(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _without_bases(
+    model: nn.Module, tensors: Mapping[str, Tensor], where: list[names.Place], folder: Path
+) -> dict[str, Tensor]:
     """The tensors without the whole embeddings that PEFT writes beside their adapters; they must be the model's."""
     modules: dict[str, Any] = dict(model.named_modules())
+    ours = {place.theirs: place.ours[0] for place in where}
     kept, wrong = {}, []
     for name, tensor in tensors.items():
-        if not name.endswith(_BASE):
+        path = name.removeprefix(PREFIX).removesuffix(_BASE).removesuffix(".weight")
+        weight = getattr(modules.get(ours.get(path, path)), "weight", None)
+        if not name.endswith(_BASE) and weight is None:
             kept[name] = tensor
             continue
-        path = name.removeprefix(PREFIX).removesuffix(_BASE)
-        weight = getattr(modules.get(path), "weight", None)
-        if (
-            weight is None
-            or weight.shape != tensor.shape
-            or not torch.equal(weight.detach().cpu(), tensor.to(weight.dtype))
-        ):
+        same = weight is not None and weight.shape == tensor.shape
+        if not same or not torch.equal(weight.detach().cpu(), tensor.to(weight.dtype)):
             wrong.append(f"{path} (the file's embeddings differ from the model's)")
     refuse(wrong, folder)
     return kept

@@ -12,7 +12,7 @@ from volvelle.parts.lowrank.dora import DoRAUpdate
 from volvelle.parts.lowrank.kinds import kind_of
 from volvelle.parts.lowrank.lora import LoRAUpdate, LowRank
 
-IMAGE = (2, 4, 9, 7)
+IMAGE = (2, 4, 6, 5)
 CONVS = {
     "plain": {"kernel_size": 3},
     "1 x 1": {"kernel_size": 1},
@@ -117,7 +117,7 @@ def test_gradients_in_double(layer, kind):
             setattr(stateless, name, value)
         return stateless.update(layer, x, base)
 
-    assert torch.autograd.gradcheck(run, [p.detach().requires_grad_() for p in update.parameters()])
+    assert torch.autograd.gradcheck(run, [p.detach().requires_grad_() for p in update.parameters()], fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
