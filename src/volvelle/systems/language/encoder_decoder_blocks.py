@@ -9,6 +9,7 @@ head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from volvelle.parts.attention.attention import attention
 from volvelle.parts.attention.before import Before
 from volvelle.systems.language.components import ACTIVATIONS, Step, build_norm, drop
 from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack
+
+if TYPE_CHECKING:
+    from volvelle.parts.attention.before import Past
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -80,7 +84,7 @@ class OwnAttention(MultiHead):
         """Map x (b, n, width) -> (b, n, width)."""
         q, (k, v) = self.split(self.q_proj(x)), self.keys_values(x)
         if step.cache is not None:
-            k, v = step.cache.append(self.index, k, v)
+            k, v = cast("Past", step.cache).append(self.index, k, v)
         return self.merge(self.attend(q, k, v, step.mask, step.causal))
 
 
