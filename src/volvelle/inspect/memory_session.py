@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
-from volvelle.inspect.memory_branches import eager_branches
+from volvelle.inspect.memory_branches import eager_branches, one_tile
 from volvelle.inspect.memory_cuda import CUBLAS_WORKSPACE, GRAIN, CudaForm
 from volvelle.inspect.memory_inputs import Inputs
 from volvelle.inspect.memory_kernels import Kernels
@@ -95,7 +95,7 @@ class Session:
         original = torch.get_rng_state
         torch.get_rng_state = self.tracker.see_random_state
         try:
-            with eager_branches(self.values, eager=self._eager):
+            with eager_branches(self.values, eager=self._eager), one_tile():
                 yield
         finally:
             torch.get_rng_state = original

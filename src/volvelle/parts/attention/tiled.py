@@ -49,22 +49,21 @@ class Tiled(LSEBackend):
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return (b, h, n_q, d_v) and log Σ_j exp(score_ij), (b, h, n_q), -inf where no key is allowed."""
-        if terms.by_row:
-            parts = zip(q.split(1), k.split(1), v.split(1), strict=True)
-            one = shape._replace(b=1)
-            rows = [self.with_lse(*part, terms.row(i), one) for i, part in enumerate(parts)]
-            outs, lses = zip(*rows, strict=True)
-            return torch.cat(outs), torch.cat(lses)
         # Half types are widened on purpose, which autocast would undo.
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
-            term = make_term(terms, q, k, shape, wide)
-            call = _Call(terms, shape, term, wide, q.device)
-            return _Tiled.apply(call, q, k, v, *term.inputs)  # type: ignore[return-value]
+            calls = []
+            for i in range(shape.b if terms.by_row else 1):
+                own, rows = (terms.row(i), slice(i, i + 1)) if terms.by_row else (terms, slice(None))
+                sizes = shape._replace(b=1) if terms.by_row else shape
+                term = make_term(own, q[rows], k[rows], sizes, wide)
+                calls.append(_Call(own, sizes, term, wide, q.device))
+            inputs = [x for call in calls for x in call.term.inputs]
+            return _Tiled.apply(calls, q, k, v, *inputs)  # type: ignore[return-value]
 
 
 class _Call:
-    """What forward and backward share: the cut into tiles, and how a tile of scores is made."""
+    """What forward and backward share: the cut into tiles, and how a tile is made; for all rows of a batch or one."""
 
     def __init__(self, terms: Terms, shape: Shape, term: Term, wide: torch.dtype, device: torch.device):
         self.terms, self.shape, self.term, self.wide, self.device = terms, shape, term, wide, device
@@ -99,12 +98,10 @@ class _Call:
         parts = (self._ordered(part.to(self.wide), -2).flatten(0, 1) for part in x.split(self.side, 2))
         return [pad(part, (0, 1), value=1.0) if ones else part for part in parts]
 
-    def restored(self, parts: list[Tensor], like: Tensor) -> Tensor:
+    def restore(self, parts: list[Tensor], whole: Tensor) -> None:
         """Undo `keys`, for gradients; takes the list apart, so that its memory goes as it is copied."""
-        whole = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         for part in whole.split(self.side, 2):
             part.copy_(self._ordered(parts.pop(0), -2).view(part.shape))
-        return whole
 
     def _ordered(self, x: Tensor, axis: int) -> Tensor:
         return x.flip(axis) if self.term.reversed_keys else x
@@ -190,10 +187,15 @@ class _Call:
         return self._ordered(kept, -1)
 
 
-def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def each_row(calls: list[_Call]) -> Iterator[tuple[_Call, slice]]:
+    """Every call with the rows of the batch that it is for."""
+    for i, call in enumerate(calls):
+        yield call, slice(i, i + 1) if len(calls) > 1 else slice(None)
+
+
+def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Fill `out` and `lse`."""
     shape, scale, term = call.shape, call.terms.scale, call.term
-    out = q.new_empty(shape.b, shape.h, shape.n_q, shape.d_v)
-    lse = torch.empty(shape.b, shape.h, shape.n_q, dtype=call.wide, device=q.device)
     keys, values, scratch, bounded = call.keys(k), call.keys(v), call.scratch(), call.bounded(q, k)
     for i0, i1, tiles in call.rows():
         rows = call.queries(q, i0, i1) * scale
@@ -219,13 +221,15 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         nothing = total == 0
         out[:, :, i0:i1] = call.heads(sums.div_(total.masked_fill(nothing, 1)), i0, i1)
         lse[:, :, i0:i1] = call.heads((largest + total.log()).masked_fill_(nothing, -torch.inf), i0, i1)[..., 0]
-    return out, lse
 
 
-def _backward(call: _Call, saved: tuple[Tensor, ...], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    call: _Call, saved: list[Tensor], d_out: Tensor, d_lse: Tensor | None, d_q: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Fill `d_q`; return the gradients of keys and values by tile, as `restore` takes them, and those of the term."""
     q, k, v, out, lse = saved
     scale, term, sums = call.terms.scale, call.term, call.term.start()
-    first, second, d_q = call.scratch(), call.scratch(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    first, second = call.scratch(), call.scratch()
     # One more feature, 1 in K and in V, -L in Q and -D in dO, makes the products give S - L and dO V^T - D.
     keys, keys_1, values_1 = call.keys(k), call.keys(k, ones=True), call.keys(v, ones=True)
     d_keys, d_values = ([torch.zeros_like(x[..., :-1]) for x in parts] for parts in (keys_1, values_1))
@@ -264,15 +268,19 @@ def _backward(call: _Call, saved: tuple[Tensor, ...], d_out: Tensor, d_lse: Tens
                 d_keys[at].view(more_k.shape).add_(more_k)
         d_block = call.heads(d_rows.mul_(scale), i0, i1)
         d_q[:, :, i0:i1] = d_block if more is None else d_block.add_(more)
-    del keys, keys_1, values_1, first, second
-    return d_q, call.restored(d_keys, k), call.restored(d_values, v), *term.gradients(sums)
+    return d_keys, d_values, term.gradients(sums)
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(call, q, k, v)
-        ctx.call = call
+    def forward(
+        ctx: Any, calls: list[_Call], q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        lse = torch.empty(q.shape[:3], dtype=calls[0].wide, device=q.device)
+        for call, rows in each_row(calls):
+            _forward(call, *(x[rows] for x in (q, k, v, out, lse)))
+        ctx.calls = calls
         ctx.save_for_backward(q, k, v, out, lse, *inputs)  # the inputs too: a change in place is then noticed
         ctx.set_materialize_grads(False)
         return out, lse
@@ -282,8 +290,17 @@ class _Tiled(torch.autograd.Function):
         if torch.is_grad_enabled():
             # torch's once_differentiable lets a second derivative through that would silently be 0.
             raise RuntimeError("attention: the tiled back end has no second derivative; use backend='reference'")
-        call, (q, k, v, out, lse, *_) = ctx.call, ctx.saved_tensors
-        if d_out is None:
-            d_out = torch.zeros_like(out)
+        saved = ctx.saved_tensors[:5]
+        q, k, v, out, _ = saved
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        d_q, parts = torch.empty(q.shape, dtype=q.dtype, device=q.device), []
         with torch.autocast(q.device.type, enabled=False):
-            return None, *_backward(call, (q, k, v, out, lse), d_out, d_lse)
+            for call, rows in each_row(ctx.calls):
+                towards = d_out[rows], None if d_lse is None else d_lse[rows]
+                parts.append(_backward(call, [x[rows] for x in saved], *towards, d_q[rows]))
+            found = []
+            for i, x in ((0, k), (1, v)):  # one after the other: what is copied is let go
+                found.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+                for (call, rows), part in zip(each_row(ctx.calls), parts, strict=True):
+                    call.restore(part[i], found[i][rows])
+        return None, d_q, *found, *(x for part in parts for x in part[2])
