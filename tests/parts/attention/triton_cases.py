@@ -21,10 +21,11 @@ TIMES = 1 if INTERPRETED else 9  # tiles on a device are larger than the 16 x 16
 # b, h, h_kv, n_q, n_k, d
 SHAPES = {
     "square": (1, 2, 2, 37, 37, 8),
-    "grouped": (2, 4, 2, 17, 34, 5),
+    "grouped": (2, 4, 2, 17, 20, 5),
     "more queries": (2, 2, 1, 33, 18, 16),
     "one query": (2, 4, 2, 1, 35, 8),
     "one key": (2, 2, 1, 17, 1, 4),
+    "wide": (1, 1, 1, 17, 18, 200),
 }
 
 
@@ -156,6 +157,11 @@ def test_values_and_gradients_are_the_references(call):
 @pytest.mark.parametrize("shape", ["grouped", "more queries", "one query", "one key"])
 def test_other_shapes(shape, call):
     assert close(*both(call, shape))
+
+
+@pytest.mark.parametrize("call", ["causal", "distance"])
+def test_wide_heads(call):
+    assert close(*both(call, "wide"))
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ BENCHES = (
     Bench("planner", "planned memory beside the profiler's"),
     Bench("amp", "bf16 autocast beside fp32"),
     Bench("attention", "attention in tiles beside SDPA and the reference"),
+    Bench("attention_cuda", "attention in Triton beside SDPA and the card's own rate"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
 
