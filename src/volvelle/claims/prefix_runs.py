@@ -167,7 +167,7 @@ class Bench:
 def open_bench(budget: Budget) -> Bench:
     """Load the model and the task; raises VolvelleError when one of them cannot be had."""
     quick = budget == "quick"
-    held = 24 if quick else 32
+    held = 16 if quick else 32
     task = webnlg(held) if (WEBNLG / "train.jsonl").is_file() else countries(held)
     model = load_language_model("smollm2", dtype=torch.float32)
     return Bench(
