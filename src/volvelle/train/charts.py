@@ -186,7 +186,9 @@ def _legend(series: Sequence[Series], right: int) -> str:
     parts, x = [], float(right)
     for number, s in reversed(list(enumerate(series))):
         x -= _legend_width(s)
-        parts.append(f'<line class="line s{number % 4}" x1="{x:.0f}" x2="{x + 16:.0f}" y1="{TOP}" y2="{TOP}"/>')
+        parts.append(
+            f'<line class="line s{number % 4}"{_dashes(number)} x1="{x:.0f}" x2="{x + 16:.0f}" y1="{TOP}" y2="{TOP}"/>'
+        )
         parts.append(f'<text x="{x + 21:.0f}" y="{TOP + 4}">{html.escape(s.name)}</text>')
     return "".join(parts)
 

@@ -55,8 +55,13 @@ def charts(report: Report, rows: Sequence[Row], trials: Mapping[str, Sequence[Ma
     if not measured:
         return
     report.heading("What it costs, and what it gives")
-    memory = [Series(row.method, [((row.peak or 0) / 1e9, row.loss)], dots=True) for row in measured]
-    time = [Series(row.method, [(row.seconds or 0.0, row.loss)], dots=True) for row in measured]
+    # With their values the names of many methods are too long for a line above: they stand beside their points.
+    names = [f"{row.method} {row.loss:.4f}" for row in measured]
+    costs = [((row.peak or 0) / 1e9, row.seconds or 0.0) for row in measured]
+    memory, time = (
+        [Series(name, [(cost[i], row.loss)], dots=True) for name, cost, row in zip(names, costs, measured, strict=True)]
+        for i in range(2)
+    )
     figures = (
         line_chart(memory, x_label="peak memory, GB", y_label="held-out loss", width=WIDTH),
         line_chart(time, x_label="seconds a step", y_label="held-out loss", width=WIDTH),
