@@ -13,6 +13,7 @@ Shapes: b batch, h query heads, h_kv key/value heads, g = h / h_kv queries a gro
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,15 +58,22 @@ class _FusedBF16(torch.autograd.Function):
         q, k, v, out, log_sum, mask = ctx.saved_tensors
         dots = (grad.float() * out).sum(-1)  # D (b, h, n_q)
         # A query without keys has no finite L; all of its row is hidden.
-        sums = torch.where(log_sum.isfinite(), log_sum, 0.0) / ctx.scale
-        queries, grads = _with_parts(q, sums), _with_parts(grad, dots)
-        return *_gradients(queries, grads, k, v, mask, ctx.causal, ctx.scale), None, None, None
+        # The power of two in the scale goes into the queries, where it changes no bit but the exponent's.
+        power = 2.0 ** math.floor(math.log2(ctx.scale)) if ctx.scale > 0 else 1.0
+        rest = ctx.scale / power
+        sums = torch.where(log_sum.isfinite(), log_sum, 0.0) / rest
+        queries, grads = _with_parts(q * power, sums), _with_parts(grad, dots)
+        d_q, d_k, d_v = _gradients(queries, grads, k, v, mask, ctx.causal, rest)
+        return d_q.mul_(power), d_k, d_v, None, None, None
 
 
 def _gradients(
     queries: Tensor, grads: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV; queries (b, h, n_q, d + 3) have L / scale behind them, grads (b, h, n_q, d_v + 3) have D."""
+    """dQ, dK and dV; queries (b, h, n_q, d + 3) have L / scale behind them, grads (b, h, n_q, d_v + 3) have D.
+
+    dQ is that of `queries` as they are given.
+    """
     b, h, n_q, _ = queries.shape
     h_kv, n_k, d, d_v = k.shape[1], k.shape[2], k.shape[3], v.shape[3]
     g, pairs = h // h_kv, b * h_kv
@@ -78,12 +86,14 @@ def _gradients(
         seen = part.stop if causal else n_k
         rows = g * (part.stop - start)
         q_t, grad_t = (t[:, :, part].reshape(pairs, rows, -1) for t in (queries, grads))
-        p = torch.bmm(q_t, keys[:, :seen].transpose(1, 2)).mul_(scale).exp_()
+        p = torch.bmm(q_t, keys[:, :seen].transpose(1, 2))
+        p = (p if scale == 1 else p.mul_(scale)).exp_()
         shaped = p.view(pairs, g, -1, seen)
         if mask is not None:
             shaped.masked_fill_(_hidden(mask, part, shaped, b), 0)
         elif causal:
-            shaped.masked_fill_(torch.ones(part.stop - start, seen, dtype=torch.bool).triu(start + 1), 0)
+            later = torch.ones(part.stop - start, part.stop - start, dtype=torch.bool).triu(1)
+            shaped[..., start:].masked_fill_(later, 0)
         sum_v[:, :seen] += torch.bmm(p.transpose(1, 2), grad_t[..., :d_v])
         d_s = torch.bmm(grad_t, values[:, :seen].transpose(1, 2)).mul_(p)
         d_q[:, :, part] = torch.bmm(d_s, keys[:, :seen, :d]).mul_(scale).view(pairs, g, -1, d)
