@@ -19,7 +19,7 @@ class Comparison:
 
     methods: tuple[MethodName, ...] = ("full", "lora", "dora", "adapter", "prefix")
     """The methods, in the order of the table."""
-    rates: tuple[float, ...] = (1e-4, 1e-3, 5e-3)
+    rates: tuple[float, ...] = (1e-4, 1e-3, 3e-3)
     """Peak learning rates; each method is shown with the one that is best on the tuning examples."""
     tuning: int = 64
     """Examples set aside of the training data (never of the held-out data) to choose the learning rate on."""
