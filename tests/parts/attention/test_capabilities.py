@@ -280,7 +280,7 @@ def test_bf16_is_at_most_twice_as_wrong_as_the_fused_kernel(backend, kind):
                 found = made.run(name)
         else:
             found = ()
-        errors[name] = [float((x.detach().double() - y).abs().max()) for x, y in zip(found, right, strict=False)]
+        errors[name] = [float((x.double() - y).detach().abs().max()) for x, y in zip(found, right, strict=False)]
     for ours, theirs in zip(errors[backend], errors["sdpa"], strict=False):
         assert ours <= 2 * theirs
 
