@@ -85,3 +85,11 @@ def test_a_prefix_is_exported_alone(here, capsys):
     assert "save the adapters alone" in capsys.readouterr().err
     assert main(["export", "runs/first", "to=peft", "out=mine"]) == 0
     assert (here / "mine/adapter_config.json").is_file()
+
+
+def test_before_is_the_model_without_the_prefix(here):
+    for method in ("lora", *METHODS):
+        assert adapt(f"method={method}", f"run=before-{method}", "batch=4") == 0
+    said = [json.loads((here / f"runs/before-{method}/manifest.json").read_text()) for method in ("lora", *METHODS)]
+    assert said[0]["before"] == said[1]["before"] == said[2]["before"]
+    assert said[1]["after"]["loss"] != said[0]["after"]["loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from volvelle.adapt import Adapted, apply, load_run, save
+from volvelle.adapt import Adapted, apply, disabled, load_run, save
 from volvelle.adapt.files import base_shapes, stored_numbers
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
@@ -145,7 +146,9 @@ class _Adaptation:
         known, samples = self.run.manifest.get("before"), kept_samples(self.run)
         if resume and isinstance(known, dict) and samples is not None:
             return known, samples
-        metrics, outputs = self._measure("before")
+        # A fresh prefix or prompt changes the answers already; before it is without them.
+        with contextlib.nullcontext() if self.method.trains_base else disabled(self.model):
+            metrics, outputs = self._measure("before")
         samples = [
             Sample(_shown(p.example), p.references, before=text) for p, text in zip(self.prompts, outputs, strict=True)
         ]
