@@ -20,6 +20,7 @@ from volvelle.parts.attention.state_cache import StateCache
 from volvelle.parts.position.deberta import DisentangledBias
 from volvelle.parts.position.encoding import Bias, PositionEncoding, Turning
 from volvelle.systems.language import config as c
+from volvelle.systems.language.norms import RMSNorm
 from volvelle.systems.language.positions import build_layer_position
 
 
@@ -54,7 +55,7 @@ def build_norm(spec: c.RMSNorm | c.LayerNorm, width: int) -> nn.Module:
     """The normalisation over the last dimension that `spec` names."""
     match spec:
         case c.RMSNorm():
-            return nn.RMSNorm(width, eps=spec.eps)
+            return RMSNorm(width, eps=spec.eps)
         case c.LayerNorm():
             return nn.LayerNorm(width, eps=spec.eps)
 

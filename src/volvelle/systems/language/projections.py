@@ -33,6 +33,7 @@ from volvelle.systems.language.components import (
     SelfAttention,
     Step,
 )
+from volvelle.systems.language.norms import RMSNorm
 
 if TYPE_CHECKING:
     from volvelle.parts.attention.before import Past
@@ -171,7 +172,7 @@ def _prepare(model: Decoder) -> Straight | None:
 
 def _is_plain(block: nn.Module) -> bool:
     attentions = (SelfAttention, LinearSelfAttention)
-    known = (PreNormBlock, PostNormBlock, *attentions, GatedMLP, MLP, nn.Linear, nn.RMSNorm, nn.LayerNorm)
+    known = (PreNormBlock, PostNormBlock, *attentions, GatedMLP, MLP, nn.Linear, RMSNorm, nn.LayerNorm)
     return (
         all(
             type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
