@@ -31,6 +31,7 @@ BENCHES = (
     ),
     Bench("language", "decoding beside transformers, a LoRA step beside peft"),
     Bench("adapt", "adapting in bf16 beside peft, adapters mixed in one batch"),
+    Bench("summarization", "answers of an encoder-decoder beside transformers"),
     Bench("loader", "loader workers beside torch's DataLoader"),
     Bench("planner", "planned memory beside the profiler's"),
     Bench("amp", "bf16 autocast beside fp32"),
