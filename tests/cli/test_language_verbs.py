@@ -116,7 +116,7 @@ def test_config_of_a_run_is_accepted_back(here, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("method=lroa",), "did you mean lora?"),
+        (("method=lroa",), "did you mean lora or dora?"),
         (("lora.targets=q_porj",), "q_proj"),
         (("data=broken.jsonl",), "broken.jsonl:2"),
         (("data=nothing.jsonl",), "nothing.jsonl: no such file"),

@@ -139,14 +139,13 @@ def test_a_run_is_adapted_and_opened_again(finished, tmp_path, method):
     )  # fmt: skip
     run = folder(tmp_path, "adapted", "adapt", options)
     adapted = adapt_language(options, run, observer=Quiet())
-    assert adapted.after["loss"] < adapted.before["loss"] - 1
+    assert adapted.after["loss"] < adapted.before["loss"] - 0.5
     assert adapted.after.keys() == {"loss", "perplexity", "bleu", "rouge1", "rouge2", "rougeL"}
     model = load_run(run.path, merged=True)
     source = model.tokenizer.encode_prompt(adapted.samples[0].prompt)
     assert generate(model, source, max_tokens=24).text.strip().split("\n")[0] == adapted.samples[0].after
-    if method != "prefix":  # a fresh prefix changes what the model writes, other methods begin as the model itself
-        before = load_run(outcome.run)
-        assert generate(before, source, max_tokens=24).text.strip() == adapted.samples[0].before
+    before = load_run(outcome.run)
+    assert generate(before, source, max_tokens=24).text.strip() == adapted.samples[0].before
 
 
 def test_evaluation_scores_what_is_written(finished):

@@ -45,7 +45,7 @@ def probe(trial: AdaptLanguage, device: torch.device, loader_of: Callable[[Any, 
         loader = loader_of(model, trial)
         largest = largest_batch(loader)
         batches, share = len(loader), _mean_tokens(loader) / max(1.0, batch_tokens(largest))
-        batch = Batch(value=to_device(largest, device), ids=())
+        batch = Batch(value=to_device(largest, device), ids=[])
         objective = LanguageObjective(model, trial)
         objective.train_mode()
         [phase] = objective.phases(trial.steps or 1)

@@ -18,7 +18,7 @@ class Segments(NamedTuple):
     """The segment of each query (b or 1, n_q) and of each key (b or 1, n_k); equal numbers may attend.
 
     >>> packed = Segments.of(torch.tensor([[0, 0, 1]]), (1, 3, 3))
-    >>> packed.same().int()
+    >>> packed.same().long()
     tensor([[[[1, 1, 0],
               [1, 1, 0],
               [0, 0, 1]]]])
