@@ -91,8 +91,18 @@ class Method(Protocol):
         ...
 
 
+class Addition:
+    """A method that adds to a model and leaves what it has as it is.
+
+    What is added starts without effect and takes far larger steps than trained weights bear.
+    """
+
+    trains_base = False
+    learning_rate = 1e-3
+
+
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Addition):
     """Low-rank adaptation (Hu et al. 2021): W + scale · B A with trained A (rank, k) and B (d, rank).
 
     Of linear layers, transformers' Conv1D, 2-D convolutions and embeddings. `targets` chooses the layers as PEFT does:
@@ -105,6 +115,8 @@ class LoRA:
     >>> LoRA(rank=4, alpha=8).scale_of("model.layers.0.self_attn.q_proj")
     2.0
     """
+
+    label = "LoRA"
 
     rank: int = 8
     """Rank of the update: rows of A, columns of B."""
@@ -134,21 +146,6 @@ class LoRA:
             raise UsageError(f"{self.label}: dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
             raise UsageError(f"{self.label}: targets is empty", tip='name the layers, for example ("q_proj", "v_proj")')
-
-    @property
-    def label(self) -> str:
-        """The short name that messages use."""
-        return "LoRA"
-
-    @property
-    def trains_base(self) -> bool:
-        """Only the factors are trained."""
-        return False
-
-    @property
-    def learning_rate(self) -> float:
-        """Low-rank matrices start at zero and take far larger steps than trained weights bear."""
-        return 1e-3
 
     def rank_of(self, path: str) -> int:
         """The rank at the layer `path`."""
@@ -180,17 +177,14 @@ class DoRA(LoRA):
     As in section 4.3 of the paper the norm is treated as a constant when gradients are taken.
     """
 
-    @property
-    def label(self) -> str:
-        """The short name that messages use."""
-        return "DoRA"
+    label = "DoRA"
 
 
 Form = Literal["houlsby", "pfeiffer", "parallel"]
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Addition):
     """Bottleneck adapters: x + scale · up(f(down(x))) at the sublayers of every block, with up = 0 at the start.
 
     houlsby: behind attention and behind the feed-forward network, before the residual is added (Houlsby et al. 2019,
@@ -232,16 +226,6 @@ class Bottleneck:
         """The short name that messages use."""
         return f"{self.form.capitalize()} adapters"
 
-    @property
-    def trains_base(self) -> bool:
-        """Only the bottlenecks are trained."""
-        return False
-
-    @property
-    def learning_rate(self) -> float:
-        """As for LoRA: what is trained starts without effect."""
-        return 1e-3
-
     def install(
         self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
     ) -> dict[str, AdapterLayer]:
@@ -255,20 +239,9 @@ class Bottleneck:
 class Full:
     """Full fine-tuning: nothing is added, every parameter is trained. What is saved are the model's own weights."""
 
-    @property
-    def label(self) -> str:
-        """The short name that messages use."""
-        return "full fine-tuning"
-
-    @property
-    def trains_base(self) -> bool:
-        """All of it."""
-        return True
-
-    @property
-    def learning_rate(self) -> float:
-        """Trained weights bear small steps only."""
-        return 3e-5
+    label = "full fine-tuning"
+    trains_base = True
+    learning_rate = 3e-5  # trained weights bear small steps only
 
     def install(
         self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None

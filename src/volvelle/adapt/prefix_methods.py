@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from volvelle.adapt.methods import Addition
 from volvelle.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Init = Literal["words", "random"]
 
 
 @dataclass(frozen=True)
-class PrefixTuning:
+class PrefixTuning(Addition):
     """Prefix tuning (Li & Liang 2021): `length` trained keys and values before the text, in every layer.
 
     They come out of a smaller table through a network that is dropped after training (section 4.3), so that what is
@@ -32,6 +33,8 @@ class PrefixTuning:
     >>> PrefixTuning(length=5).label
     'prefix tuning'
     """
+
+    label = "prefix tuning"
 
     length: int = 10
     """Positions that come before the text; the paper's best for table-to-text was 10, for summaries 200."""
@@ -49,21 +52,6 @@ class PrefixTuning:
     def __post_init__(self) -> None:
         _check(self)
 
-    @property
-    def label(self) -> str:
-        """The short name that messages use."""
-        return "prefix tuning"
-
-    @property
-    def trains_base(self) -> bool:
-        """Only the prefix is trained."""
-        return False
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate that a run starts from when none is given."""
-        return 1e-3
-
     def install(
         self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
     ) -> dict[str, AdapterLayer]:
@@ -74,7 +62,7 @@ class PrefixTuning:
 
 
 @dataclass(frozen=True)
-class PromptTuning:
+class PromptTuning(Addition):
     """Prompt tuning (Lester et al. 2021): `length` trained token embeddings before the text.
 
     They begin as the embeddings of `text`, else of words drawn from the vocabulary (section 3.2), or at random.
@@ -82,6 +70,9 @@ class PromptTuning:
     >>> PromptTuning(text="Describe the table in one sentence:").init
     'words'
     """
+
+    label = "prompt tuning"
+    learning_rate = 1e-2  # prompts bear and need the largest
 
     length: int = 20
     """Embeddings that come before the text; the paper's default was 100, 20 came close."""
@@ -92,21 +83,6 @@ class PromptTuning:
 
     def __post_init__(self) -> None:
         _check(self)
-
-    @property
-    def label(self) -> str:
-        """The short name that messages use."""
-        return "prompt tuning"
-
-    @property
-    def trains_base(self) -> bool:
-        """Only the prompt is trained."""
-        return False
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate that a run starts from when none is given; prompts bear and need the largest."""
-        return 1e-2
 
     def install(
         self, model: nn.Module, name: str, switch: Switch, generator: torch.Generator | None
