@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,62 @@ def test_another_base_is_refused_by_layer(tmp_path):
     wrong = nn.ModuleDict({"query": nn.Linear(8, 8)})
     with pytest.raises(VolvelleError, match=r"q_proj \(the model has no such layer\)"):
         adapt.load(wrong, tmp_path)
+
+
+def stack(blocks):
+    """Blocks of the same shapes, and as many of them as is asked for."""
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layers": nn.ModuleList(plain() for _ in range(blocks)), "head": nn.Linear(8, 8)})
+
+
+METHODS = {
+    "LoRA": LoRA(rank=2),
+    "LoRA of the first block": LoRA(rank=2, layers=(0,)),
+    "bottleneck": adapt.Bottleneck(targets=("q_proj",), layers=(0,)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("made_for", "given"), [(2, 4), (4, 2)])
+def test_more_or_fewer_layers_are_refused_by_name(tmp_path, method, made_for, given):
+    adapt.save(tuned(stack(made_for), METHODS[method]), tmp_path, base="org/base")
+    wrong = stack(given)
+    with pytest.raises(VolvelleError, match="belongs to another base model") as error:
+        adapt.load(wrong, tmp_path)
+    side = "the adapter's base" if given > made_for else "the model"
+    one = re.search(r"layers\.2(\.q_proj)? \((.*?) has no such layer", str(error.value))
+    assert one is not None, error.value
+    assert one[2] == side
+    assert "layers.1" not in str(error.value)
+    assert error.value.tip == "it was made for org/base"
+    assert adapt.adapted(wrong) is None
+    adapt.load(stack(made_for), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, False),
+        ({"target_modules": "layers.*q_proj"}, False),
+        ({"layers_to_transform": [0, 1]}, True),
+        ({"target_modules": "layers.[01].q_proj"}, True),
+        ({"target_modules": ["layers.0.q_proj", "layers.1.q_proj"]}, True),
+        ({"exclude_modules": r"layers.[23]\..*"}, True),
+        ({"layers_to_transform": [0, 1, 2]}, False),
+    ],
+)
+def test_a_file_that_does_not_describe_its_base_is_refused_by_what_it_chooses(tmp_path, changes, fits):
+    adapt.save(tuned(stack(2), LoRA(rank=2, targets=("q_proj",))), tmp_path)
+    weights, path = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(load_file(weights), weights)  # as PEFT writes it, without our metadata
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if fits:
+        adapt.load(stack(4), tmp_path)
+        return
+    wrong = stack(4)
+    with pytest.raises(VolvelleError, match=r"layers\.2 \(the adapter's base has no such layer\)"):
+        adapt.load(wrong, tmp_path)
+    assert adapt.adapted(wrong) is None
 
 
 def test_another_base_is_refused_where_the_adapted_layers_fit(tmp_path):

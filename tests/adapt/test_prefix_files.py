@@ -85,6 +85,9 @@ def test_another_base_is_refused(tmp_path, kind):
         with pytest.raises(VolvelleError, match=match) as error:
             adapt.load(wrong, tmp_path)
         assert error.value.tip == "it was made for org/base"
+    else:
+        with pytest.raises(VolvelleError, match=r"model\.layers\.2 \(the adapter's base has no such layer\)"):
+            adapt.load(wrong, tmp_path)
     narrow = decoder(mlp=type(model.config.mlp)(20))
     with pytest.raises(VolvelleError, match=r"another base model: model.layers.0.mlp.down_proj.weight"):
         adapt.load(narrow, tmp_path)

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from volvelle.adapt import names
 from volvelle.adapt.methods import Method
 from volvelle.adapt.model import DEFAULT, Adapted, Adapter, apply, chosen, require
+from volvelle.adapt.targets import absent_blocks
 from volvelle.errors import VolvelleError
 from volvelle.files import atomic_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES, _HASH = "volvelle.base_shapes", "volvelle.base_sha256"
+BEYOND = "the adapter's base has no such layer"
 
 Settings = Mapping[str, Any]
 
@@ -122,7 +124,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAUL
     method = form.read_method(settings, folder / CONFIG)
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     found = form.unpack(model, method, tensors, folder, name)
-    _check_shapes(names.foreign_shapes(model, base_shapes(model)), metadata, folder)
+    _check_base(names.foreign_shapes(model, base_shapes(model)), metadata, folder)
     apply(model, found.exact, name=name)
     adapter = require(model, "load").adapters[name]
     adapter.method = found.method
@@ -210,7 +212,12 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise VolvelleError(f"{path}: truncated or damaged ({error})", tip="copy or download the file again") from None
 
 
-def _check_shapes(shapes: names.Shapes, metadata: Mapping[str, str], folder: Path) -> None:
-    stored = json.loads(metadata.get(_SHAPES, "{}"))
+def _check_base(shapes: names.Shapes, metadata: Mapping[str, str], folder: Path) -> None:
+    """Refuse where the base that an adapter of ours was made for has other blocks, or other shapes, than the model."""
+    if _SHAPES not in metadata:
+        return
+    stored = json.loads(metadata[_SHAPES])
     differ = [key for key, shape in stored.items() if key in shapes and tuple(shape) != shapes[key]]
-    refuse([f"{key} (adapter's base {tuple(stored[key])}, model {shapes[key]})" for key in differ], folder)
+    wrong = [f"{key} (adapter's base {tuple(stored[key])}, model {shapes[key]})" for key in differ]
+    wrong += [f"{block} (the model has no such layer)" for block in absent_blocks(stored, shapes)]
+    refuse([*wrong, *(f"{block} ({BEYOND})" for block in absent_blocks(shapes, stored))], folder)

@@ -8,7 +8,7 @@ convolution, (1, d, 1, 1), and A of a grouped one, which sees all channels there
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.adapt import names
-from volvelle.adapt.files import CONFIG, WEIGHTS, Settings, Unpacked, base_shapes, refuse, some
+from volvelle.adapt.files import BEYOND, CONFIG, WEIGHTS, Settings, Unpacked, base_shapes, refuse, some
 from volvelle.adapt.methods import DoRA, LoRA, Method
 from volvelle.adapt.model import Adapter
 from volvelle.adapt.names import LowRank
 from volvelle.adapt.sites import Seat
+from volvelle.adapt.targets import absent_blocks, block_index, matches
 from volvelle.errors import VolvelleError
 from volvelle.parts.lowrank.dora import column_norm
 from volvelle.parts.lowrank.kinds import CONV2D, EMBEDDING, TRANSPOSED, Kind, kind_of, why_not
@@ -87,6 +88,7 @@ class LowRankFormat:
         tensors = _without_bases(model, tensors, where or [], folder)
         found = _parts(tensors, folder / WEIGHTS, dora=isinstance(method, DoRA))
         _check_ranks(method, found, folder)
+        _check_blocks(model, method, where, found, folder)
         layers = {path: LowRank(scale=method.scale_of(path), **parts) for path, parts in found.items()}
         if where is not None:
             layers = names.from_foreign(layers, where)
@@ -99,6 +101,21 @@ class LowRankFormat:
             if value is not None
         }
         return Unpacked(method, names.spelled_out(method, layers), values)
+
+
+def _check_blocks(
+    model: nn.Module, method: LoRA, where: list[names.Place] | None, found: Iterable[str], folder: Path
+) -> None:
+    """Refuse where the settings also choose layers in blocks that the file has nothing of: its base had fewer.
+
+    PEFT's files do not say what their base was like.
+    """
+    paths = [place.theirs for place in where or ()]
+    paths = paths or [path for path, module in model.named_modules() if not why_not(module)]
+    chosen = [path for path in paths if matches(method.targets, path) and not matches(method.exclude, path)]
+    if method.layers is not None:
+        chosen = [path for path in chosen if block_index(path) in method.layers]
+    refuse([f"{block} ({BEYOND})" for block in absent_blocks(chosen, found)], folder)
 
 
 def _without_bases(

@@ -45,6 +45,27 @@ def block_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+def block_path(path: str) -> str | None:
+    """The path of the block a layer belongs to: up to the first number among its parts.
+
+    >>> block_path("model.layers.11.mlp.experts.3.up_proj"), block_path("lm_head")
+    ('model.layers.11', None)
+    """
+    parts = path.split(".")
+    end = next((end for end, part in enumerate(parts, 1) if part.isdigit()), None)
+    return None if end is None else ".".join(parts[:end])
+
+
+def absent_blocks(paths: Iterable[str], among: Iterable[str]) -> list[str]:
+    """The blocks in which some of `paths` lie and none of the others.
+
+    >>> absent_blocks(["layers.0.up", "layers.1.up", "norm"], ["layers.0.down"])
+    ['layers.1']
+    """
+    there = set(map(block_path, among))
+    return [block for block in dict.fromkeys(map(block_path, paths)) if block is not None and block not in there]
+
+
 def select(
     paths: Sequence[str],
     targets: str | Sequence[str],
