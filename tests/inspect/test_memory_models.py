@@ -82,7 +82,7 @@ def test_a_deep_model_is_the_continuation_of_shallow_ones(name, monkeypatch):
 
 def test_a_few_chunks_of_the_loss_stand_for_all(monkeypatch):
     monkeypatch.setattr(estimate, "chunk_rows", lambda vocabulary: 16)
-    monkeypatch.setattr("volvelle.train.losses._rows", lambda vocabulary: 16)
+    monkeypatch.setattr("volvelle.train.losses.chunk_rows", lambda vocabulary: 16)
     first = plan_language(SMALL, whole_windows(64)(3))
     monkeypatch.setattr(estimate, "_loss", lambda model, batch: completion_loss(model, batch).value)
     assert plan_language(SMALL, whole_windows(64)(3)).peak == first.peak

@@ -30,8 +30,7 @@ from volvelle.systems.language.models import LanguageModel
 from volvelle.systems.language.models import build as fresh
 from volvelle.systems.language.mtp import MTP, MultiToken
 from volvelle.train.language import completion_loss, states
-from volvelle.train.losses import _Fused as FusedLoss
-from volvelle.train.losses import _rows as chunk_rows
+from volvelle.train.losses import ChunkedCrossEntropy, chunk_rows
 from volvelle.train.mtp import multi_token_loss
 
 DEPTHS = (3, 5)
@@ -192,7 +191,7 @@ def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     chosen, wanted = hidden.index_select(0, kept), targets.index_select(0, kept)
     weight = model.output_weight
     rows = chunk_rows(weight.shape[0])
-    return FusedLoss.apply(chosen, weight, wanted[: CHUNKS * rows], rows)  # type: ignore[return-value]
+    return ChunkedCrossEntropy.apply(chosen, weight, wanted[: CHUNKS * rows], rows)  # type: ignore[return-value]
 
 
 def _size(value: int) -> str:

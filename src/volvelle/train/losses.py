@@ -48,7 +48,7 @@ def linear_cross_entropy(
         return head_cross_entropy(
             hidden, lambda h: h @ weight.T, targets, vocabulary=weight.shape[0], ignore_index=ignore_index, chunk=chunk
         )
-    return _Fused.apply(hidden, weight, targets, chunk or _rows(weight.shape[0]))  # type: ignore[return-value]
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk or chunk_rows(weight.shape[0]))  # type: ignore[return-value]
 
 
 def head_cross_entropy(
@@ -62,7 +62,7 @@ def head_cross_entropy(
     hidden, targets = _kept(hidden, targets, ignore_index)
     if not len(targets):
         return hidden.sum().float() * 0
-    rows = chunk or _rows(vocabulary)
+    rows = chunk or chunk_rows(vocabulary)
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         z = head(h)
@@ -89,15 +89,20 @@ def computing_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _rows(vocabulary: int) -> int:
+def chunk_rows(vocabulary: int) -> int:
+    """How many positions of a vocabulary of that size make a chunk."""
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-class _Fused(torch.autograd.Function):
-    """Forward gives the loss and, along the way, its gradients; backward only scales them."""
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy` of given chunks: forward gives the loss and its gradients, backward only scales them.
+
+    `apply(hidden, weight, targets, rows)`: (N, d), (V, d), (N,) without ignored targets, positions of a chunk.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        """The loss; its gradients are made on the way."""
         kind, dtype = hidden.device.type, computing_in(hidden)
         h, w, count = hidden.to(dtype), weight.to(dtype), len(targets)
         need_h, need_w = ctx.needs_input_grad[:2]
@@ -116,6 +121,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        """The gradients, scaled."""
         grad_h, grad_w = ctx.saved_tensors
         dtype_h, dtype_w = ctx.dtypes
         return (

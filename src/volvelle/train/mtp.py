@@ -24,8 +24,7 @@ from volvelle.data.tokens import IGNORE
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.mtp import MultiToken, ParallelMTP
 from volvelle.train.language import LanguageObjective, held_out_means, token_loss, with_perplexity
-from volvelle.train.losses import _rows as chunk_rows
-from volvelle.train.losses import computing_in
+from volvelle.train.losses import chunk_rows, computing_in
 from volvelle.train.options import FitOptions
 from volvelle.train.phase import Loss
 

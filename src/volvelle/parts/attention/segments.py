@@ -67,13 +67,13 @@ class Segments(NamedTuple):
 
         The first compares ranges of numbers, so it is exact where segments are numbered in order, and never too small.
         """
-        (low_q, high_q), (low_k, high_k) = (_ranges(x, side) for x in self)
+        (low_q, high_q), (low_k, high_k) = (ranges(x, side) for x in self)
         low_q, high_q = low_q[:, :, None], high_q[:, :, None]
         low_k, high_k = low_k[:, None], high_k[:, None]
         return (low_q <= high_k) & (low_k <= high_q), (low_q == high_k) & (low_k == high_q)
 
 
-def _ranges(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def ranges(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """The smallest and the largest number of every `side` neighbours in x (b, n)."""
     missing = -x.shape[1] % side
     if missing:

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from volvelle.parts.attention.segments import _ranges as ranges
+from volvelle.parts.attention.segments import ranges
 from volvelle.parts.attention.triton import INTERPRETED
 from volvelle.parts.attention.triton_backward import key_gradients, query_gradients
 from volvelle.parts.attention.triton_bias import diagonal_gradients, tensor_gradients
