@@ -50,6 +50,23 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with text, examples and a trained run `base`, one for each file of tests (tests/small_runs.py)."""
+    from tests.small_runs import train_base
+
+    folder = tmp_path_factory.mktemp("trained")
+    train_base(folder)
+    return folder
+
+
+@pytest.fixture
+def in_trained(trained, monkeypatch) -> Path:
+    """The folder of `trained`, which the test runs in."""
+    monkeypatch.chdir(trained)
+    return trained
+
+
 def pytest_configure() -> None:
     """A shell's background job ignores Ctrl-C, and so would every process that a test starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -3,59 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.small_runs import adapt
 
 from volvelle.adapt import load_run
 from volvelle.adapt.prefix import Prefaces
 from volvelle.cli.main import main
 from volvelle.decode import generate
 
-SMALL = ("model.width=32", "model.depth=2", "model.heads=2", "model.context=64", "vocabulary=300", "batch=4")
 METHODS = {"prefix": ("prefix.length=5", "prefix.hidden=16"), "prompt": ("prompt_tuning.length=5",)}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with examples and a trained run `base`."""
-    folder = tmp_path_factory.mktemp("prefixes")
-    (folder / "text.txt").write_text("the cat sat on the mat and the dog lay on the log. " * 60)
-    rows = [{"ask": f"number {i}", "answers": [f"it is {i}", f"that is {i}"]} for i in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        assert main(["train", "language", "data=text.txt", "steps=3", "run=base", *SMALL]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def here(home, monkeypatch):
-    monkeypatch.chdir(home)
-    return home
-
-
-def adapt(*words):
-    templates = ("prompt={{ ask }}:", "completion={{ answers }}")
-    return main(["adapt", "runs/base", "data=rows.jsonl", *templates, "steps=4", "samples=2", "max_tokens=4", *words])
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("more", [(), ("checkpointing=true", "pack=true", "precision=bf16")], ids=["", "all at once"])
-def test_from_training_to_an_answer(here, capsys, method, more):
+def test_from_training_to_an_answer(in_trained, capsys, method, more):
     run = f"{method}{len(more)}"
     assert adapt(f"method={method}", f"run={run}", *METHODS[method], *more) == 0
     said = capsys.readouterr().out
     stored = 5 * 2 * 2 * 32 if method == "prefix" else 5 * 32
     assert re.search(rf"saved runs/{run}/adapter \({stored} numbers, [\d.]+ % of the model\)", said)
     assert f"{method} tuning; trains" in said
-    table = load_file(here / f"runs/{run}/adapter/adapter_model.safetensors")["prompt_embeddings"]
+    table = load_file(in_trained / f"runs/{run}/adapter/adapter_model.safetensors")["prompt_embeddings"]
     assert table.numel() == stored
     model = load_run(f"runs/{run}", merged=True, dtype=torch.float32)
     assert isinstance(model.before, Prefaces)
@@ -68,28 +40,30 @@ def test_from_training_to_an_answer(here, capsys, method, more):
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
 
 
-def test_words_to_begin_from(here, capsys):
+def test_words_to_begin_from(in_trained, capsys):
     assert adapt("method=prefix", "prefix.length=4", "prefix.text=the cat sat", "run=words") == 0
     assert "prefix tuning; trains" in capsys.readouterr().out
 
 
-def test_the_text_has_the_room_that_is_left(here, capsys):
+def test_the_text_has_the_room_that_is_left(in_trained, capsys):
     assert adapt("method=prompt", "prompt_tuning.length=40", "length=40", "run=long") == 2
     assert "length=40: runs/base has a context of 24 tokens" in capsys.readouterr().err
 
 
-def test_a_prefix_is_exported_alone(here, capsys):
+def test_a_prefix_is_exported_alone(in_trained, capsys):
     assert adapt("method=prefix", "run=first", *METHODS["prefix"]) == 0
     capsys.readouterr()
     assert main(["export", "runs/first", "to=hf", "out=whole"]) == 1
     assert "save the adapters alone" in capsys.readouterr().err
     assert main(["export", "runs/first", "to=peft", "out=mine"]) == 0
-    assert (here / "mine/adapter_config.json").is_file()
+    assert (in_trained / "mine/adapter_config.json").is_file()
 
 
-def test_before_is_the_model_without_the_prefix(here):
+def test_before_is_the_model_without_the_prefix(in_trained):
     for method in ("lora", *METHODS):
         assert adapt(f"method={method}", f"run=before-{method}", "batch=4") == 0
-    said = [json.loads((here / f"runs/before-{method}/manifest.json").read_text()) for method in ("lora", *METHODS)]
+    said = [
+        json.loads((in_trained / f"runs/before-{method}/manifest.json").read_text()) for method in ("lora", *METHODS)
+    ]
     assert said[0]["before"] == said[1]["before"] == said[2]["before"]
     assert said[1]["after"]["loss"] != said[0]["after"]["loss"]

@@ -1,7 +1,6 @@
 """The language verbs on a model that is trained here in seconds: from text to a run, and what is done with a run."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,40 +8,12 @@ import sys
 import time
 
 import pytest
+from tests.small_runs import SMALL, adapt
 
 from volvelle.cli.main import main
 
-SMALL = ("model.width=32", "model.depth=1", "model.heads=2", "model.context=64", "vocabulary=300", "batch=4")
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with text, examples, and a trained run `base`."""
-    folder = tmp_path_factory.mktemp("verbs")
-    (folder / "text.txt").write_text("the cat sat on the mat and the dog lay on the log. " * 60)
-    rows = [{"ask": f"number {i}", "answers": [f"it is {i}", f"that is {i}"]} for i in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        assert main(["train", "language", "data=text.txt", "steps=3", "run=base", *SMALL]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def here(home, monkeypatch):
-    monkeypatch.chdir(home)
-    return home
-
-
-def adapt(*words):
-    templates = ("prompt={{ ask }}:", "completion={{ answers }}")
-    return main(["adapt", "runs/base", "data=rows.jsonl", *templates, "steps=2", "samples=2", "max_tokens=4", *words])
-
-
-def test_train_leaves_a_run_that_answers(here, capsys):
+def test_train_leaves_a_run_that_answers(in_trained, capsys):
     assert main(["generate", "runs/base", "the cat", "max_tokens=5", "--json"]) == 0
     out = capsys.readouterr()
     answer = json.loads(out.out)
@@ -51,7 +22,7 @@ def test_train_leaves_a_run_that_answers(here, capsys):
     assert re.search(r"llama, [\d.]+M parameters", out.err)
 
 
-def test_generate_is_repeatable_with_a_seed(here, capsys):
+def test_generate_is_repeatable_with_a_seed(in_trained, capsys):
     texts = []
     for seed in (1, 1, 2):
         words = ("sampling.temperature=5", f"sampling.seed={seed}", "max_tokens=12", "precision=fp32", "--json")
@@ -60,56 +31,56 @@ def test_generate_is_repeatable_with_a_seed(here, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_prompt_from_a_pipe(here):
+def test_prompt_from_a_pipe(in_trained):
     command = [sys.executable, "-m", "volvelle", "generate", "runs/base", "max_tokens=2", "--json"]
     done = subprocess.run(command, input="the dog", capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout)["prompt"] == "the dog"
 
 
-def test_prompt_longer_than_the_context_is_said(here, capsys):
+def test_prompt_longer_than_the_context_is_said(in_trained, capsys):
     assert main(["generate", "runs/base", "cat " * 400]) == 1
     assert re.search(r"error: the prompt has \d+ tokens, the model's context is 64", capsys.readouterr().err)
 
 
-def test_chat_without_a_template_points_to_generate(here, capsys):
+def test_chat_without_a_template_points_to_generate(in_trained, capsys):
     assert main(["chat", "runs/base", "hello"]) == 2
     assert "tip: volvelle generate runs/base" in capsys.readouterr().err
 
 
-def test_adapt_eval_export(here, capsys):
+def test_adapt_eval_export(in_trained, capsys):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     assert adapt("run=adapted") == 0
     said = capsys.readouterr().out
     assert "LoRA; trains" in said
     assert "next     volvelle eval runs/adapted" in said
-    assert (here / "runs/adapted/report.html").is_file()
+    assert (in_trained / "runs/adapted/report.html").is_file()
     assert main(["eval", "runs/adapted", "data=rows.jsonl", "outputs=3", "max_tokens=4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["outputs"]) == 3
     assert found["perplexity"] > 1
     assert main(["export", "runs/adapted", "to=hf"]) == 0
-    transformers.AutoModelForCausalLM.from_pretrained(here / "runs/adapted/export-hf")
+    transformers.AutoModelForCausalLM.from_pretrained(in_trained / "runs/adapted/export-hf")
     assert main(["export", "runs/adapted", "to=peft", "out=mine"]) == 0
-    base = transformers.AutoModelForCausalLM.from_pretrained(here / "runs/base/weights")
-    peft.PeftModel.from_pretrained(base, here / "mine")
+    base = transformers.AutoModelForCausalLM.from_pretrained(in_trained / "runs/base/weights")
+    peft.PeftModel.from_pretrained(base, in_trained / "mine")
     assert main(["export", "runs/adapted", "to=peft", "out=mine"]) == 1
     assert "mine: already there" in capsys.readouterr().err
 
 
-def test_eval_uses_the_templates_of_the_run(here, capsys):
+def test_eval_uses_the_templates_of_the_run(in_trained, capsys):
     adapt("run=templated")
     capsys.readouterr()
     main(["eval", "runs/templated", "data=rows.jsonl", "outputs=0"])
     assert "templates from runs/templated/config.yaml" in capsys.readouterr().out
 
 
-def test_config_of_a_run_is_accepted_back(here, capsys):
+def test_config_of_a_run_is_accepted_back(in_trained, capsys):
     adapt("run=first", "lora.rank=3")
     assert main(["adapt", "config=runs/first", "run=second"]) == 0
     assert (
-        "r: 3" in (here / "runs/second/config.yaml").read_text()
-        or "rank: 3" in (here / "runs/second/config.yaml").read_text()
+        "r: 3" in (in_trained / "runs/second/config.yaml").read_text()
+        or "rank: 3" in (in_trained / "runs/second/config.yaml").read_text()
     )
 
 
@@ -123,26 +94,26 @@ def test_config_of_a_run_is_accepted_back(here, capsys):
         (("prompt={{ qestion }}",), "ask"),
     ],
 )
-def test_bad_input_is_named_and_leaves_no_run(here, capsys, words, message):
-    (here / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
-    before = set((here / "runs").iterdir())
+def test_bad_input_is_named_and_leaves_no_run(in_trained, capsys, words, message):
+    (in_trained / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
+    before = set((in_trained / "runs").iterdir())
     assert adapt(*words) in {1, 2}
     assert message in capsys.readouterr().err
-    assert set((here / "runs").iterdir()) == before
+    assert set((in_trained / "runs").iterdir()) == before
 
 
-def test_control_c_saves_and_resume_finishes(here):
+def test_control_c_saves_and_resume_finishes(in_trained):
     words = ["steps=4000", "checkpoint_every=none", "run=stopped", *SMALL]
     command = [sys.executable, "-m", "volvelle", "train", "language", "data=text.txt", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = here / "runs/stopped/metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = in_trained / "runs/stopped/metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count('"train"') > 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "continue with: volvelle resume runs/stopped" in out
-    manifest = json.loads((here / "runs/stopped/manifest.json").read_text())
+    manifest = json.loads((in_trained / "runs/stopped/manifest.json").read_text())
     assert manifest["status"] == "interrupted"
     resumed = subprocess.Popen(
         [sys.executable, "-m", "volvelle", "resume", "runs/stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -168,7 +139,7 @@ def test_quick_tour(tmp_path, monkeypatch, capsys):
     assert "held-out loss" in page
 
 
-def test_a_run_from_scratch_is_called_after_its_kind(here, capsys):
+def test_a_run_from_scratch_is_called_after_its_kind(in_trained, capsys):
     assert main(["train", "language", "data=text.txt", "steps=1", *SMALL]) == 0
-    manifest = json.loads((here / "runs/language-1/manifest.json").read_text())
+    manifest = json.loads((in_trained / "runs/language-1/manifest.json").read_text())
     assert manifest["base_model"] is None

@@ -13,13 +13,11 @@ from torch import nn
 
 from volvelle.adapt import Adapted, apply, disabled, load_run, save
 from volvelle.adapt.files import base_shapes, stored_numbers
-from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.huggingface import write_folder
-from volvelle.train.estimate import estimate_memory, largest_batch
-from volvelle.train.evaluate import answerable, evaluation_loader, layout_of, prompted, spread, text_scores, write
+from volvelle.train.evaluate import answerable, layout_of, prompted, spread, text_scores, write
 from volvelle.train.language import LanguageObjective, held_out_loss
 from volvelle.train.loop import fit
 from volvelle.train.observer import Observer
@@ -34,9 +32,11 @@ from volvelle.train.text_run import (
     closing,
     finish,
     first_line,
+    held_out_loader,
     keep_samples,
     kept_samples,
     read_split,
+    step_memory,
     training_loader,
 )
 
@@ -70,37 +70,18 @@ class _Adaptation:
         self.model: Any = open_base(recipe.model, dtype, self.device)
         adapted = adapt_base(self.model, recipe)
         self.context = context_of(recipe, self.model, self.train)
-        self.layout = layout_of(self.model.config)
-        self.loader = training_loader(self.train, self.model.tokenizer, recipe, self.context, layout=self.layout)
-        self.held_loader = self._held_loader(self.held)
+        tokenizer, layout = self.model.tokenizer, layout_of(self.model.config)
+        self.loader = training_loader(self.train, tokenizer, recipe, self.context, layout=layout)
+        self.held_loader = held_out_loader(self.held, tokenizer, recipe, self.context, layout=layout)
         prompts = answerable(self.model, prompted(self.held.examples), recipe.max_tokens, recipe.on_bad)
         self.prompts = spread(prompts, recipe.samples)
         total = adapted.total_count
-        memory = estimate_memory(
-            self.model.config,
-            largest_batch(self.loader),
-            method=_planned(self.method),
-            autocast=recipe.precision != "fp32",
-            stored=dtype,
-            checkpointing=recipe.checkpointing,
-            average=recipe.average is not None,
-            device=self.device.type,
+        memory = step_memory(
+            recipe, self.model.config, self.loader, self.device, method=_planned(self.method), stored=dtype
         )
         numbers = NUMBERS[recipe.precision] if dtype == torch.float32 else f"{recipe.precision} base"
         self.subtitle = first_line(where, f"{numbers}, {self.method.label}", adapted.trainable_count, total, memory)
         observer.say(self.subtitle)
-
-    def _held_loader(self, held: Corpus) -> Loader:
-        recipe = self.recipe
-        return evaluation_loader(
-            held,
-            self.model.tokenizer,
-            length=self.context,
-            batch=recipe.batch,
-            on_bad=recipe.on_bad,
-            limit=recipe.held_out_size,
-            layout=self.layout,
-        )
 
     def run_all(self, resume: bool, ranks: Ranks) -> Outcome:
         recipe, run = self.recipe, self.run

@@ -25,7 +25,7 @@ from volvelle.train.adaptation import adapt_base, context_of, open_base, save_ad
 from volvelle.train.comparison_outcome import Compared, Row, with_gains
 from volvelle.train.comparison_probe import Probe, probe
 from volvelle.train.comparison_report import write_report
-from volvelle.train.evaluate import answerable, evaluation_loader, layout_of, prompted, spread, text_scores, write
+from volvelle.train.evaluate import answerable, layout_of, prompted, spread, text_scores, write
 from volvelle.train.interrupt import Interrupt
 from volvelle.train.language import LanguageObjective, held_out_loss
 from volvelle.train.loop import fit
@@ -34,7 +34,15 @@ from volvelle.train.options import to_dict
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.adapt import AdaptLanguage, MethodName
 from volvelle.train.recipes.compare import STEPS, CompareMethods
-from volvelle.train.text_run import choose_device, closing, read_split, resume_command, split, training_loader
+from volvelle.train.text_run import (
+    choose_device,
+    closing,
+    held_out_loader,
+    read_split,
+    resume_command,
+    split,
+    training_loader,
+)
 
 
 class Stopped(Exception):
@@ -127,16 +135,9 @@ class _Comparison:
 
     def _fixed(self, corpus: Corpus, model: Any, limit: int) -> Loader:
         """A corpus in a fixed order, for measuring a loss."""
-        recipe = self.recipe
-        return evaluation_loader(
-            corpus,
-            model.tokenizer,
-            length=context_of(recipe, model, self.train),
-            batch=recipe.batch,
-            on_bad=recipe.on_bad,
-            limit=limit,
-            layout=layout_of(model.config),
-        )
+        context = context_of(self.recipe, model, self.train)
+        layout = layout_of(model.config)
+        return held_out_loader(corpus, model.tokenizer, self.recipe, context, layout=layout, limit=limit)
 
     def _method(self, method: MethodName) -> None:
         """All trainings of a method, and what its best one comes to."""

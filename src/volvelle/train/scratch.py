@@ -10,7 +10,7 @@ import torch
 
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
-from volvelle.errors import UsageError, VolvelleError
+from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
@@ -19,8 +19,6 @@ from volvelle.systems.language.huggingface_config import config_to_dict
 from volvelle.systems.language.mtp import KINDS, MTP, MultiToken
 from volvelle.systems.language.mtp_files import write_mtp
 from volvelle.systems.language.tokenizer import TextTokenizer
-from volvelle.train.estimate import estimate_memory, largest_batch
-from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.language import LanguageObjective
 from volvelle.train.loop import FitResult, fit
 from volvelle.train.mtp import MultiTokenObjective, usual_weight
@@ -37,8 +35,12 @@ from volvelle.train.text_run import (
     closing,
     finish,
     first_line,
+    fresh_context,
+    held_out_loader,
     keep_samples,
+    own_tokenizer,
     read_split,
+    step_memory,
     training_loader,
 )
 
@@ -61,32 +63,16 @@ def train_language(
     with closing(run):
         train, held = read_split(recipe, observer)
         device, where = choose_device(recipe.device)
-        # One rank trains the tokenizer, and the others read what it wrote.
-        tokenizer = _tokenizer(recipe, run, train, resume) if ranks.leads else None
-        ranks.share(None)
-        tokenizer = tokenizer or TextTokenizer.from_folder(run.path / "tokenizer")
-        context = min(recipe.length or recipe.model.context, recipe.model.context)
-        if recipe.length is not None and recipe.length > recipe.model.context:
-            raise UsageError(f"length={recipe.length}: the model's context is {recipe.model.context} tokens")
+        tokenizer = own_tokenizer(run, ranks, resume, lambda: _tokenizer(recipe, train))
+        context = fresh_context(recipe, recipe.model.context)
         loader = training_loader(train, tokenizer, recipe, context)
-        limit = recipe.held_out_size
-        held_loader = evaluation_loader(
-            held, tokenizer, length=context, batch=recipe.batch, on_bad=recipe.on_bad, limit=limit
-        )
+        held_loader = held_out_loader(held, tokenizer, recipe, context)
         seed_all(recipe.seed)
         model = Decoder(build_config(recipe.model, tokenizer, recipe.position, recipe.attention)).to(device)
         model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
         multi = _with_modules(recipe, model)
         count = sum(p.numel() for p in (multi or model).parameters())
-        memory = estimate_memory(
-            model.config,
-            largest_batch(loader),
-            autocast=recipe.precision != "fp32",
-            checkpointing=recipe.checkpointing,
-            average=recipe.average is not None,
-            device=device.type,
-            mtp=multi.mtp if multi else None,
-        )
+        memory = step_memory(recipe, model.config, loader, device, mtp=multi.mtp if multi else None)
         subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, from scratch", count, count, memory)
         observer.say(subtitle)
         observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {model.config.vocabulary:,}")
@@ -180,24 +166,17 @@ def _described(mtp: MTP) -> str:
     return f"the further ones by {mtp.depths} {mtp.kind} modules of {count:,} parameters that plain decoding leaves out"
 
 
-def _tokenizer(recipe: TrainLanguage, run: RunFolder, train: Corpus, resume: bool) -> TextTokenizer:
-    """The given model's tokenizer, the one this run trained before, or a new one."""
-    folder = run.path / "tokenizer"
-    if resume and (folder / "tokenizer.json").is_file():
-        return TextTokenizer.from_folder(folder)
+def _tokenizer(recipe: TrainLanguage, train: Corpus) -> TextTokenizer:
+    """The given model's tokenizer, or a new one."""
     if recipe.tokenizer is not None:
-        tokenizer = read_tokenizer(recipe.tokenizer)
-    else:
-        texts = train.documents or [t for e in train.examples for t in (e.prompt, *e.completions)]
-        if train.examples and train.examples[0].messages is not None:
-            raise VolvelleError(
-                f"{train.path}: conversations need a tokenizer with a chat template",
-                tip="name a model that has one with tokenizer=",
-            )
-        tokenizer = train_tokenizer(texts, recipe.vocabulary)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(folder)
-    return tokenizer
+        return read_tokenizer(recipe.tokenizer)
+    texts = train.documents or [t for e in train.examples for t in (e.prompt, *e.completions)]
+    if train.examples and train.examples[0].messages is not None:
+        raise VolvelleError(
+            f"{train.path}: conversations need a tokenizer with a chat template",
+            tip="name a model that has one with tokenizer=",
+        )
+    return train_tokenizer(texts, recipe.vocabulary)
 
 
 def read_tokenizer(model: str) -> TextTokenizer:

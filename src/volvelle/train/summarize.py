@@ -6,17 +6,14 @@ import dataclasses
 import shlex
 
 from volvelle.data.docstrings import HELD_OUT, PACKAGES, TRAIN, collect, installed, write_docstrings
-from volvelle.data.pairs import pairs
 from volvelle.data.text import Corpus, spread
-from volvelle.errors import UsageError
 from volvelle.runs import RunFolder
 from volvelle.systems.language import config as c
 from volvelle.systems.language.encoder_decoder import EncoderDecoder
 from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack
 from volvelle.systems.language.huggingface import write_folder
 from volvelle.systems.language.tokenizer import TextTokenizer
-from volvelle.train.estimate import estimate_memory, largest_batch
-from volvelle.train.evaluate import Prompted, answerable, evaluation_loader, prompted, rouge, text_scores, write
+from volvelle.train.evaluate import Prompted, answerable, layout_of, prompted, rouge, text_scores, write
 from volvelle.train.language import LanguageObjective
 from volvelle.train.loop import FitResult, fit
 from volvelle.train.observer import Observer
@@ -32,8 +29,12 @@ from volvelle.train.text_run import (
     closing,
     finish,
     first_line,
+    fresh_context,
+    held_out_loader,
     keep_samples,
+    own_tokenizer,
     read_split,
+    step_memory,
     training_loader,
 )
 
@@ -55,34 +56,17 @@ def train_summarize(
         recipe = _with_data(recipe, run, observer, ranks)
         train, held = read_split(recipe, observer)
         device, where = choose_device(recipe.device)
-        # One rank trains the tokenizer, and the others read what it wrote.
-        if ranks.leads and not (resume and (run.path / "tokenizer" / "tokenizer.json").is_file()):
-            (run.path / "tokenizer").mkdir(exist_ok=True)
-            train_tokenizer(train, recipe.vocabulary).save(run.path / "tokenizer")
-        ranks.share(None)
-        tokenizer = TextTokenizer.from_folder(run.path / "tokenizer")
-        if recipe.length is not None and recipe.length > recipe.model.context:
-            raise UsageError(f"length={recipe.length}: the model's context is {recipe.model.context} tokens")
-        context = recipe.length or recipe.model.context
+        tokenizer = own_tokenizer(run, ranks, resume, lambda: train_tokenizer(train, recipe.vocabulary))
+        context = fresh_context(recipe, recipe.model.context)
         config = build_config(recipe.model, tokenizer)
-        layout = pairs(config.start)
+        layout = layout_of(config)
         loader = training_loader(train, tokenizer, recipe, context, layout=layout)
-        held_loader = evaluation_loader(
-            held, tokenizer, length=context, batch=recipe.batch, on_bad=recipe.on_bad, limit=recipe.held_out_size,
-            layout=layout,
-        )  # fmt: skip
+        held_loader = held_out_loader(held, tokenizer, recipe, context, layout=layout)
         seed_all(recipe.seed)
         model = EncoderDecoder(config).to(device)
         model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
         count = sum(p.numel() for p in model.parameters())
-        memory = estimate_memory(
-            config,
-            largest_batch(loader),
-            autocast=recipe.precision != "fp32",
-            checkpointing=recipe.checkpointing,
-            average=recipe.average is not None,
-            device=device.type,
-        )
+        memory = step_memory(recipe, config, loader, device)
         subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, BART from scratch", count, count, memory)
         observer.say(subtitle)
         observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {config.vocabulary:,}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ from volvelle.errors import UsageError, VolvelleError
 from volvelle.files import write_atomic
 from volvelle.inspect.threads_peek import answer_threads
 from volvelle.runs import RunFolder, environment
-from volvelle.train.estimate import MemoryEstimate
+from volvelle.systems.language.encoder_decoder_config import ModelConfig
+from volvelle.systems.language.mtp import MTP
+from volvelle.systems.language.tokenizer import TextTokenizer
+from volvelle.train.estimate import MemoryEstimate, estimate_memory, largest_batch
+from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.loop import FitResult
 from volvelle.train.mtp import token_rows
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
+from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.text import TextOptions
 from volvelle.train.report import Report, training_curves
 
@@ -114,6 +119,75 @@ def training_loader(
         lengths=lengths,
         workers=recipe.worker_kind,
         num_workers=recipe.workers,
+    )
+
+
+def held_out_loader(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    recipe: TextOptions,
+    context: int,
+    *,
+    layout: Layout = ONE_TEXT,
+    limit: int | None = None,
+) -> Loader:
+    """The corpus in a fixed order, for measuring a loss: at most `limit` examples, by default `held_out_size`."""
+    return evaluation_loader(
+        corpus,
+        tokenizer,
+        length=context,
+        batch=recipe.batch,
+        on_bad=recipe.on_bad,
+        limit=recipe.held_out_size if limit is None else limit,
+        layout=layout,
+    )
+
+
+def fresh_context(recipe: TextOptions, most: int) -> int:
+    """Tokens of the longest sample for a new model whose context is `most`; UsageError where the recipe wants more."""
+    if recipe.length is not None and recipe.length > most:
+        raise UsageError(f"length={recipe.length}: the model's context is {most} tokens")
+    return recipe.length or most
+
+
+def own_tokenizer(run: RunFolder, ranks: Ranks, resume: bool, make: Callable[[], TextTokenizer]) -> TextTokenizer:
+    """The run's own tokenizer: what `make` gives, unless a run that goes on has one already.
+
+    Of many ranks one makes it, and all read what it wrote.
+    """
+    folder = run.path / "tokenizer"
+    if ranks.leads and not (resume and (folder / "tokenizer.json").is_file()):
+        tokenizer = make()
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder)
+    ranks.share(None)
+    return TextTokenizer.from_folder(folder)
+
+
+def step_memory(
+    recipe: TextOptions,
+    config: ModelConfig,
+    loader: Loader,
+    device: torch.device,
+    *,
+    method: Any = "full",
+    stored: torch.dtype = torch.float32,
+    mtp: MTP | None = None,
+) -> MemoryEstimate:
+    """What a step on the loader's largest batch takes on one of the recipe's ranks.
+
+    `method`, `stored` and `mtp` are those of `estimate_memory`.
+    """
+    return estimate_memory(
+        config,
+        largest_batch(loader),
+        method=method,
+        autocast=recipe.precision != "fp32",
+        stored=stored,
+        checkpointing=recipe.checkpointing,
+        average=recipe.average is not None,
+        device=device.type,
+        mtp=mtp,
     )
 
 

@@ -274,16 +274,22 @@ def test_overflow_is_named_and_leaves_the_cache_usable():
     assert full.length == 4
 
 
+# of any cache with an open step of 2 rows and 3 tokens
+MISTAKES = [
+    (lambda c, k: c.commit(torch.tensor([[0]])), r"path must be \(b, m <= 3\) with b = 2"),
+    (lambda c, k: c.commit(torch.tensor([[0], [3]])), "offsets from -1 to 2"),
+    (lambda c, k: c.begin(3, padding=torch.zeros(2, 2, dtype=torch.bool)), r"padding must be \(b, n\) = \(2, 3\)"),
+    (lambda c, k: c.begin(3, tree=torch.ones(2, 2, dtype=torch.bool)), "tree must be bool"),
+]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        *MISTAKES,
         (lambda c, k: c.append(0, k[:, :, :2], k[:, :, :2]), "the open step has 3 tokens, got k of shape"),
         (lambda c, k: c.append(0, k.clone().requires_grad_(), k), "require gradients cannot be cached"),
-        (lambda c, k: c.commit(torch.tensor([[0]])), r"path must be \(b, m <= 3\) with b = 2"),
-        (lambda c, k: c.commit(torch.tensor([[0], [3]])), "offsets from -1 to 2"),
-        (lambda c, k: c.begin(3, padding=torch.zeros(2, 2, dtype=torch.bool)), r"padding must be \(b, n\) = \(2, 3\)"),
         (lambda c, k: c.begin(3, padding=torch.ones(2, 4, dtype=torch.bool)), r"got \(2, 4\)"),
-        (lambda c, k: c.begin(3, tree=torch.ones(2, 2, dtype=torch.bool)), "tree must be bool"),
         (lambda c, k: c.begin(3, tree=torch.ones(3, 3)), "tree must be bool"),
         (lambda c, k: c.begin(0), "0 tokens after 0 do not fit"),
     ],

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tests.parts.attention.test_cache import ancestors, as_path, random_tree, way_to
+from tests.parts.attention.test_cache import MISTAKES, ancestors, as_path, random_tree, way_to
 
 from volvelle.parts.attention.cache import Cache, KVCache
 from volvelle.parts.attention.linear import LinearState, linear_attention
@@ -199,13 +199,10 @@ def test_long_steps_are_kept_whole_or_not_at_all():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        *MISTAKES,
         (lambda c, k: c.append(0, c.state(0), k[:, :, :2], k), "the open step has 3 tokens, got k of shape"),
         (lambda c, k: c.append(0, c.state(0), k.clone().requires_grad_(), k), "require gradients cannot be kept"),
         (lambda c, k: c.commit(), "layer 0 has written nothing"),
-        (lambda c, k: c.commit(torch.tensor([[0]])), r"path must be \(b, m <= 3\) with b = 2"),
-        (lambda c, k: c.commit(torch.tensor([[0], [3]])), "offsets from -1 to 2"),
-        (lambda c, k: c.begin(3, padding=torch.zeros(2, 2, dtype=torch.bool)), r"padding must be \(b, n\) = \(2, 3\)"),
-        (lambda c, k: c.begin(3, tree=torch.ones(2, 2, dtype=torch.bool)), "tree must be bool"),
         (lambda c, k: c.begin(0), "at least one token"),
         (
             lambda c, k: c.begin(

@@ -77,17 +77,10 @@ def column_norm(matrix: Tensor, delta: Tensor | None = None) -> Tensor:
 class DoRAUpdate(LoRAUpdate):
     """DoRA as a change of a layer's result, for every kind of layer; `magnitude` (d) is trained beside a and b."""
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        rank: int = 8,
-        alpha: float = 16.0,
-        *,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__(layer, rank, alpha, dropout=dropout, rslora=rslora, generator=generator)
+    magnitude: nn.Parameter
+
+    def begin(self, layer: Any) -> None:
+        """The magnitudes start as ‖W‖."""
         self.magnitude = nn.Parameter(self.norm(layer))
 
     def norm(self, layer: Any) -> Tensor:

@@ -109,6 +109,10 @@ class LowRank(nn.Module):
         else:
             bound = 1 / math.sqrt(a[0].numel())
             nn.init.uniform_(self.a, -bound, bound, generator=generator)
+        self.begin(layer)
+
+    def begin(self, layer: Any) -> None:
+        """Make what else is trained, from the layer as it is and the factors as they start: here nothing."""
 
     def dropped(self, x: Tensor) -> Tensor:
         """The low-rank path's input: x with dropout while training."""

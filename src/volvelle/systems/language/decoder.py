@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.before import Past, Recorder
@@ -114,11 +113,12 @@ class Decoder(Prefaced):
     torch.Size([1, 5, 100])
     """
 
+    config: LanguageConfig
+
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
         self.tokenizer: TextTokenizer | None = None
-        self.gradient_checkpointing = False
         self.model = Trunk(config)
         head = config.head
         self.head_transform = nn.Identity() if head.transform is None else HeadTransform(config, head.transform)
@@ -127,41 +127,18 @@ class Decoder(Prefaced):
         self.tie()
         self.reset_parameters()
 
-    def tie(self) -> None:
-        """Make the output weights those of the token embeddings, where the configuration says so."""
-        if self.config.head.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
     def reset_parameters(self) -> None:
         """Draw fresh weights, as the class says."""
         draw_weights(self, self.config)
 
     @property
-    def device(self) -> torch.device:
-        """Where the embeddings lie."""
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The embeddings' dtype."""
-        return self.model.embed_tokens.weight.dtype
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The (vocabulary, width) matrix of the head, for losses over chunks of the vocabulary.
-
-        Logits are hidden @ output_weight.T only where the head has neither transform nor bias (`plain_head`).
-        """
-        return self.lm_head.weight
+    def embeddings(self) -> nn.Embedding:
+        """The vectors of the words."""
+        return self.model.embed_tokens
 
     @property
     def _linear(self) -> bool:
         return isinstance(self.config.attention, LinearAttention)
-
-    @property
-    def room(self) -> int:
-        """The longest text, in tokens: the context but for what comes before."""
-        return self.config.context - self.ahead
 
     @property
     def plain_head(self) -> bool:
@@ -263,11 +240,6 @@ class Decoder(Prefaced):
         at = where if positions is None else self._moved(positions)
         x = self.model.embed(ids, at, segments)
         return x, self.shared(x, at, allowed, causal, past)._replace(documents=documents)
-
-    def run(self, layer: nn.Module, *inputs: Any) -> Any:
-        """Return layer(*inputs), computed again in the backward pass with `gradient_checkpointing`."""
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
 
     def states_of(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """The keys and values (layers, 2, b, h_kv, n, d) that token embeddings x (b, n, embedding_width) give.

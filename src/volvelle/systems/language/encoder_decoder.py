@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.checkpoint import checkpoint
 
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.before import Recorder
@@ -83,24 +82,19 @@ class EncoderDecoder(Prefaced):
     torch.Size([2, 5, 100])
     """
 
+    config: EncoderDecoderConfig
     final_logits_bias: Tensor
 
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         self.config = config
         self.tokenizer: TextTokenizer | None = None
-        self.gradient_checkpointing = False
         self.model = Sides(config)
         self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
         # Not trained, and zero in almost every checkpoint; transformers keeps it as a buffer.
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocabulary))
         self.tie()
         self.reset_parameters()
-
-    def tie(self) -> None:
-        """Make the output weights those of the token embeddings, where the configuration says so."""
-        if self.config.head.tied:
-            self.lm_head.weight = self.model.shared.weight
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -114,24 +108,9 @@ class EncoderDecoder(Prefaced):
             nn.init.zeros_(self.model.shared.weight[self.model.shared.padding_idx])
 
     @property
-    def device(self) -> torch.device:
-        """Where the embeddings lie."""
-        return self.model.shared.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The embeddings' dtype."""
-        return self.model.shared.weight.dtype
-
-    @property
-    def room(self) -> int:
-        """The longest source, and the longest answer with its start, in tokens."""
-        return self.config.context - self.ahead
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The (vocabulary, width) matrix of the head, for losses over chunks of the vocabulary."""
-        return self.lm_head.weight
+    def embeddings(self) -> nn.Embedding:
+        """The vectors of the words, of sources and of answers."""
+        return self.model.shared
 
     @property
     def plain_head(self) -> bool:
@@ -190,7 +169,7 @@ class EncoderDecoder(Prefaced):
         reach = allowed if before is None else before.widened(allowed, source.shape[1])
         step = Step(None, reach, False, before)
         for layer in self.model.encoder.layers:
-            x = self._recomputed(layer, x, step)
+            x = self.run(layer, x, step)
         return Source(x, allowed, keep=keep, before=self._before(len(source), "cross"))
 
     def hidden(
@@ -229,7 +208,7 @@ class EncoderDecoder(Prefaced):
         x = self.model.decoder.embed(self.model.words(ids), where if positions is None else self._moved(positions))
         step = Step(None, allowed, causal, past)
         for layer in self.model.decoder.layers:
-            x = layer(x, step, source) if cache is not None else self._recomputed(layer, x, step, source)
+            x = layer(x, step, source) if cache is not None else self.run(layer, x, step, source)
         return x
 
     def states_of(self, ids: Tensor) -> dict[Site, Tensor]:
@@ -248,12 +227,6 @@ class EncoderDecoder(Prefaced):
         for layer in self.model.decoder.layers:
             x = layer(x, Step(None, None, True, decoder), source)
         return {"decoder": decoder.states, "cross": torch.stack(cross), "encoder": encoder.states}
-
-    def _recomputed(self, layer: nn.Module, *given: object) -> Tensor:
-        """The block's result; with `gradient_checkpointing` it is computed again in the backward pass."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *given, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return layer(*given)
 
     def _fits(self, what: str, ids: Tensor) -> None:
         room = self.room if what == "answer" else self.config.context

@@ -1,4 +1,7 @@
-"""A language model's slot for what comes before every text: the keys and values of prefix and prompt tuning."""
+"""What every language model has: embeddings, a head, and a slot for what comes before every text.
+
+The slot holds the keys and values of prefix and prompt tuning.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from volvelle.parts.attention.before import Before
 from volvelle.parts.attention.cache import Cache, KVCache
@@ -33,13 +37,58 @@ class Preface(Protocol):
 
 
 class Prefaced(nn.Module):
-    """A model with the slot: `before` is None until a prefix or a prompt is put there."""
+    """A model with the slot: `before` is None until a prefix or a prompt is put there.
+
+    Its classes set `config` and `lm_head` and say what their `embeddings` are. With `gradient_checkpointing` each block
+    is computed again in the backward pass instead of keeping its activations.
+    """
 
     before: Preface | None
+    config: Any
+    lm_head: nn.Linear
 
     def __init__(self):
         super().__init__()
+        self.gradient_checkpointing = False
         self.register_module("before", None)
+
+    @property
+    def embeddings(self) -> nn.Embedding:
+        """The vectors of the words."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings lie."""
+        return self.embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The embeddings' dtype."""
+        return self.embeddings.weight.dtype
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The (vocabulary, width) matrix of the head, for losses over chunks of the vocabulary.
+
+        Logits are hidden @ output_weight.T only where nothing else is done to them (`plain_head`).
+        """
+        return self.lm_head.weight
+
+    @property
+    def room(self) -> int:
+        """The longest text (or source, or answer with its start) in tokens: the context but for what comes before."""
+        return self.config.context - self.ahead
+
+    def tie(self) -> None:
+        """Make the output weights those of the token embeddings, where the configuration says so."""
+        if self.config.head.tied:
+            self.lm_head.weight = self.embeddings.weight
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Any:
+        """Return layer(*inputs), computed again in the backward pass with `gradient_checkpointing`."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
 
     @property
     def ahead(self) -> int:
