@@ -6,9 +6,9 @@ weights, gradients and optimiser by the number of cards N and gathers one block 
     peak = max over t of  (weights + gradients + optimiser)(t) / N + activations(t) + temporaries(t) + gathered
 
 `gathered` is what a card holds whole (see `Gathered`): weights that stay whole through the step, two blocks' weights
-(the current and the prefetched one), and gradients on their way into shards. Under autocast the gathered weights are
-half precision already (FSDP's mixed-precision policy), so no casts of all weights are kept, which DDP does. The batch
-is the one card's own: N cards train N times as many samples a step.
+(the current and the prefetched one) while blocks run, and in the backward pass gradients on their way into shards.
+Under autocast the gathered weights are half precision already (FSDP's mixed-precision policy), so no casts of all
+weights are kept, which DDP does. The batch is the one card's own: N cards train N times as many samples a step.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from volvelle.inspect.memory_ledger import CATEGORIES, Entry
+from volvelle.inspect.memory_ledger import CATEGORIES, Entry, Point, thinned
 from volvelle.inspect.memory_options import Cards, Shard
 from volvelle.inspect.memory_session import Trace
 from volvelle.inspect.memory_step import TrainingStep, units_of
 
-_SPLIT = ("weights", "gradients", "optimiser")
+SPLIT = CATEGORIES[:3]
+"""What FSDP splits: weights, gradients, optimiser."""
 
 
 @dataclass(frozen=True)
 class CardPlan:
-    """One card of `cards` under `shard`: its peak in bytes, what of it is communication, and whether it fits."""
+    """One card of `cards` under `shard`: its peak in bytes, what of it is communication, and whether it fits.
+
+    Of many cards there is a `timeline`, whose sizes are those of CATEGORIES and communication.
+    """
 
     cards: Cards
     shard: Shard
     peak: int
     communication: int
+    timeline: tuple[Point, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -59,42 +65,86 @@ def gigabytes(number: float) -> str:
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
+class Moment(NamedTuple):
+    """One moment on one card: its ledger position and phase, bytes in the order of CATEGORIES, and of communication.
+
+    `constant` says that nothing of it grows with the batch.
+    """
+
+    position: int
+    phase: str
+    sizes: tuple[float, ...]
+    communication: float
+    constant: bool = False
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return sum(self.sizes) + self.communication
+
+    @property
+    def growing(self) -> float:
+        """Bytes that grow with the batch."""
+        return 0.0 if self.constant else sum(self.sizes[len(SPLIT) :])
+
+    @property
+    def fixed(self) -> float:
+        """Bytes that persist or travel."""
+        return self.total - self.growing
+
+
 def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> CardPlan:
     """What one card holds at its peak."""
     if cards.count == 1:
         return CardPlan(cards, shard, trace.peak, 0)
     communication = _communication(step, cards, shard)
-    peak = max(math.ceil(fixed + growing) for fixed, growing in card_moments(trace, step, cards, shard))
-    return CardPlan(cards, shard, peak, communication)
+    peak = 0
+
+    def points() -> Iterator[Point]:
+        nonlocal peak
+        for moment in card_moments(trace, step, cards, shard):
+            peak = max(peak, math.ceil(moment.total))
+            sizes = (*moment.sizes, moment.communication)
+            yield Point(moment.position, moment.phase, tuple(map(round, sizes)))
+
+    timeline = tuple(thinned(points(), trace.start, trace.stop))
+    return CardPlan(cards, shard, peak, communication, timeline)
 
 
-def card_moments(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> Iterator[tuple[float, float]]:
-    """Bytes on one card at each moment: those that persist or travel, and those that grow with the batch."""
+def card_moments(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> Iterator[Moment]:
+    """The moments of a step on one of the cards."""
     n = cards.count if shard == "fsdp" else 1
     gathered = Gathered.of(step) if n > 1 else None
     buckets = _communication(step, cards, shard) if gathered is None else 0
     # Autocast's copies of weights are gathered instead of kept.
     amp = n > 1 and step.options.precision == "amp"
     blocks, entries = trace.ledger.blocks, trace.ledger.entries
-    cast_sizes = {i: block.size for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
-    waiting_sizes = {i: blocks[i].size for i in trace.root_gradients}
+    casts = {i for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
+    kept = dict.fromkeys(CATEGORIES, 0)  # bytes of casts by category
+    waiting = 0
 
-    def moved(sizes: dict[int, int], entry: Entry) -> int:
-        return entry.sign * sizes.get(entry.block, 0)
+    def follow(entry: Entry) -> None:
+        nonlocal waiting
+        block = blocks[entry.block]
+        if entry.block in casts:
+            kept[block.category or "temporaries"] += entry.sign * block.size
+        if entry.block in trace.root_gradients:
+            waiting += entry.sign * block.size
 
-    casts = sum(moved(cast_sizes, entry) for entry in entries[: trace.start])
-    waiting = sum(moved(waiting_sizes, entry) for entry in entries[: trace.start])
+    for entry in entries[: trace.start]:
+        follow(entry)
     for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
-        casts += moved(cast_sizes, entries[index])
-        waiting += moved(waiting_sizes, entries[index])
-        split = sum(sums[name] for name in _SPLIT)
-        rest = sum(sums[name] for name in CATEGORIES if name not in _SPLIT) - casts
+        follow(entries[index])
+        sizes = tuple(sums[name] - kept[name] for name in CATEGORIES)
         if gathered is None:
-            yield split + buckets, rest
+            yield Moment(index, phase, sizes, buckets)
         elif phase == "optimiser":  # it works on shards alone, and needs no block gathered
-            yield (split + rest) / n, 0.0
+            yield Moment(index, phase, tuple(size / n for size in sizes), 0, constant=True)
         else:
-            yield (split - waiting) / n + waiting + gathered.beside(waiting), rest
+            weights, gradients, optimiser, *rest = sizes
+            split = weights / n, (gradients - waiting) / n + waiting, optimiser / n
+            whole = gathered.forward(index in trace.in_blocks) if phase == "forward" else gathered.beside(waiting)
+            yield Moment(index, phase, (*split, *rest), whole)
 
 
 def _communication(step: TrainingStep, cards: Cards, shard: Shard) -> int:
@@ -136,8 +186,12 @@ class Gathered:
             weights(root), gradients(root), max(map(weights, units), default=0), max(map(gradients, units), default=0)
         )
 
+    def forward(self, in_blocks: bool) -> int:
+        """Whole weights in the forward pass: those of a block are dropped behind it, and the loss needs none."""
+        return self.root_weights + (2 * self.block_weights if in_blocks else 0)
+
     def beside(self, waiting: int) -> int:
-        """Whole weights and buffers at a moment when root gradients of `waiting` bytes are there."""
+        """Whole weights and buffers in the backward pass, when root gradients of `waiting` bytes are there."""
         if waiting and waiting == self.root_gradients:  # past the blocks: the last one's buffer, or the root's own
             return max(self.root_weights + self.block_gradients, self.root_gradients)
         return self.root_weights + 2 * self.block_weights + 2 * self.block_gradients  # one block is fetched ahead

@@ -7,10 +7,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from volvelle.inspect.memory_cards import gigabytes
-from volvelle.inspect.memory_ledger import CATEGORIES
+from volvelle.inspect.memory_ledger import CATEGORIES, Point
 
 if TYPE_CHECKING:
-    from volvelle.inspect.memory_plan import MemoryPlan, Point
+    from volvelle.inspect.memory_plan import MemoryPlan
 
 Scale = Callable[[float], float]
 WIDTH, HEIGHT = 960, 420

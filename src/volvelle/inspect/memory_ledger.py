@@ -49,6 +49,35 @@ class Entry:
     phase: str
 
 
+@dataclass(frozen=True)
+class Point:
+    """The memory at one moment of a timeline: ledger position, phase, bytes in the order of CATEGORIES.
+
+    On one of many cards one number more, the bytes of communication, comes last.
+    """
+
+    position: int
+    phase: str
+    sizes: tuple[int, ...]
+
+
+POINTS = 600  # of a timeline
+
+
+def thinned(moments: Iterable[Point], start: int, stop: int, points: int = POINTS) -> Iterator[Point]:
+    """At most `points` of the moments [start, stop): of each stretch the largest one stays, so the peak does."""
+    stretch = max(1, -(-(stop - start) // points))
+    best: Point | None = None
+    for moment in moments:
+        if best is not None and (moment.position - start) % stretch == 0:
+            yield best
+            best = None
+        if best is None or sum(moment.sizes) > sum(best.sizes):
+            best = moment
+    if best is not None:
+        yield best
+
+
 @dataclass
 class Ledger:
     """Blocks and entries of one trace. `marks` are (entry index, label) where a phase began."""

@@ -18,22 +18,11 @@ from volvelle.errors import VolvelleError
 from volvelle.inspect.memory_advice import Alternative, alternatives
 from volvelle.inspect.memory_cards import CardPlan, card_moments, card_plan
 from volvelle.inspect.memory_inputs import Inputs
-from volvelle.inspect.memory_ledger import CATEGORIES, Ledger
+from volvelle.inspect.memory_ledger import CATEGORIES, Ledger, Point, thinned
 from volvelle.inspect.memory_options import Cards, Shard, StepOptions
 from volvelle.inspect.memory_session import Session, StepSession, Trace
 from volvelle.inspect.memory_step import Loss, model_loss
 from volvelle.inspect.memory_values import LARGEST
-
-POINTS = 600  # of a timeline
-
-
-@dataclass(frozen=True)
-class Point:
-    """The memory at one moment of a timeline: ledger position, phase, bytes in the order of CATEGORIES."""
-
-    position: int
-    phase: str
-    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -197,20 +186,11 @@ def describe(session: Session, trace: Trace, *, label: str, batch: int) -> Memor
     )
 
 
-def timeline(trace: Trace, points: int = POINTS) -> list[Point]:
-    """Thin the ledger out to at most `points` moments; of each stretch the largest one stays, so the peak does."""
-    stretch = max(1, -(-(trace.stop - trace.start) // points))
-    chosen: list[Point] = []
-    best = -1
-    for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
-        total = sum(sums.values())
-        if (index - trace.start) % stretch == 0:
-            best = -1
-            chosen.append(Point(index, phase, ()))
-        if total > best:
-            best = total
-            chosen[-1] = Point(index, phase, tuple(sums[name] for name in CATEGORIES))
-    return chosen
+def timeline(trace: Trace) -> list[Point]:
+    """The trace, thinned out."""
+    rows = trace.ledger.rows(trace.start, trace.stop)
+    moments = (Point(index, phase, tuple(sums[name] for name in CATEGORIES)) for index, phase, sums in rows)
+    return list(thinned(moments, trace.start, trace.stop))
 
 
 def holdings(ledger: Ledger, at: int, count: int = 12) -> list[Holding]:
@@ -243,7 +223,7 @@ def _largest(session: StepSession, inputs: Inputs, trace: Trace, first: CardPlan
         if tried.fits:
             low = batch
             moments = card_moments(trace, session.step, cards, first.shard)
-            guess = int(batch * min((cards.capacity - fixed) / grows for fixed, grows in moments if grows > 0))
+            guess = int(batch * min((cards.capacity - m.fixed) / m.growing for m in moments if m.growing > 0))
         else:
             high, guess = batch, (low + batch) // 2
         if high - low == 1:

@@ -18,7 +18,7 @@ from volvelle.inspect.memory_inputs import Inputs
 from volvelle.inspect.memory_kernels import Kernels
 from volvelle.inspect.memory_ledger import Block, Ledger
 from volvelle.inspect.memory_options import StepOptions
-from volvelle.inspect.memory_step import TrainingStep, units_of
+from volvelle.inspect.memory_step import TrainingStep, sharded_blocks, units_of
 from volvelle.inspect.memory_tracker import StorageTracker
 from volvelle.inspect.memory_values import Assumption, KnownValues
 
@@ -27,7 +27,8 @@ from volvelle.inspect.memory_values import Assumption, KnownValues
 class Trace:
     """One traced stretch: the ledger's entries [start, stop), its peak in bytes, and the entry where it is reached.
 
-    `root_gradients` are the ledger's blocks that hold gradients of parameters outside the model's repeated blocks.
+    `root_gradients` are the ledger's blocks that hold gradients of parameters outside the model's repeated blocks, and
+    `in_blocks` the entries between which the forward pass runs through these.
     """
 
     ledger: Ledger
@@ -36,6 +37,7 @@ class Trace:
     peak: int
     at: int
     root_gradients: frozenset[int] = frozenset()
+    in_blocks: range = range(0)
 
     @property
     def composition(self) -> dict[str, int]:
@@ -183,4 +185,19 @@ class StepSession(Session):
         gradients = [p.grad for p in units_of(self.step.model)[1] if p.grad is not None]
         found = {self.tracker.block_of(gradient) for gradient in gradients}
         trace.root_gradients = frozenset(index for index in found if index is not None)
+        trace.in_blocks = self._in_blocks(start)
         return trace
+
+    def _in_blocks(self, start: int) -> range:
+        wanted = {id(block) for block in sharded_blocks(self.step.model)}
+        paths = {path for path, module in self.step.model.named_modules() if id(module) in wanted}
+        below = tuple(f"{path}." for path in paths)
+        ledger = self.tracker.ledger
+        made = [
+            index
+            for index, entry in enumerate(ledger.entries[start:], start)
+            if entry.sign > 0
+            and entry.phase == "forward"
+            and ((module := ledger.blocks[entry.block].module) in paths or module.startswith(below))
+        ]
+        return range(made[0], made[-1] + 1) if made else range(0)

@@ -177,13 +177,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=share).children()) if lists else []
 
 
-def units_of(model: nn.Module) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
-    """The parameters that sharding gathers together: of each block, and of all that is outside blocks.
-
-    Blocks are the elements of every ModuleList, or of the largest Sequential where there is no ModuleList.
-    """
+def sharded_blocks(model: nn.Module) -> list[nn.Module]:
+    """The elements of every ModuleList, or of the largest Sequential where there is no ModuleList."""
     lists = [list(part) for part in model.modules() if isinstance(part, nn.ModuleList)] or [blocks_of(model)]
-    units = [list(block.parameters()) for blocks in lists for block in blocks]
+    return [block for blocks in lists for block in blocks]
+
+
+def units_of(model: nn.Module) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
+    """The parameters that sharding gathers together: of each block, and of all that is outside blocks."""
+    units = [list(block.parameters()) for block in sharded_blocks(model)]
     inside = {id(p) for unit in units for p in unit}
     return units, [p for p in model.parameters() if id(p) not in inside]
 

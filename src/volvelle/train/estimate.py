@@ -11,7 +11,7 @@ therefore a line in the depth too, and the peak of the step the largest of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from volvelle.data.loader import Loader
 from volvelle.data.tokens import IGNORE
-from volvelle.inspect.memory_ledger import CATEGORIES
+from volvelle.inspect.memory_ledger import CATEGORIES, Point
+from volvelle.inspect.memory_options import Cards, Shard
 from volvelle.inspect.memory_plan import MemoryPlan, plan_memory
 from volvelle.inspect.memory_step import cast
 from volvelle.systems.language.config import LanguageConfig
@@ -37,23 +38,30 @@ DEPTHS = (3, 5)
 """Planned depths; models of up to `SHALLOW` blocks are planned as they are."""
 SHALLOW = 8
 CHUNKS = 3
+UNLIMITED = 1e6
+"""Gigabytes of a rank of which only the need is asked."""
 
 Batch = Mapping[str, Tensor] | Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of each part at the peak; `total` is their sum. `activations` holds inputs, buffers and temporaries too."""
+    """Bytes of each part at the peak of one rank; `total` is their sum.
+
+    `activations` holds inputs, buffers and temporaries too; `communication` is what many ranks gather whole (fsdp) or
+    average in buckets (ddp).
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    communication: int = 0
 
     @property
     def total(self) -> int:
         """All parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
 
     def __str__(self) -> str:
         parts = {
@@ -61,6 +69,7 @@ class MemoryEstimate:
             "gradients": self.gradients,
             "optimiser": self.optimizer,
             "activations": self.activations,
+            "communication": self.communication,
         }
         # Shown from 10 MB up; an adapter's gradients are not worth a number.
         named = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value >= 10**7)
@@ -115,11 +124,14 @@ def estimate_memory(
     average: bool = False,
     device: str = "cpu",
     mtp: MTP | None = None,
+    ranks: int = 1,
+    shard: Shard = "ddp",
 ) -> MemoryEstimate:
-    """What a step on `batch` takes at its peak on one rank, unsharded, by category.
+    """What a step on `batch` takes at its peak on one rank, by category.
 
     `method` is "full" or a method of volvelle.adapt; `autocast` runs the forward pass in half precision; `average`
-    keeps a moving average of what is trained, counted with the optimiser; `mtp` are modules that are trained too.
+    keeps a moving average of what is trained, counted with the optimiser; `mtp` are modules that are trained too. Of
+    many `ranks` each takes such a batch; `shard` says whether it holds everything (ddp) or its share (fsdp).
     """
     options: dict[str, Any] = {
         "method": method,
@@ -128,28 +140,36 @@ def estimate_memory(
         "device": "cuda" if device == "cuda" else "cpu",
         "stored": stored,
         "mtp": mtp,
+        "gpus": Cards(ranks, UNLIMITED) if ranks > 1 else None,
+        "shard": shard,
     }
     # A method that names blocks by index means blocks of the whole model; and an encoder-decoder has two depths.
     whole = not isinstance(config, LanguageConfig) or getattr(method, "layers", None) is not None
     if config.depth <= SHALLOW or whole:
-        return _estimate(plan_language(config, batch, **options).composition, average)
+        moments = _moments(plan_language(config, batch, **options))
+        return _estimate(max((moment.sizes for moment in moments), key=sum), average)
     plans = [plan_language(dataclasses.replace(config, depth=depth), batch, **options) for depth in DEPTHS]
     return _estimate(deeper(plans[0], plans[1], DEPTHS, config.depth), average)
 
 
-def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth: int) -> dict[str, float]:
-    """The composition of the peak at `depth`, from plans at two smaller depths: the largest of all stretches' lines."""
+def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth: int) -> list[float]:
+    """The sizes at the peak at `depth`, from plans at two smaller depths: the largest of all stretches' lines."""
     slope = (depth - depths[0]) / (depths[1] - depths[0])
     lines = []
     for one, two in zip(_stretches(first), _stretches(second), strict=True):
         lines.append([low + slope * (high - low) for low, high in zip(one, two, strict=True)])
-    return dict(zip(CATEGORIES, max(lines, key=sum), strict=True))
+    return max(lines, key=sum)
+
+
+def _moments(plan: MemoryPlan) -> Sequence[Point]:
+    """The timeline of a rank: of one process, or of one of many."""
+    return plan.timeline if plan.card is None else plan.card.timeline
 
 
 def _stretches(plan: MemoryPlan) -> list[tuple[int, ...]]:
     """The largest moments of the halves of the forward and the backward pass, and of the update."""
     phases: dict[str, list[tuple[int, ...]]] = {"forward": [], "backward": [], "optimiser": []}
-    for point in plan.timeline:
+    for point in _moments(plan):
         name = "backward" if point.phase == "recompute" else point.phase
         if name in phases:
             phases[name].append(point.sizes)
@@ -171,12 +191,14 @@ def largest_batch(loader: Loader) -> Any:
     return loader.load(max(batches, key=len))
 
 
-def _estimate(composition: Mapping[str, float], average: bool) -> MemoryEstimate:
-    main = {name: round(composition[name]) for name in ("weights", "gradients", "optimiser")}
-    rest = round(sum(composition.values())) - sum(main.values())
+def _estimate(sizes: Sequence[float], average: bool) -> MemoryEstimate:
+    """From bytes in the order of CATEGORIES, on one of many ranks with those of communication behind them."""
+    named = dict(zip((*CATEGORIES, "communication"), map(round, sizes), strict=False))
+    main = [named.pop(name) for name in ("weights", "gradients", "optimiser")]
+    communication = named.pop("communication", 0)
     # The average is one number a trained parameter, Adam's moments are two.
-    kept = main["optimiser"] // 2 if average else 0
-    return MemoryEstimate(main["weights"], main["gradients"], main["optimiser"] + kept, rest)
+    kept = main[2] // 2 if average else 0
+    return MemoryEstimate(main[0], main[1], main[2] + kept, sum(named.values()), communication)
 
 
 def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

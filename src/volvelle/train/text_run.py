@@ -188,6 +188,8 @@ def step_memory(
         average=recipe.average is not None,
         device=device.type,
         mtp=mtp,
+        ranks=recipe.ranks,
+        shard=recipe.shard,
     )
 
 
