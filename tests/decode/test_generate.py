@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from volvelle.decode import Sampling, generate, generate_batch, stream
-from volvelle.decode.loop import Accepted, Draft, run
+from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting
+from volvelle.decode.loop import run
 from volvelle.decode.request import Limits, Request
 from volvelle.errors import UsageError, VolvelleError
 
@@ -208,25 +209,31 @@ def test_bf16(model):
     assert len(generate_batch(half, PROMPTS, max_tokens=10)) == 4
 
 
-class Oracle:
+class Oracle(Drafter, Drafting):
     """A drafter that knows the answer and spoils every third token of it; in a tree, a wrong sibling comes first."""
 
     def __init__(self, answers, width, tree):
-        self.answers, self.width, self.tree = answers, width, tree
+        self.answers, self.length, self.tree = answers, width, tree
+        self.width = width + tree
 
-    def propose(self, requests, hidden):
-        if any(len(request.tokens) + self.width > request.max_tokens for request in requests if not request.finish):
-            return None
+    @property
+    def depth(self):
+        return self.length
+
+    def begin(self, writer, requests, room):
+        return self
+
+    def propose(self, requests, seen, k):
         rows = []
         for request, answer in zip(requests, self.answers, strict=True):
             at = len(request.tokens)
-            tokens = [(t + (at + i) % 3 // 2) % 96 for i, t in enumerate(answer[at : at + self.width])]
-            rows.append(tokens + [1] * (self.width - len(tokens)))
+            tokens = [(t + (at + i) % 3 // 2) % 96 for i, t in enumerate(answer[at : at + self.length])]
+            rows.append(tokens + [-1] * (self.length - len(tokens)))
         tokens = torch.tensor(rows)
         if not self.tree:
-            return Draft(tokens)
+            return Draft(tokens[:, :k])
         wrong = (tokens[:, :1] + 1) % 96
-        return Draft(torch.cat((wrong, tokens), 1), parents=(-1, -1, *range(1, self.width)))
+        return Draft(torch.cat((wrong, tokens), 1), parents=(-1, -1, *range(1, self.length)))
 
 
 def greedy_accept(logits, draft, requests):

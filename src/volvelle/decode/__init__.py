@@ -1,4 +1,4 @@
-"""Generating text with a language model: `generate`, `generate_batch`, `stream`, `beam_search`; how tokens are chosen.
+"""Generating text with a language model: plainly or with drafts that it checks; beam search; how tokens are chosen.
 
 Names are resolved on first use, so importing the torch-free `volvelle.decode.options` does not import torch.
 """
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from volvelle.decode.beam import beam_search
+    from volvelle.decode.drafters.medusa import Medusa
+    from volvelle.decode.drafters.mtp import MTP
+    from volvelle.decode.drafters.opening import open_drafter
     from volvelle.decode.generation import generate, generate_batch, stream
     from volvelle.decode.loop import Draft, Drafter
     from volvelle.decode.options import Beams, Rules, Sampling
@@ -17,23 +20,38 @@ if TYPE_CHECKING:
 
 _HOME = {
     **dict.fromkeys(("Beams", "Rules", "Sampling"), "options"),
+    "Exact": "accept_exact",
+    "Typical": "accept_typical",
     "beam_search": "beam",
     **dict.fromkeys(("generate", "generate_batch", "stream"), "generation"),
-    **dict.fromkeys(("Draft", "Drafter"), "loop"),
+    "MTP": "drafters.mtp",
+    "Medusa": "drafters.medusa",
+    "open_drafter": "drafters.opening",
+    **dict.fromkeys(("Draft", "Drafter", "Drafting"), "contract"),
+    "DraftModel": "drafters.draft_model",
+    "EarlyExit": "drafters.early_exit",
     **dict.fromkeys(("Generation", "Token"), "request"),
 }
 
 __all__ = [
+    "MTP",
     "Beams",
     "Draft",
+    "DraftModel",
     "Drafter",
+    "Drafting",
+    "EarlyExit",
+    "Exact",
     "Generation",
+    "Medusa",
     "Rules",
     "Sampling",
     "Token",
+    "Typical",
     "beam_search",
     "generate",
     "generate_batch",
+    "open_drafter",
     "stream",
 ]
 

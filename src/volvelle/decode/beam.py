@@ -60,7 +60,7 @@ def beam_search(
         request.steps = search.steps
         for token in tokens:
             request.add(token)
-    return [finished(request, seconds, first) for request in requests]
+    return [finished(request, seconds, prompt_seconds=first) for request in requests]
 
 
 class BeamSearch:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from volvelle.decode.accept_exact import EXACT
+from volvelle.decode.contract import ALWAYS, Acceptance, Drafter, Policy
 from volvelle.decode.loop import Event, evaluating, run
 from volvelle.decode.options import Rules, Sampling
 from volvelle.decode.request import NO_RULES, Generation, Limits, Request, Token
@@ -32,18 +34,34 @@ def generate(
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] | None = None,
     rules: Rules = NO_RULES,
+    drafter: Drafter | None = None,
+    acceptance: Acceptance = EXACT,
+    policy: Policy = ALWAYS,
     on_token: Callable[[Token], object] | None = None,
 ) -> Generation:
     """Continue one prompt; an encoder-decoder reads it and writes an answer to it.
 
     The answer ends at an eos id (default: the tokenizer's; `()` = none), before a stop string, or after `max_tokens`
     (None: when the context is full). `rules` say what else it must and must not hold. `on_token` is called with every
-    Token as it comes. Computes in the model's own
-    dtype, without gradients and dropout. Raises VolvelleError when the prompt is empty or the prompt and `max_tokens`
-    do not fit into the context: nothing is cut silently.
+    Token as it comes. Computes in the model's own dtype, without gradients and dropout.
+
+    A `drafter` proposes tokens that the model checks several at a time; `acceptance` says which stay (by default
+    those that leave the answer what it is without drafts), `policy` how many are worth proposing.
+
+    Raises VolvelleError when the prompt is empty, when the prompt and `max_tokens` do not fit into the context (nothing
+    is cut silently), and when the drafter does not fit the model.
     """
     answer = stream(
-        model, prompt_ids, sampling=sampling, max_tokens=max_tokens, stop=stop, eos_ids=eos_ids, rules=rules
+        model,
+        prompt_ids,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=stop,
+        eos_ids=eos_ids,
+        rules=rules,
+        drafter=drafter,
+        acceptance=acceptance,
+        policy=policy,
     )
     while True:
         try:
@@ -63,6 +81,9 @@ def stream(
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] | None = None,
     rules: Rules = NO_RULES,
+    drafter: Drafter | None = None,
+    acceptance: Acceptance = EXACT,
+    policy: Policy = ALWAYS,
 ) -> Generator[Token, None, Generation]:
     """Continue one prompt as an iterator of Tokens, whose texts join to the answer's; it returns the Generation.
 
@@ -70,10 +91,15 @@ def stream(
     stop string or of a UTF-8 character is never in a Token's text.
     """
     request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules))
+    help = Help(drafter, acceptance, policy)
 
     def tokens() -> Generator[Token, None, Generation]:
-        [answer] = yield from _tokens(model, [request])
-        return answer
+        events = _events(model, [request], help)
+        while True:
+            try:
+                yield next(events).token
+            except StopIteration as end:
+                return end.value[0]
 
     return tokens()
 
@@ -87,6 +113,9 @@ def generate_batch(
     stop: Sequence[str] = (),
     eos_ids: Sequence[int] | None = None,
     rules: Rules = NO_RULES,
+    drafter: Drafter | None = None,
+    acceptance: Acceptance = EXACT,
+    policy: Policy = ALWAYS,
     on_token: Callable[[int, Token], object] | None = None,
 ) -> list[Generation]:
     """Continue several prompts in one batch, padded on the left; rows finish when they finish.
@@ -103,7 +132,7 @@ def generate_batch(
         return []
     ends = limits(max_tokens, stop, eos_ids, rules)
     requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
-    events = _events(model, requests)
+    events = _events(model, requests, Help(drafter, acceptance, policy))
     while True:
         try:
             row, token = next(events)
@@ -113,30 +142,33 @@ def generate_batch(
             on_token(row, token)
 
 
-def _tokens(model: LanguageModel, requests: list[Request]) -> Generator[Token, None, list[Generation]]:
-    events = _events(model, requests)
-    while True:
-        try:
-            yield next(events).token
-        except StopIteration as end:
-            return end.value
+class Help(NamedTuple):
+    """What a call decodes with besides the model."""
+
+    drafter: Drafter | None
+    acceptance: Acceptance
+    policy: Policy
 
 
-def _events(model: LanguageModel, requests: list[Request]) -> Generator[Event, None, list[Generation]]:
+def _events(model: LanguageModel, requests: list[Request], help: Help) -> Generator[Event, None, list[Generation]]:
     started, ends, first = time.perf_counter(), [0.0] * len(requests), 0.0
-    with evaluating(model):
-        if isinstance(model, Decoder):
-            fuse_projections(model)
-        for events in run(model, requests):
+    drafter, acceptance, policy = help
+    models = (model, *(() if drafter is None else drafter.modules))
+    with evaluating(*models):
+        for one in models:
+            if isinstance(one, Decoder):
+                fuse_projections(one)
+        for events in run(model, requests, drafter=drafter, accept=acceptance, policy=policy):
             now = time.perf_counter() - started
             first = first or now
             for event in events:
                 ends[event.row] = now
             yield from events
-    return [finished(request, end, first) for request, end in zip(requests, ends, strict=True)]
+    whole = [drafter is None or acceptance.lossless(request.sampling) for request in requests]
+    return [finished(*answer, prompt_seconds=first) for answer in zip(requests, ends, whole, strict=True)]
 
 
-def finished(request: Request, seconds: float, prompt_seconds: float) -> Generation:
+def finished(request: Request, seconds: float, lossless: bool = True, *, prompt_seconds: float) -> Generation:
     """The request as a finished answer."""
     return Generation(
         tokens=request.tokens,
@@ -146,6 +178,11 @@ def finished(request: Request, seconds: float, prompt_seconds: float) -> Generat
         steps=request.steps,
         seconds=seconds,
         prompt_seconds=prompt_seconds,
+        drafted=request.drafted,
+        proposed=request.proposed,
+        accepted=request.accepted,
+        lossless=lossless,
+        near_ties=request.near_ties,
     )
 
 

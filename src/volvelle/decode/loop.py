@@ -10,58 +10,30 @@ Shapes: b rows, k drafted tokens, n = 1 + k tokens a step, v vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from volvelle.decode.contract import ALWAYS, Acceptance, Accepted, Draft, Drafter, Drafting, Policy, Rule, Seen
 from volvelle.decode.request import Request, Token
+from volvelle.decode.speculation import Speculation
 from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
 
 if TYPE_CHECKING:
+    from volvelle.decode.contract import Writer
     from volvelle.parts.attention.cache import Cache
-    from volvelle.systems.language.decoder import Decoder
     from volvelle.systems.language.models import LanguageModel
 
+__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Seen", "choose_next", "run", "step"]
 
-class Draft(NamedTuple):
-    """Proposed continuations of the newest token.
+Read = Callable[["Writer", Tensor, "Tensor | None", "Cache"], tuple[Tensor, Tensor]]
+"""Runs the writer over a step's ids (b, n) with their mask: the final states, and those that a drafter sees."""
 
-    `tokens` is (b, k). `parents` (k,) is each one's parent: an index into `tokens`, -1 for the newest token; None for a
-    chain, in which each follows the one before. `q` (b, k, v) holds the probabilities they were drawn with, None when
-    they were not drawn but chosen.
-    """
-
-    tokens: Tensor
-    parents: Sequence[int] | None = None
-    q: Tensor | None = None
-
-
-class Drafter(Protocol):
-    """Proposes tokens for the target model to check. `width` is the most tokens it ever proposes in a step."""
-
-    width: int
-
-    def propose(self, requests: Sequence[Request], hidden: Tensor) -> Draft | None:
-        """Draft the next tokens of every row, or nothing; hidden (b, width) is the state before the newest token."""
-        ...
-
-
-class Accepted(NamedTuple):
-    """What a step gained: new tokens a row (a finished row's are ignored), and which slots of the step stay.
-
-    `path` (b, m) are offsets into the step, -1 = none, or None for all. A row's path holds the newest token (0) and its
-    accepted draft tokens; the last of `tokens` comes from the target itself and is not in the step. In a search other
-    rows take the place of these: `rows` are those that they go on from, one for each of `tokens`.
-    """
-
-    tokens: list[list[int]]
-    path: Tensor | None = None
-    rows: Sequence[int] | None = None
-
-
-Acceptance = Callable[[Tensor, "Draft | None", Sequence[Request]], Accepted]
+Forward = Callable[["Writer", "Cache", Tensor, "Tensor | None", int, Read], tuple[Tensor, Tensor]]
+"""How a step is computed; see `step`."""
 
 
 class Event(NamedTuple):
@@ -85,44 +57,62 @@ def run(
     model: LanguageModel,
     requests: Sequence[Request],
     *,
+    choose: Rule = choose_next,
     drafter: Drafter | None = None,
-    accept: Acceptance = choose_next,
-    choose: Acceptance = choose_next,
+    accept: Acceptance | Rule | None = None,
+    policy: Policy = ALWAYS,
+    forward: Forward | None = None,
+    spare: int = 0,
 ) -> Iterator[list[Event]]:
     """Decode all requests together; yields what each step gained until every row is finished.
 
-    `accept` is the rule for steps with a draft, `choose` for those without.
+    `choose` is the rule for steps without a draft, `accept` for those with one (exact by default). `forward` computes
+    a step (default: `step`) and may touch `spare` slots of the cache behind the step's own.
     """
-    longest = max(len(request.prompt) for request in requests)
-    lengths = [request.max_tokens for request in requests]
-    # Rows that accept less leave holes where others accept more, so with drafts a step may fill slots for one row only.
-    room = longest + (max(lengths) if drafter is None else sum(lengths) + drafter.width)
-    ids, mask = left_pad([request.prompt for request in requests], model.device)
-    draft: Draft | None = None
+    forward = forward or step
+    room = max(len(request.prompt) for request in requests) + max(request.max_tokens for request in requests)
+    drafts: Speculation | None = None
     with computing(model):
         writer = reader(model, requests)
-        cache = writer.new_cache(len(requests), room)
+        if drafter is not None:
+            drafts = Speculation(model, writer, requests, drafter, accept, policy, forward, room)
+            spare += drafts.spare
+        cache = writer.new_cache(len(requests), room + spare)
+    read = read_once if drafts is None else drafts.drafting.read
+    ids, mask = left_pad([request.prompt for request in requests], model.device)
+    draft, n = None, 1
     while True:
         with computing(model):
-            hidden, logits = step(writer, cache, ids, mask, 1 if draft is None else 1 + draft.tokens.shape[1])
-            rule = choose if draft is None else accept
+            logits, states = forward(writer, cache, ids, mask, n, read)
+            rule = choose if drafts is None or draft is None else drafts.accept
             accepted = rule(logits, draft, requests)
             cache.commit(accepted.path)
             if accepted.rows is not None:
                 cache.reorder(torch.tensor(accepted.rows, device=model.device))
                 requests = [requests[row].fork() for row in accepted.rows]
-        yield observe(requests, accepted)
+        if drafts is None:
+            events = observe(requests, accepted)
+        else:
+            with computing(model):
+                told = drafts.scored(logits, accepted, draft, requests)
+                events = observe(requests, accepted)
+                drafts.gained(told, cache, requests, Seen(ids, states, mask))
+        yield events
         if all(request.finish for request in requests):
             return
         with computing(model):
+            if drafts is not None:
+                draft = drafts.propose(cache, requests)
+            elif any(request.finish for request in requests):
+                forget_overfull(cache, model, requests)
             ids, mask = torch.tensor([[request.last] for request in requests], device=model.device), None
-            draft = None if drafter is None else drafter.propose(requests, last_kept(hidden, accepted))
             if draft is not None:
-                ids = torch.cat((ids, draft.tokens), dim=1)
+                ids = torch.cat((ids, draft.tokens.clamp(min=0)), dim=1)
                 mask = tree_mask(draft, len(requests))
+            n = ids.shape[1]
 
 
-def reader(model: LanguageModel, requests: Sequence[Request]) -> Decoder | Answering:
+def reader(model: LanguageModel, requests: Sequence[Request]) -> Writer:
     """What writes the answers: a decoder itself, an encoder-decoder once it has read the requests' sources."""
     if not isinstance(model, EncoderDecoder):
         return model
@@ -130,10 +120,18 @@ def reader(model: LanguageModel, requests: Sequence[Request]) -> Decoder | Answe
     return Answering(model, model.read(source, mask=mask, keep=True))
 
 
-def step(model: Decoder | Answering, cache: Cache, ids: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
-    """One forward over `ids`; hidden states (b, n, width) and logits (b, n, v) of the last n tokens."""
-    hidden = model.hidden(ids, mask=mask, cache=cache)[:, -n:]
-    return hidden, model.logits(hidden)
+def read_once(writer: Writer, ids: Tensor, mask: Tensor | None, cache: Cache) -> tuple[Tensor, Tensor]:
+    """`Drafting.read` where nothing drafts."""
+    hidden = writer.hidden(ids, mask=mask, cache=cache)
+    return hidden, hidden
+
+
+def step(
+    writer: Writer, cache: Cache, ids: Tensor, mask: Tensor | None, n: int, read: Read = read_once
+) -> tuple[Tensor, Tensor]:
+    """One forward over `ids`: logits (b, n, v) of the last n tokens, and the states of all that a drafter sees."""
+    hidden, states = read(writer, ids, mask, cache)
+    return writer.logits(hidden[:, -n:]), states
 
 
 def observe(requests: Sequence[Request], accepted: Accepted) -> list[Event]:
@@ -149,23 +147,31 @@ def observe(requests: Sequence[Request], accepted: Accepted) -> list[Event]:
     return events
 
 
-def last_kept(hidden: Tensor, accepted: Accepted) -> Tensor:
-    """The hidden state (b, width) from which each row's newest token was chosen."""
-    if accepted.path is None:
-        return hidden[:, -1]
-    last = accepted.path.amax(-1).clamp(min=0)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
+def forget_overfull(cache: Cache, model: LanguageModel, requests: Sequence[Request]) -> None:
+    """Forget finished rows whose next position would leave the model's context; the others go on."""
+    steps = max(request.steps for request in requests)
+    full = [i for i, r in enumerate(requests) if r.finish and len(r.prompt) + steps == model.room + 1]
+    if full:
+        cache.forget(torch.tensor(full, device=model.device))
 
 
 def tree_mask(draft: Draft, b: int) -> Tensor | None:
     """The mask (b, n, n) of a step whose draft is a tree, True = may attend; None for a chain, which is causal."""
     if draft.parents is None:
         return None
-    n = 1 + len(draft.parents)
-    mask = torch.eye(n, dtype=torch.bool, device=draft.tokens.device)
-    for node, parent in enumerate(draft.parents, 1):
-        mask[node] |= mask[parent + 1]
-    return mask.expand(b, n, n)
+    mask = _ancestors(tuple(draft.parents)).to(draft.tokens.device)
+    return mask.expand(b, *mask.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _ancestors(parents: tuple[int, ...]) -> Tensor:
+    """Of each token of a step, the newest one first, which are on its path (n, n)."""
+    rows = [[True] + [False] * len(parents)]
+    for node, parent in enumerate(parents, 1):
+        row = list(rows[parent + 1])
+        row[node] = True
+        rows.append(row)
+    return torch.tensor(rows)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -186,10 +192,11 @@ def computing(model: LanguageModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Dropout off in all of `modules`; afterwards every module is in the mode it was in."""
+    training = [module for whole in modules for module in whole.modules() if module.training]
+    for whole in modules:
+        whole.eval()
     try:
         yield
     finally:

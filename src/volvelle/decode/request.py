@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from volvelle.decode.options import Rules, Sampling
 from volvelle.decode.rules import constrain
-from volvelle.decode.sampling import choose
+from volvelle.decode.sampling import choose, probabilities, process
 from volvelle.decode.stop import StopText
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
@@ -40,6 +40,12 @@ class Generation:
     `tokens` are all generated ids, with the one that ended it; `text` leaves out special tokens and everything from a
     stop string on. `finish` says why it ended: "eos", "stop" (a stop string) or "length" (max_tokens). `steps` counts
     forward passes, the prompt's included; `prompt_seconds` is the time of that first one, `seconds` of all of them.
+
+    With a drafter: `drafted` says of each token whether it was accepted from a draft; `proposed[d]` counts the drafts
+    that had a token d + 1 places behind the newest one, `accepted[d]` those of which it was kept. `lossless` says
+    whether the acceptance rule leaves the distribution of answers as it is without drafts. `near_ties` counts the
+    greedily chosen tokens that were ahead of the next best by less than what the width of a step changes in this model
+    (None: not counted); only there can rounding make the answer differ from the one without drafts.
     """
 
     tokens: list[int]
@@ -49,6 +55,11 @@ class Generation:
     steps: int
     seconds: float
     prompt_seconds: float
+    drafted: list[bool] = field(default_factory=list)
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    lossless: bool = True
+    near_ties: int | None = None
 
     @property
     def accepted_per_step(self) -> float:
@@ -90,7 +101,7 @@ class Request:
         if isinstance(model.config, EncoderDecoderConfig):
             self.source, self.prompt = self.prompt, [model.config.start]
             self.rules = _filled(limits.rules, model.config)
-        self.sampling = sampling
+        self.sampling, self.rule = sampling, replace(sampling, seed=None)
         self.max_tokens = _room(model, self.prompt, limits.max_tokens)
         tokenizer = model.tokenizer
         self.eos_ids = frozenset(_eos_ids(tokenizer) if limits.eos_ids is None else limits.eos_ids)
@@ -104,6 +115,10 @@ class Request:
             self._seen = torch.zeros(model.config.vocabulary, dtype=torch.bool, device=model.device)
             self._seen[torch.tensor(self.prompt)] = True
         self.tokens: list[int] = []
+        self.drafted: list[bool] = []
+        self.proposed: list[int] = []
+        self.accepted: list[int] = []
+        self.near_ties: int | None = None
         self.text = ""
         self.steps = 0
         self.finish: Finish | None = None
@@ -113,10 +128,28 @@ class Request:
         """Whether the next token is the likeliest, with no rule before it."""
         return self.sampling.greedy and self._seen is None and not self.is_bound
 
+    def all_argmax(self, count: int) -> bool:
+        """Whether that holds for each of the next `count` tokens."""
+        return self.takes_argmax and (self.rules.forced_last is None or self.left > count)
+
     @property
     def is_bound(self) -> bool:
         """Whether a rule has a say on the next token."""
-        return self.rules.bind(len(self.tokens), self.max_tokens)
+        return self.binds(0)
+
+    def binds(self, ahead: int) -> bool:
+        """Whether a rule has a say on the token `ahead` places behind the next one."""
+        return self.rules.bind(len(self.tokens) + ahead, self.max_tokens)
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.max_tokens - len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """The tokens of prompt and answer so far."""
+        return len(self.prompt) + len(self.tokens)
 
     @property
     def last(self) -> int:
@@ -127,22 +160,47 @@ class Request:
         """Pick the next token from logits (v,) with this request's rules and random numbers."""
         return choose(self.constrain(logits), self.sampling, self._seen, self._generator)
 
-    def constrain(self, scores: Tensor) -> Tensor:
-        """The scores (v,) of the next token as this request's rules leave them."""
-        if not self.is_bound:
+    def constrain(self, scores: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """The scores (v,) of the token after the answer so far and `drafted` ones, as this request's rules leave them."""
+        if not self.binds(len(drafted)):
             return scores
-        return constrain(scores, self.prompt, self.tokens, self.rules, eos=self.eos_ids, max_tokens=self.max_tokens)
+        tokens = [*self.tokens, *drafted]
+        return constrain(scores, self.prompt, tokens, self.rules, eos=self.eos_ids, max_tokens=self.max_tokens)
+
+    def seen(self, drafted: Sequence[int] = ()) -> Tensor | None:
+        """Which tokens (v,) have occurred, `drafted` ones included; None where no rule asks."""
+        if self._seen is None or not drafted:
+            return self._seen
+        return self._seen.index_fill(0, torch.tensor(drafted, device=self._seen.device), True)
+
+    def scores(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """The logits (v,) of the token after the answer so far and `drafted` ones, as all rules leave them."""
+        return process(self.constrain(logits, drafted), self.rule, self.seen(drafted))
+
+    def count(self, proposed: int, accepted: int) -> None:
+        """Note that a draft reached `proposed` places behind the newest token, and that `accepted` tokens stayed."""
+        for counts, reached in ((self.proposed, proposed), (self.accepted, accepted)):
+            counts.extend([0] * (proposed - len(counts)))
+            for place in range(reached):
+                counts[place] += 1
+
+    def uniform(self) -> float:
+        """The next of this request's random numbers, from 0 to below 1; greedy requests use none."""
+        if self._generator is None:
+            return 0.5
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def fork(self) -> Request:
         """A row of a search that goes on from here. It makes no text: a hypothesis is read when it is chosen."""
         other = copy.copy(self)
-        other.tokens, other._stream = list(self.tokens), None
+        other.tokens, other.drafted, other._stream = list(self.tokens), list(self.drafted), None
         other._seen = None if self._seen is None else self._seen.clone()
         return other
 
     def add(self, token: int, drafted: bool = False) -> Token:
         """Take one more token; sets `finish` when it is the last."""
         self.tokens.append(token)
+        self.drafted.append(drafted)
         if self._seen is not None:
             self._seen[token] = True
         ended = token in self.eos_ids
@@ -158,6 +216,34 @@ class Request:
             piece += self._stop.flush()
         self.text += piece
         return Token(token, piece, drafted)
+
+
+def distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequence[Sequence[int]]) -> Tensor:
+    """What each row's next token is drawn from, (r, v), given logits (r, v) and the drafted tokens behind its answer.
+
+    Target and drafts both go through this one function: the rules that bind at that place, then those of the sampling.
+    Greedy rows have all on the likeliest token.
+    """
+    bound = [i for i, (r, behind) in enumerate(zip(requests, drafted, strict=True)) if r.binds(len(behind))]
+    if bound:
+        logits = logits.float().clone()
+        for i in bound:
+            logits[i] = requests[i].constrain(logits[i], drafted[i])
+    kinds: dict[Sampling, list[int]] = {}
+    for i, request in enumerate(requests):
+        kinds.setdefault(request.rule, []).append(i)
+    if len(kinds) == 1:
+        return _distributions(requests, logits, drafted)
+    found = torch.empty(logits.shape, device=logits.device)
+    for rows in kinds.values():
+        found[rows] = _distributions([requests[i] for i in rows], logits[rows], [drafted[i] for i in rows])
+    return found
+
+
+def _distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequence[Sequence[int]]) -> Tensor:
+    """The same for rows of one sampling."""
+    seen = [mask for r, behind in zip(requests, drafted, strict=True) if (mask := r.seen(behind)) is not None]
+    return probabilities(logits, requests[0].rule, torch.stack(seen) if seen else None)
 
 
 def seeded(seed: int | None) -> torch.Generator:

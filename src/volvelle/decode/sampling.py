@@ -117,10 +117,19 @@ def draw(p: Tensor, generator: torch.Generator | None) -> int:
     >>> draw(torch.tensor([0.0, 1.0, 0.0]), torch.Generator().manual_seed(0))
     1
     """
+    uniform = torch.rand(1, dtype=torch.float64, generator=generator)
+    return int(draw_rows(p[None], uniform))
+
+
+def draw_rows(p: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token (r,) from each row of p (r, v), at the uniform numbers (r,): what `draw` does with one.
+
+    >>> draw_rows(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([0.4, 0.6]))
+    tensor([0, 1])
+    """
     cumulative = p.double().cumsum(-1)
-    uniform = torch.rand((), dtype=torch.float64, generator=generator).item()
-    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-    return min(token, p.shape[-1] - 1)
+    at = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> int:

@@ -67,7 +67,7 @@ def test_snapshots_end_with_the_order_of_rows():
     cache.reorder(torch.tensor([0, 1, 2]))
     cache.restore(before)
     cache.reorder(torch.tensor([1, 0, 2]))
-    with pytest.raises(ValueError, match="the snapshot at 3 was lost when the rows were reordered"):
+    with pytest.raises(ValueError, match="the snapshot at 3 was lost when rows were moved"):
         cache.restore(before)
     after = cache.snapshot()
     cache.begin(1)

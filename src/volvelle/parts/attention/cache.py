@@ -77,6 +77,14 @@ class Cache(Protocol):
         """Let row i go on from the row that was `rows[i]`, (b') int64; an open step is forgotten."""
         ...
 
+    def forget(self, rows: Tensor) -> None:
+        """Forget all tokens of these rows, int64, which begin anew; an open step is forgotten, and so are snapshots."""
+        ...
+
+    def compact(self) -> None:
+        """Use no more slots than the longest row has tokens; an open step is forgotten, and so are snapshots."""
+        ...
+
 
 def check_step(cache: str, b: int, n: int, padding: Tensor | None, tree: Tensor | None) -> None:
     """Raise ValueError, in the name of `cache`, where padding or tree do not fit a step of n tokens in b rows."""
@@ -232,7 +240,7 @@ class KVCache:
         """
         for serial, cursor in self._rewinds:
             if snapshot.serial <= serial and cursor < 0:
-                raise ValueError(f"KVCache: the snapshot at {snapshot.cursor} was lost when the rows were reordered")
+                raise ValueError(f"KVCache: the snapshot at {snapshot.cursor} was lost when rows were moved")
             if snapshot.serial <= serial and cursor < snapshot.cursor:
                 raise ValueError(
                     f"KVCache: the snapshot at {snapshot.cursor} was lost when the cache went back to {cursor}"
@@ -256,6 +264,45 @@ class KVCache:
         self._storage.narrow(4, 0, self._cursor).copy_(used)
         self._keep = keep
         self._rewinds = [(self._serial, -1)]
+
+    def trim(self, n: int) -> None:
+        """Shorten the open step to its first n tokens: `commit` then means those."""
+        if not 1 <= n <= self._pending:
+            raise ValueError(f"KVCache: the open step has {self._pending} tokens, it cannot be cut to {n}")
+        self._keep[:, self._cursor + n : self._cursor + self._pending] = True
+        self._pending = n
+
+    def forget(self, rows: Tensor) -> None:
+        """Forget all tokens of these rows, int64; their slots become holes, and their next token has position 0.
+
+        An open step is forgotten, and so are snapshots.
+        """
+        self._clear_pending()
+        self._keep[rows, : self._cursor] = False
+        self._has_holes = True
+        self._rewinds = [(self._serial, -1)]
+
+    def compact(self) -> None:
+        """Move the tokens of each row together, so that the longest row has no holes; shorter ones have them in front.
+
+        An open step is forgotten, and so are snapshots.
+        """
+        self._clear_pending()
+        cursor = self._cursor
+        if not self._has_holes or not cursor:
+            return
+        keep = self._keep[:, :cursor]
+        longest = int(keep.sum(-1).max())
+        # a stable order: the holes first, then the tokens as they stand
+        source = keep.to(torch.uint8).sort(dim=-1, stable=True).indices[:, cursor - longest :]
+        index = source[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_width)
+        for states in self._storage.flatten(0, 1).unbind():  # one layer's at a time: little memory beside the cache
+            states.narrow(2, 0, longest).copy_(states.gather(2, index))
+        kept = keep.gather(1, source)
+        self._keep[:, :longest] = kept
+        self._keep[:, longest:] = True
+        self._has_holes = not bool(kept.all())
+        self._cursor, self._rewinds = longest, [(self._serial, -1)]
 
     def reset(self) -> None:
         """Forget everything; the storage stays."""

@@ -180,6 +180,18 @@ class StateCache:
         self._lengths = self._lengths.index_select(0, rows)
         self._close()
 
+    def forget(self, rows: Tensor) -> None:
+        """Forget all tokens of these rows, (r,) int64; an open step is forgotten."""
+        states = [LinearState(*(x.index_fill(0, rows, 0) for x in state)) for state in self._states]
+        self._states, self._lengths = tuple(states), self._lengths.index_fill(0, rows, 0)
+        self._ragged = bool((self._lengths != self._lengths[0]).any())
+        self._close()
+
+    def compact(self) -> None:
+        """Forget an open step. A state has no slots: there is nothing else to do."""
+        self._cursor = int(self._lengths.max())
+        self._close()
+
     def _close(self) -> None:
         self._pending, self._padding, self._written = 0, None, []
 

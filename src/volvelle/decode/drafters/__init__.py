@@ -1,0 +1,1 @@
+"""What proposes tokens for the target to check: one file a drafter."""

@@ -1,0 +1,213 @@
+"""Drafting with a smaller model, token by token over a cache of its own.
+
+Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding", algorithm 1; Chen et al. 2023,
+"Accelerating Large Language Model Decoding with Speculative Sampling".
+
+Shapes: b rows, k drafted tokens, m tokens that the cache lacks, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from volvelle.decode.contract import Draft, Drafter, Drafting, Seen
+from volvelle.decode.loop import reader
+from volvelle.decode.request import Request, distributions
+from volvelle.decode.sampling import draw_rows
+from volvelle.decode.speculation import slack, together
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
+from volvelle.systems.language.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from volvelle.decode.contract import Writer
+    from volvelle.systems.language.models import LanguageModel
+
+
+class DraftModel(Drafter):
+    """A drafter that asks `model`, smaller than the target and with the same tokens, for up to `k` tokens at a time.
+
+    It draws as each request does (temperature, top-p, penalties and rules), so the exact rule can set its
+    distribution against the target's. For an encoder-decoder it may be one too: it then reads the sources itself.
+    """
+
+    def __init__(self, model: LanguageModel, k: int = 4):
+        self.model, self.k = model, at_least_one(k)
+        self._agreed: WeakSet[TextTokenizer] = WeakSet()
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The draft model."""
+        return (self.model,)
+
+    def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> Drafting:
+        """Read the sources, and make a cache. Raises VolvelleError on another vocabulary."""
+        target = target_of(writer)
+        self._check(target)
+        if isinstance(self.model, EncoderDecoder) and not isinstance(target, EncoderDecoder):
+            raise VolvelleError(
+                "an encoder-decoder cannot draft for a decoder: there is no source to read",
+                tip="use a smaller decoder",
+            )
+        own = reader(self.model, requests)
+        return ModelDrafting(own, requests, self.k, room, self.model.room, target.config.vocabulary)
+
+    def _check(self, target: LanguageModel) -> None:
+        ours, theirs = self.model.tokenizer, target.tokenizer
+        if not (isinstance(ours, TextTokenizer) and isinstance(theirs, TextTokenizer)):
+            if self.model.config.vocabulary != target.config.vocabulary:
+                raise _other(f"it has {self.model.config.vocabulary} tokens, the target {target.config.vocabulary}")
+        elif ours is not theirs and theirs not in self._agreed:
+            check_tokens(ours, theirs)
+            self._agreed.add(theirs)
+
+
+class ModelDrafting(Drafting):
+    """One run of a model that drafts chains: what it has read of each row, in its cache.
+
+    `width` is the most tokens of a draft, `reach` the model's longest text, `vocabulary` the target's v.
+    """
+
+    def __init__(self, own: Writer, requests: Sequence[Request], width: int, room: int, reach: int, vocabulary: int):
+        self.own, self.width, self._reach, self._vocabulary = own, width, reach, vocabulary
+        b = len(requests)
+        room = min(room, reach)
+        self.cache = own.new_cache(b, room + 1 + width + (slack(room) if b > 1 else 0))
+        self._behind: list[Seen] = []  # what the cache lacks
+        self._forgotten: set[int] = set()
+        self._has_newest = False
+
+    def propose(self, requests: Sequence[Request], seen: Seen, k: int) -> Draft | None:
+        """Catch up in one forward, whose last token gives the first draft; then a forward a token."""
+        self._behind.append(seen)
+        live = [row for row, request in enumerate(requests) if request.finish is None]
+        longest = max(requests[row].length for row in live)
+        k = min(k, self._reach - longest + 1)
+        if k < 1:
+            return None
+        self._tidy(requests, longest)
+        state = self._catch_up(requests, live)
+        snapshot, drafted = self.cache.snapshot(), [[] for _ in requests]
+        tokens, q = [], []
+        try:
+            for place in range(k):
+                token, distribution = self._choose(self._logits(state), requests, live, drafted)
+                tokens.append(token)
+                q.append(distribution)
+                if place + 1 < k:
+                    for row, one in enumerate(token.tolist()):
+                        drafted[row].append(one)
+                    state = self.own.hidden(self._known(token[:, None]), cache=self.cache)
+                    self.cache.commit()
+        finally:
+            self.cache.restore(snapshot)
+        together_q = None if q[0] is None else torch.stack([one for one in q if one is not None], 1)
+        return Draft(self._only(torch.stack(tokens, 1), live), None, together_q)
+
+    def _catch_up(self, requests: Sequence[Request], live: list[int]) -> Tensor:
+        """Read what the cache lacks and the newest tokens; returns the states (b, 1, width) of the latter."""
+        ids, _, mask = together(self._behind)
+        first = 1 if self._has_newest else 0
+        newest = torch.tensor([[request.last] for request in requests], device=ids.device)
+        ids = torch.cat((ids[:, first:], newest), 1)
+        if mask is not None or len(live) < len(requests):
+            now = torch.zeros_like(newest, dtype=torch.bool)
+            now[live] = True
+            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, first:]
+            mask = torch.cat((mask & now, now), 1)
+        self._behind, self._has_newest = [], True
+        state = self.own.hidden(self._known(ids), mask=mask, cache=self.cache)[:, -1:]
+        self.cache.commit(None if mask is None else side_by_side(mask))
+        return state
+
+    def _tidy(self, requests: Sequence[Request], longest: int) -> None:
+        """Free the slots of finished rows, and move the others together where holes are many."""
+        finished = [row for row, request in enumerate(requests) if request.finish and row not in self._forgotten]
+        if finished:
+            self._forgotten.update(finished)
+            self.cache.forget(torch.tensor(finished, device=self.own.device))
+        ahead = target_of(self.own).ahead
+        if self.cache.length > ahead + longest + slack(longest):
+            self.cache.compact()
+
+    def _choose(
+        self, logits: Tensor, requests: Sequence[Request], live: list[int], drafted: list[list[int]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next token (b,) of every row from logits (b, v), and what it was drawn from (b, v)."""
+        if all(requests[row].all_argmax(1 + len(drafted[row])) for row in live):
+            return logits.argmax(-1), None
+        some = [requests[row] for row in live]
+        p = distributions(some, logits[live], [drafted[row] for row in live])
+        uniforms = torch.tensor([request.uniform() for request in some], dtype=torch.float64)
+        token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
+        token[live] = draw_rows(p, uniforms)
+        if all(request.sampling.greedy for request in some):
+            return token, None
+        if len(live) == len(requests):
+            return token, p
+        return token, torch.zeros(logits.shape, device=logits.device, dtype=p.dtype).index_copy(
+            0, torch.tensor(live, device=logits.device), p
+        )
+
+    def _logits(self, state: Tensor) -> Tensor:
+        """Logits (b, v) over the target's vocabulary, whose tokens beyond the draft model's own have none."""
+        logits = self.own.logits(state)[:, -1]
+        missing = self._vocabulary - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """The tokens, with another in place of those that the draft model has no embedding for."""
+        own = target_of(self.own).config.vocabulary
+        return ids.clamp(max=own - 1) if own < self._vocabulary else ids
+
+    def _only(self, tokens: Tensor, live: list[int]) -> Tensor:
+        """The tokens (b, k) of unfinished rows, -1 in the others."""
+        if len(live) == len(tokens):
+            return tokens
+        finished = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        finished[live] = False
+        return tokens.masked_fill(finished, -1)
+
+
+def target_of(writer: Writer) -> LanguageModel:
+    """The model that writes."""
+    return writer.model if isinstance(writer, Answering) else writer
+
+
+def side_by_side(mask: Tensor) -> Tensor:
+    """The path (b, m) that keeps a step's real tokens, those that mask (b, n) marks, without the gaps between them.
+
+    >>> side_by_side(torch.tensor([[False, True, True], [True, False, False]]))
+    tensor([[ 1,  2],
+            [ 0, -1]])
+    """
+    order = mask.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices
+    return torch.where(mask.gather(1, order), order, -1)[:, : int(mask.sum(1).max())]
+
+
+def check_tokens(draft: TextTokenizer, target: TextTokenizer) -> None:
+    """Raise VolvelleError where an id stands for different tokens; one may know tokens beyond the other's."""
+    ours, theirs = (tokenizer.tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (draft, target))
+    few, many = sorted((ours, theirs), key=len)
+    wrong = next((token for token, i in few.items() if many.get(token) != i), None)
+    if wrong is not None:
+        raise _other(f"token {wrong!r} is number {ours.get(wrong)} there, {theirs.get(wrong)} in the target")
+
+
+def at_least_one(k: int) -> int:
+    """The number of tokens to draft, checked."""
+    if k < 1:
+        raise UsageError(f"a drafter drafts at least 1 token, got k={k}")
+    return k
+
+
+def _other(why: str) -> VolvelleError:
+    return VolvelleError(
+        f"the draft model has another vocabulary: {why}", tip="a draft model needs the target's tokenizer"
+    )

@@ -1,0 +1,214 @@
+"""What the decoding loop keeps of a run with drafts: what the drafter was told, what came of its drafts, and the time.
+
+Shapes: b rows, k drafted tokens, n = 1 + k tokens a step, m tokens kept, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from volvelle.decode.accept_exact import EXACT
+from volvelle.decode.contract import Acceptance, Accepted, Draft, Drafted, Drafter, Policy, Rule, Seen
+from volvelle.decode.near_ties import is_near, width_error
+from volvelle.decode.request import Request
+
+if TYPE_CHECKING:
+    from volvelle.decode.contract import Writer
+    from volvelle.parts.attention.cache import Cache
+    from volvelle.systems.language.models import LanguageModel
+
+SLACK = 64
+"""Slots of the cache that holes may take besides a quarter of the longest text, before texts are moved together."""
+
+
+class Told(NamedTuple):
+    """A step as its rule judged it, before the requests took its tokens: their numbers, -1 for finished ones.
+
+    `near` says of each row's new tokens whether the choice was a near tie; empty where nobody counts.
+    """
+
+    accepted: Accepted
+    draft: Draft | None
+    written: list[int]
+    near: list[list[bool]]
+
+
+class Speculation:
+    """The state of one run: the drafter's, the policy's, and what neither has been told yet."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        writer: Writer,
+        requests: Sequence[Request],
+        drafter: Drafter,
+        accept: Acceptance | Rule | None,
+        policy: Policy,
+        forward: Callable[..., tuple[Tensor, Tensor]],
+        room: int,
+    ):
+        self.model, self.writer, self.forward = model, writer, forward
+        self.accept: Acceptance | Rule = EXACT if accept is None else accept
+        self.drafting, self.pacing = drafter.begin(writer, requests, room), policy.begin()
+        # Rows that accept less leave holes where others accept more.
+        self.spare = 1 + self.drafting.width + (slack(room) if len(requests) > 1 else 0)
+        self._seen: list[Seen] = []
+        self._started: float | None = None  # when the step began, None for the prompt's
+        self._draft_seconds = 0.0
+        self._length = 0
+        self._error: float | None = None
+        for request in requests:
+            request.near_ties = 0 if request.sampling.greedy else None
+
+    def propose(self, cache: Cache, requests: Sequence[Request]) -> Draft | None:
+        """Ask the policy how many tokens to draft, and the drafter for them."""
+        begun = time.perf_counter()
+        self._length = cache.length
+        live = [row for row, request in enumerate(requests) if request.finish is None]
+        # A step gives one token besides those of the draft; none may stand behind the end of the context.
+        deepest = max(requests[row].left for row in live) - 1
+        deepest = min(deepest, *(self.model.room - requests[row].length for row in live))
+        drafting, draft = self.drafting, None
+        limit = drafting.width if deepest > 0 else 0
+        if drafting.depth == drafting.width:
+            limit = min(limit, deepest)
+        asked = self.pacing.choose(limit, self._length)
+        if asked > 0:
+            seen, self._seen = together(self._seen), []
+            draft = drafting.propose(requests, seen, asked)
+        if draft is not None:
+            if draft.tokens.shape[1] > asked:
+                raise ValueError(f"a drafter was asked for {asked} tokens and gave {draft.tokens.shape[1]}")
+            draft = cut(draft, deepest)
+            rows = draft.tokens.tolist()
+            draft = draft if any(token >= 0 for row in live for token in rows[row]) else None
+        if draft is not None and self._error is None and any(requests[row].sampling.greedy for row in live):
+            self._error = width_error(self.model, self.writer, requests, self.forward)
+        self._started = time.perf_counter()
+        self._draft_seconds = self._started - begun
+        return draft
+
+    def scored(self, logits: Tensor, accepted: Accepted, draft: Draft | None, requests: Sequence[Request]) -> Told:
+        """Note a step before the requests take its tokens."""
+        written = [len(request.tokens) if request.finish is None else -1 for request in requests]
+        near = [] if self._error is None else self._near(logits, accepted, requests, self._error)
+        return Told(accepted, draft, written, near)
+
+    def gained(self, told: Told, cache: Cache, requests: Sequence[Request], step: Seen) -> None:
+        """Note what the requests gained; `step` holds all of its tokens."""
+        draft, written = told.draft, told.written
+        running = [row for row, before in enumerate(written) if before >= 0]
+        depths = None if draft is None else reach(draft)
+        for row in running:
+            request, before = requests[row], written[row]
+            if depths is not None:
+                request.count(depths[row], sum(request.drafted[before:]))
+            if told.near and request.near_ties is not None:
+                request.near_ties += sum(told.near[row][: len(request.tokens) - before])
+        self._seen.append(kept_of(step, told.accepted.path, [request.finish is None for request in requests]))
+        self.drafting.observe(requests, told.accepted, draft)
+        if self._started is not None:
+            seconds, checked = time.perf_counter() - self._started, None
+            if draft is not None:
+                nodes = told.accepted.nodes
+                checked = Drafted(draft.tokens.shape[1], draft.parents, [nodes[row] for row in running])
+            self.pacing.observe(self._length, checked, step_seconds=seconds, draft_seconds=self._draft_seconds)
+        self._tidy(cache, requests, running)
+
+    def _near(self, logits: Tensor, accepted: Accepted, requests: Sequence[Request], error: float) -> list[list[bool]]:
+        """Of each greedy row, whether its choices were near ties."""
+        path = None if accepted.path is None else accepted.path.tolist()
+        found: list[list[bool]] = [[] for _ in requests]
+        for row, request in enumerate(requests):
+            if request.finish is not None or not request.sampling.greedy:
+                continue
+            tokens = accepted.tokens[row]
+            scores = logits[row, [-1] if path is None else path[row][: len(tokens)]]
+            if not request.all_argmax(len(tokens)):
+                scores = torch.stack([request.scores(one, tokens[:place]) for place, one in enumerate(scores)])
+            found[row] = is_near(scores, error).tolist()
+        return found
+
+    def _tidy(self, cache: Cache, requests: Sequence[Request], running: Sequence[int]) -> None:
+        """Free the slots of rows that have just finished, and move the others together where holes are many."""
+        finished = [row for row in running if requests[row].finish is not None]
+        live = [request.length for request in requests if request.finish is None]
+        if not live:
+            return
+        if finished:
+            cache.forget(torch.tensor(finished, device=self.model.device))
+        longest = self.model.ahead + max(live)
+        if cache.length > longest + slack(longest):
+            cache.compact()
+
+
+def slack(length: int) -> int:
+    """Slots that holes may take beside the longest text of `length` tokens."""
+    return max(SLACK, length // 4)
+
+
+def kept_of(step: Seen, path: Tensor | None, live: Sequence[bool]) -> Seen:
+    """The tokens of a step that lie on `path` (b, m), None = all, in the rows that are `live`."""
+    ids, hidden, mask = step
+    if path is not None:
+        path = path.to(ids.device)
+        at = path.clamp(min=0)
+        ids, hidden = ids.gather(1, at), hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        mask = None if bool((path >= 0).all()) else path >= 0
+    if not all(live):
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        mask = mask & torch.tensor(live, device=ids.device)[:, None]
+    return Seen(ids, hidden, mask)
+
+
+def together(seen: Sequence[Seen]) -> Seen:
+    """What several steps gave, as one."""
+    if len(seen) == 1:
+        return seen[0]
+    mask = None
+    if any(part.mask is not None for part in seen):
+        whole = [torch.ones_like(part.ids, dtype=torch.bool) if part.mask is None else part.mask for part in seen]
+        # A row that has finished since is not to be observed further.
+        mask = torch.cat([part & whole[-1].any(1, keepdim=True) for part in whole], 1)
+    return Seen(torch.cat([part.ids for part in seen], 1), torch.cat([part.hidden for part in seen], 1), mask)
+
+
+def cut(draft: Draft, depth: int) -> Draft:
+    """The draft without tokens more than `depth` places behind the newest one."""
+    tokens, parents, q = draft
+    if parents is None:
+        return Draft(tokens[:, :depth], None, None if q is None else q[:, :depth])
+    places = depths_of(tuple(parents))
+    if max(places) <= depth:
+        return draft
+    kept = [node for node, place in enumerate(places) if place <= depth]
+    number = {node: i for i, node in enumerate(kept)} | {-1: -1}
+    above = [number[parents[node]] for node in kept]
+    return Draft(tokens[:, kept], above, None if q is None else q[:, kept])
+
+
+def reach(draft: Draft) -> list[int]:
+    """Of each row the places behind the newest token that its draft reaches."""
+    k = draft.tokens.shape[1]
+    places = range(1, k + 1) if draft.parents is None else depths_of(tuple(draft.parents))
+    rows = draft.tokens.tolist()
+    return [max((place for place, token in zip(places, row, strict=True) if token >= 0), default=0) for row in rows]
+
+
+@functools.lru_cache(maxsize=256)
+def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
+    """Of each node of a tree its place behind the newest token.
+
+    >>> depths_of((-1, -1, 0, 2))
+    (1, 1, 2, 3)
+    """
+    found: list[int] = []
+    for parent in parents:
+        found.append(1 if parent < 0 else 1 + found[parent])
+    return tuple(found)
