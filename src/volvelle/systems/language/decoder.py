@@ -185,7 +185,9 @@ class Decoder(Prefaced):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., width) -> logits (..., v)."""
-        return apply_linear(self.lm_head, self.head_transform(hidden))
+        x = self.head_transform(hidden)
+        straight = self.model.prepared(x)
+        return apply_linear(self.lm_head, x) if straight is None else straight.logits(self.lm_head, x)
 
     def hidden(
         self,

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from volvelle.parts.attention.sdpa import SDPA
 from volvelle.parts.attention.spec import Shape, Terms
+from volvelle.parts.quantization.int4 import Int4Linear
+from volvelle.parts.quantization.int8 import Int8Linear
+from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 from volvelle.systems.language.components import (
     MLP,
     GatedMLP,
@@ -33,6 +36,7 @@ from volvelle.systems.language.components import (
     SelfAttention,
     Step,
 )
+from volvelle.systems.language.native import step as native
 from volvelle.systems.language.norms import RMSNorm
 
 if TYPE_CHECKING:
@@ -85,16 +89,26 @@ def _unhooked(module: nn.Module) -> bool:
 
 
 class Straight:
-    """The prepared path through all blocks of a decoder."""
+    """The prepared path through all blocks of a decoder; `whole` does short steps in one call, where it can."""
 
     def __init__(self, runs: list[Run], watch: Watch, sizes: tuple[int, int, int], groups: int):
         self.runs = runs
         self.watch = watch
         self.sizes = sizes
         self.groups = groups
+        self.whole: native.NativeStep | None = None
+        self.head: native.NativeLinear | None = None
+
+    def logits(self, head: nn.Module, x: Tensor) -> Tensor:
+        """Map x (..., width) to (..., vocabulary) by the head, as fast as its weights can be read."""
+        if self.head is not None and (isinstance(head, WeightOnlyLinear) or x[..., 0].numel() <= native.MOST):
+            return self.head(x)
+        return apply_linear(head, x)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width): all blocks, without the last norm."""
+        if self.whole is not None and self.whole.takes(x, step):
+            return self.whole(x, step)
         b, n, width = x.shape
         h, g, d = self.sizes
         past = 0 if step.cache is None else step.cache.length
@@ -165,14 +179,23 @@ def _prepare(model: Decoder) -> Straight | None:
     groups: list[list[nn.Linear]] = []
     runs = [_block(block, groups) for block in blocks]
     joined = [parameter for layers in groups for layer in layers for parameter in layer.parameters()]
-    watch = Watch([module for block in blocks for module in block.modules()], joined)
-    config = model.config
-    return Straight(runs, watch, (config.heads, config.kv_heads, config.head_width), len(groups))
+    watched = [module for block in blocks for module in block.modules()]
+    config, whole, head = model.config, None, None
+    if native.why_not(model) is None:
+        # pointers to every weight: all of them are watched
+        whole, joined = native.NativeStep(model), [*joined, *(p for block in blocks for p in block.parameters())]
+        if native.fits(model.lm_head):
+            head, watched = native.NativeLinear(model.lm_head), [*watched, model.lm_head]
+            joined += model.lm_head.parameters()
+    straight = Straight(runs, Watch(watched, joined), (config.heads, config.kv_heads, config.head_width), len(groups))
+    straight.whole, straight.head = whole, head
+    return straight
 
 
 def _is_plain(block: nn.Module) -> bool:
     attentions = (SelfAttention, LinearSelfAttention)
-    known = (PreNormBlock, PostNormBlock, *attentions, GatedMLP, MLP, nn.Linear, RMSNorm, nn.LayerNorm)
+    linears = (nn.Linear, Int4Linear, Int8Linear)
+    known = (PreNormBlock, PostNormBlock, *attentions, GatedMLP, MLP, *linears, RMSNorm, nn.LayerNorm)
     return (
         all(
             type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
@@ -278,15 +301,17 @@ def _rms_norm(module: nn.RMSNorm) -> Norm:
 
 
 def _linear(layer: nn.Module) -> Linear:
+    if isinstance(layer, WeightOnlyLinear):
+        product = native.NativeLinear(layer) if native.fits(layer) and native.library() is not None else layer
+        return lambda x, row: product(x)
     assert isinstance(layer, nn.Linear)
     return _product(layer.weight, layer.bias)
 
 
 def _back(layer: nn.Module) -> Branch:
     """The projection back into the residual stream, which for one row the product itself adds to."""
-    assert isinstance(layer, nn.Linear)
-    weight, product = layer.weight, _linear(layer)
-    if layer.bias is not None:
+    weight, product = getattr(layer, "weight", None), _linear(layer)
+    if weight is None or layer.bias is not None:
         return lambda x, stream, now: product(x, now.row).add_(stream)
     return lambda x, stream, now: stream.addmv_(weight, x) if now.row else product(x, False).add_(stream)
 
@@ -300,6 +325,9 @@ def _product(weight: Tensor, bias: Tensor | None) -> Linear:
 
 def _joined(layers: Sequence[nn.Module], groups: list[list[nn.Linear]]) -> Linear:
     """One product for all `layers`; their outputs lie side by side."""
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        each = [_linear(layer) for layer in layers]
+        return lambda x, row: torch.cat([one(x, row) for one in each], -1)
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     weight = _lay([layer.weight for layer in linear])
     biases = [layer.bias for layer in linear if layer.bias is not None]

@@ -1,0 +1,262 @@
+// Products of a few rows with a matrix whose weights are fp32, bf16, or int8 / int4 on a grid of groups of 32.
+//
+// Every kernel computes 16 outputs for all rows at once. The sum behind one output of one row runs in one fixed order,
+// whatever the other rows are and however many: a token gets the same bits alone and among the tokens of a draft.
+//
+// Written in the vector types of GCC and Clang, which any processor can run; where the processor multiplies tiles of
+// bf16 (AMX) the weights of 8 and 4 bits become bf16 in a register, without error: only their grid is applied in fp32.
+//
+// Letters: n rows, in and out features, o a block of 16 outputs, q a group of 32 inputs.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+typedef uint16_t half_t;  // bf16 or fp16: 16 bits
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+typedef uint8_t B __attribute__((vector_size(16)));
+typedef int8_t S __attribute__((vector_size(16)));
+
+constexpr int LANES = 16, GROUP = 32, MOST = 32, BATCH = 3;  // MOST rows in one call; BATCH groups at a time
+enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+// A matrix (out, in). fp32 and bf16: rows as torch has them. int8: codes (out/16, in/2, 16, 2); int4: the same with the
+// two codes of a pair in one byte. scale, offset: fp16 (in/32, out); a weight is scale * code + offset.
+struct Weight {
+  int64_t kind, out, in;
+  const void *data, *scale, *offset;
+  const float *bias;
+};
+
+template <class V, class T> INLINE V load(const T *p) { V v; memcpy(&v, p, sizeof v); return v; }
+template <class V, class T> INLINE void store(T *p, V v) { memcpy(p, &v, sizeof v); }
+INLINE F splat(float x) { return F{} + x; }
+INLINE F wide(const float *p) { return load<F>(p); }
+INLINE F wide(const half_t *p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
+INLINE float wide1(half_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE float wide1(float x) { return x; }
+INLINE half_t narrow1(float x) {  // to nearest, ties to even
+  uint32_t u; memcpy(&u, &x, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 64;
+  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+INLINE void put(float *p, float x) { *p = x; }
+INLINE void put(half_t *p, float x) { *p = narrow1(x); }
+INLINE float sum(F v) { float t[16]; store(t, v); for (int w = 8; w; w /= 2) for (int i = 0; i < w; i++) t[i] += t[i + w]; return t[0]; }
+INLINE F fp16s(const half_t *p) {  // 16 numbers
+#ifdef __AVX512F__
+  return (F)_mm512_cvtph_ps(load<__m256i>(p));
+#else
+  typedef _Float16 X __attribute__((vector_size(32)));
+  return __builtin_convertvector(load<X>(p), F);
+#endif
+}
+
+// What the kernels read of the rows, made once a product: x (n, in) fp32 as it is, in bf16 as tiles want it, and each
+// group's sum of what bf16 left of it.
+struct Rows {
+  int n = 0, in = 0;
+  std::vector<float> x, sums;
+  std::vector<half_t> flat, pairs;  // bf16: (rows up to a multiple of 16, in); (in/32, 16 pairs, 32 rows, 2)
+  void size(int rows, int features) {
+    n = rows, in = features;
+    if (x.size() < (size_t)MOST * in) x.resize((size_t)MOST * in), flat.resize((size_t)MOST * in), pairs.resize((size_t)MOST * in), sums.resize((size_t)MOST * in / GROUP);
+  }
+  void finish(int kind, bool tiles) {  // after x is filled
+    if (kind == FP32 || (!tiles && kind == BF16)) return;
+    if (!tiles || kind >= INT8)
+      for (int i = 0; i < n; i++)
+        for (int q = 0; q < in / GROUP; q++) {
+          float s = 0;
+          for (int k = q * GROUP; k < (q + 1) * GROUP; k++) s += tiles ? wide1(narrow1(x[(size_t)i * in + k])) : x[(size_t)i * in + k];
+          sums[(size_t)i * (in / GROUP) + q] = s;
+        }
+    if (!tiles) return;
+    if (kind >= INT8) {
+      for (size_t k = 0; k < (size_t)n * in; k++) flat[k] = narrow1(x[k]);
+      memset(&flat[(size_t)n * in], 0, sizeof(half_t) * ((size_t)((n + 15) / 16 * 16) - n) * in);
+    } else {
+      if (n % 16) memset(pairs.data(), 0, sizeof(half_t) * MOST * in);
+      for (int i = 0; i < n; i++)
+        for (int k = 0; k < in; k++) pairs[((size_t)(k / 2) * MOST + i) * 2 + k % 2] = narrow1(x[(size_t)i * in + k]);
+    }
+  }
+};
+
+// ---- any processor -----------------------------------------------------------------------------------------------
+
+template <class W, int R, int C> INLINE void dots(const W *w, const float *x, int in, float *y) {
+  F acc[R][C] = {};
+  for (int k = 0; k < in; k += LANES) {
+    F a[R];
+    for (int r = 0; r < R; r++) a[r] = wide(w + (size_t)r * in + k);
+    for (int c = 0; c < C; c++) {
+      F b = wide(x + (size_t)c * in + k);
+      for (int r = 0; r < R; r++) acc[r][c] += a[r] * b;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) y[c * LANES + r] = sum(acc[r][c]);
+}
+
+template <class W> INLINE void plain(const Weight &m, int o, const Rows &rows, float *y) {
+  const W *w = (const W *)m.data + (size_t)o * LANES * rows.in;
+  const float *x = rows.x.data();
+  int c = 0, in = rows.in;
+  for (; c + 4 <= rows.n; c += 4)
+    for (int r = 0; r < LANES; r += 4) dots<W, 4, 4>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
+  for (; c < rows.n; c++)
+    for (int r = 0; r < LANES; r += 8) dots<W, 8, 1>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
+}
+
+INLINE void codes(const Weight &m, int o, int q, F *w) {  // the 32 x 16 codes of a group as numbers
+  size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
+  for (int p = 0; p < GROUP / 2; p++) {
+    if (m.kind == INT4) {
+      I b = __builtin_convertvector(load<B>((const uint8_t *)m.data + at + p * LANES), I);
+      w[2 * p] = __builtin_convertvector(b & 15, F), w[2 * p + 1] = __builtin_convertvector(b >> 4, F);
+    } else {
+      I b = __builtin_convertvector(load<H>((const uint16_t *)m.data + at + p * LANES), I);
+      w[2 * p] = __builtin_convertvector((b << 24) >> 24, F), w[2 * p + 1] = __builtin_convertvector((b << 16) >> 24, F);
+    }
+  }
+}
+
+// Add to y what `count` groups give: their sums over codes, on the grid of scale and offset.
+INLINE void graded(const Weight &m, int o, int q, int count, const Rows &rows, const F (*part)[MOST], float *y) {
+  F s[BATCH], z[BATCH];
+  for (int j = 0; j < count; j++) {
+    size_t at = (size_t)(q + j) * m.out + o * LANES;
+    s[j] = fp16s((const half_t *)m.scale + at), z[j] = m.offset ? fp16s((const half_t *)m.offset + at) : F{};
+  }
+  for (int i = 0; i < rows.n; i++) {
+    const float *sums = &rows.sums[(size_t)i * (m.in / GROUP) + q];
+    F a = wide(y + i * LANES);
+    for (int j = 0; j < count; j++) a += s[j] * part[j][i] + z[j] * sums[j];
+    store(y + i * LANES, a);
+  }
+}
+
+INLINE void grouped(const Weight &m, int o, const Rows &rows, float *y) {
+  F w[GROUP], part[1][MOST];
+  memset(y, 0, sizeof(float) * LANES * rows.n);
+  for (int q = 0; q < m.in / GROUP; q++) {
+    codes(m, o, q, w);
+    for (int i = 0; i < rows.n; i++) {
+      const float *x = rows.x.data() + (size_t)i * m.in + q * GROUP;
+      F a = {}, b = {};
+      for (int k = 0; k < GROUP; k += 2) a += w[k] * splat(x[k]), b += w[k + 1] * splat(x[k + 1]);
+      part[0][i] = a + b;
+    }
+    graded(m, o, q, 1, rows, part, y);
+  }
+}
+
+// ---- tiles of bf16 -----------------------------------------------------------------------------------------------
+
+#ifdef TILES
+// the compiler does not know that a tile is loaded from memory
+INLINE void written() { asm volatile("" ::: "memory"); }
+INLINE bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, tile data
+
+struct alignas(64) Config { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
+
+INLINE void set_tiles(int n) {  // 0, 1 sums of 16 outputs x 16 rows; 4, 5 operands; 2, 3, 6 sums of rows x 16 outputs; 7 rows
+  Config c;
+  for (int t = 0; t < 8; t++) c.bytes[t] = 64, c.rows[t] = t < 2 || t == 4 || t == 5 ? 16 : std::min(n, 16);
+  _tile_loadconfig(&c);
+}
+
+INLINE void plain_tiles(const Weight &m, int o, const Rows &rows, float *y) {
+  const half_t *w = (const half_t *)m.data + (size_t)o * LANES * m.in, *x = rows.pairs.data();
+  alignas(64) float even[LANES * LANES], odd[LANES * LANES];
+  written();
+  for (int c = 0; c < rows.n; c += LANES) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int k = 0; k < m.in; k += 2 * GROUP) {  // two sums, for one would wait for itself
+      _tile_loadd(4, w + k, m.in * 2);
+      _tile_loadd(5, x + (size_t)k * MOST + c * 2, MOST * 4);
+      _tile_dpbf16ps(0, 4, 5);
+      if (k + GROUP == m.in) break;
+      _tile_loadd(4, w + k + GROUP, m.in * 2);
+      _tile_loadd(5, x + (size_t)(k + GROUP) * MOST + c * 2, MOST * 4);
+      _tile_dpbf16ps(1, 4, 5);
+    }
+    _tile_stored(0, even, 64);
+    _tile_stored(1, odd, 64);
+    written();
+    for (int i = c; i < std::min(rows.n, c + LANES); i++)
+      for (int r = 0; r < LANES; r++) y[i * LANES + r] = even[r * LANES + i - c] + odd[r * LANES + i - c];
+  }
+}
+
+INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile) {  // 16 pairs x 16 outputs x 2, as bf16
+  size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
+  for (int p = 0; p < GROUP / 2; p++) {
+    if (m.kind == INT4) {  // number -> bf16 by a table of 32; an index is five bits, of which the fifth is not asked
+      __m512i b = _mm512_cvtepu8_epi32(load<__m128i>((const uint8_t *)m.data + at + p * LANES));
+      store(tile + p * 32, _mm512_permutexvar_epi16(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), numbers));
+    } else {
+      __m256i b = load<__m256i>((const int8_t *)m.data + (at + p * LANES) * 2);
+      __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));
+      __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(b, 1)));
+      store(tile + p * 32, _mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+// part (rows, 16) = x of one group times its tile of codes
+#define GROUP_SUM(T, x, stride, tile, part) _tile_zero(T); _tile_loadd(4, tile, 64); _tile_loadd(7, x, stride); _tile_dpbf16ps(T, 7, 4); _tile_stored(T, part, 64);
+
+INLINE void grouped_tiles(const Weight &m, int o, const Rows &rows, float *y) {
+  alignas(64) half_t table[32], tile[BATCH][GROUP * LANES];
+  F part[2][BATCH][MOST];  // of this batch of groups, and of the one before: what waits for a tile is done later
+  for (int i = 0; i < 32; i++) table[i] = narrow1((float)(i % 16));
+  __m512i numbers = load<__m512i>(table);
+  memset(y, 0, sizeof(float) * LANES * rows.n);
+  const int groups = m.in / GROUP;
+  int turn = 0;
+  for (int q = 0; q < groups + BATCH; q += BATCH, turn ^= 1) {
+    int count = std::min(BATCH, groups - q);
+    for (int j = 0; j < count; j++) unpack(m, o, q + j, numbers, tile[j]);
+    written();
+    for (int c = 0; c < rows.n && count > 0; c += LANES) {
+      const half_t *x = rows.flat.data() + (size_t)c * m.in + q * GROUP;
+      GROUP_SUM(2, x, m.in * 2, tile[0], part[turn][0] + c)
+      if (count > 1) { GROUP_SUM(3, x + GROUP, m.in * 2, tile[1], part[turn][1] + c) }
+      if (count > 2) { GROUP_SUM(6, x + 2 * GROUP, m.in * 2, tile[2], part[turn][2] + c) }
+    }
+    written();
+    if (q) graded(m, o, q - BATCH, std::min(BATCH, groups - q + BATCH), rows, part[turn ^ 1], y);
+  }
+}
+#else
+INLINE bool ask_for_tiles() { return false; }
+INLINE void set_tiles(int) {}
+INLINE void plain_tiles(const Weight &, int, const Rows &, float *) {}
+INLINE void grouped_tiles(const Weight &, int, const Rows &, float *) {}
+INLINE void _tile_release() {}
+#endif
+
+// y (n, 16): outputs 16 o … 16 o + 15 of all rows
+static void product(const Weight &m, int o, const Rows &rows, bool tiles, float *y) {
+  if (m.kind == FP32) plain<float>(m, o, rows, y);
+  else if (m.kind == BF16 && tiles) plain_tiles(m, o, rows, y);
+  else if (m.kind == BF16) plain<half_t>(m, o, rows, y);
+  else if (tiles) grouped_tiles(m, o, rows, y);
+  else grouped(m, o, rows, y);
+  if (m.bias)
+    for (int i = 0; i < rows.n; i++) store(y + i * LANES, load<F>(y + i * LANES) + wide(m.bias + o * LANES));
+}
