@@ -45,6 +45,7 @@ VERBS = (
     Verb("train summarize", "train an encoder-decoder from scratch to summarise", "train_summarize", "train and adapt"),
     Verb("adapt", "adapt a model to your data (LoRA, DoRA, adapters, prefixes)", "adapt", "train and adapt"),
     Verb("adapt extract", "turn a full fine-tune into a LoRA", "adapt_extract", "train and adapt"),
+    Verb("draft", "train what drafts for a model (Medusa, MTP, a small model)", "draft", "train and adapt"),
     Verb("resume", "go on with a run that was stopped, exactly where it was", "resume", "train and adapt"),
     Verb("eval", "measure a run or a model on held-out data", "eval", "use"),
     Verb("generate", "continue a prompt", "generate", "use"),

@@ -208,14 +208,19 @@ def held_out_tokens(model: MultiToken, loader: Loader, precision: Any = "fp32") 
     return with_perplexity(held_out_means(model, loader, measure, precision))
 
 
+TOKEN_HEADER = ("token", "held-out loss", "accuracy, %", "among the best 5, %", "loss before")
+
+
 def token_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[object, ...]]:
-    """Rows (token, loss, accuracy in per cent, loss before) of a report; none for a model without modules."""
+    """Rows of a report under `TOKEN_HEADER`; none for a model without modules."""
     found, rows = after or before, []
     k = 1
     while f"{_prefix(k)}accuracy" in found:
         label = "next" if k == 1 else f"{k - 1} after the next"
         loss, accuracy = (found[f"{_prefix(k)}{what}"] for what in ("loss", "accuracy"))
-        rows.append((label, loss, 100 * accuracy, before.get(f"{_prefix(k)}loss", "")))
+        five = f"{_prefix(k)}top5"
+        best = 100 * found[five] if five in found else ""
+        rows.append((label, loss, 100 * accuracy, best, before.get(f"{_prefix(k)}loss", "")))
         k += 1
     return rows if k > 2 else []
 

@@ -38,6 +38,13 @@ def _language() -> tuple[type, Callable[..., Outcome]]:
     return TrainLanguage, train_language
 
 
+def _draft() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.draft import train_draft
+    from volvelle.train.recipes.draft import TrainDraft
+
+    return TrainDraft, train_draft
+
+
 def _summarize() -> tuple[type, Callable[..., Outcome]]:
     from volvelle.train.recipes.summarize import TrainSummarize
     from volvelle.train.summarize import train_summarize
@@ -48,6 +55,7 @@ def _summarize() -> tuple[type, Callable[..., Outcome]]:
 KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "adapt": _adapt,
     "compare": _compare,
+    "draft": _draft,
     "language": _language,
     "summarize": _summarize,
 }

@@ -35,6 +35,7 @@ from volvelle.errors import VolvelleError
 from volvelle.systems.language.components import PreNormBlock, Step, build_norm
 from volvelle.systems.language.config import LanguageConfig
 from volvelle.systems.language.decoder import Decoder, draw_weights
+from volvelle.systems.language.draft_head import checked_tokens
 
 if TYPE_CHECKING:
     from volvelle.parts.attention.cache import Cache
@@ -67,14 +68,18 @@ class MTP(nn.Module):
     """
 
     kind: str
+    tokens: Tensor | None
+    """The tokens (r,) that are drafted, None: all (systems/language/draft_head.py)."""
 
-    def __init__(self, config: LanguageConfig, depths: int):
+    def __init__(self, config: LanguageConfig, depths: int, *, tokens: Tensor | None = None):
         super().__init__()
         if depths < 1:
             raise VolvelleError(f"multi-token prediction needs at least 1 depth, got {depths}")
         if not config.causal or config.order != "pre":
             raise VolvelleError(f"multi-token prediction needs a causal pre-norm decoder, not {config.family}")
+        self.width = config.width
         self.layers = nn.ModuleList(self.module(config) for _ in range(depths))
+        self.register_buffer("tokens", None if tokens is None else checked_tokens(tokens, config.vocabulary))
         draw_weights(self, config)
 
     @staticmethod
@@ -133,10 +138,11 @@ class SequentialMTP(MTP):
             x = model.run(layer, x, step)
         h = model.model.norm(x)
         states = [h]
+        h = h.to(stored(self))
         for k, layer in enumerate(self.layers, 1):
             # The last k positions have no t_{i+k}: they read token 0, and no earlier position sees them.
             following = F.pad(ids[:, k:], (0, min(k, ids.shape[1])))
-            h, state = model.run(layer, h, token_embeddings(model, following), step)
+            h, state = model.run(layer, h, token_embeddings(model, following).to(h.dtype), step)
             states.append(state)
         return states
 
@@ -176,7 +182,7 @@ class ParallelMTP(MTP):
             z = model.run(layer, z, step)
 
         def branch(layer: nn.Module) -> Branch:
-            return lambda z: model.model.norm(model.run(layer, z, step))
+            return lambda z: model.model.norm(model.run(layer, z.to(stored(layer)), step).to(z.dtype))
 
         return z, [branch(layer) for layer in (last, *self.layers)]
 
@@ -217,6 +223,11 @@ def _without_prefix(model: Decoder) -> None:
             "multi-token prediction is trained without a prefix: the modules would not know what comes before a text",
             tip="train the modules first, and the prefix on the finished model",
         )
+
+
+def stored(module: nn.Module) -> torch.dtype:
+    """The dtype of its weights: modules may be trained in fp32 beside a frozen decoder of 16 bits."""
+    return next(module.parameters()).dtype
 
 
 def token_embeddings(model: Decoder, ids: Tensor) -> Tensor:

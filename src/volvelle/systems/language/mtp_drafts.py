@@ -9,7 +9,7 @@ both; they then propose what comes after it:
 
 Only tokens that are final may be observed. Drafting leaves no trace: what it wrote into the caches is taken back.
 
-Shapes: b rows, m new positions, k drafted tokens, v vocabulary, D depths.
+Shapes: b rows, m new positions, k drafted tokens, r tokens that can be drafted, D depths.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ import torch
 from torch import Tensor
 
 from volvelle.errors import VolvelleError
+from volvelle.parts.attention.cache import KVCache
 from volvelle.systems.language.components import Step
 from volvelle.systems.language.decoder import Decoder
+from volvelle.systems.language.draft_head import DraftHead
 from volvelle.systems.language.mtp import MTP, MTPModule, ParallelMTP, SequentialMTP, token_embeddings
 
 Choose = Callable[[Tensor], Tensor]
 
 
 class Drafted(NamedTuple):
-    """Proposed tokens (b, k), and the logits (b, k, v) that each was chosen from."""
+    """Proposed tokens (b, k), and the logits (b, k, r) that each was chosen from."""
 
     tokens: Tensor
     logits: Tensor
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """Logits (b, v) -> the largest's index (b,)."""
-    return logits.argmax(-1)
-
-
 class Drafts:
-    """What the modules remember of `batch` texts of up to `context` tokens; `drafts_of` makes the right kind."""
+    """What the modules remember of `batch` texts of up to `context` tokens; `drafts_of` makes the right kind.
 
-    def __init__(self, mtp: MTP, model: Decoder, batch: int, context: int):
-        self.mtp, self.model = mtp, model
+    `head` is the projection onto the tokens that can be drafted, by default that of the modules' own list.
+    """
+
+    def __init__(self, mtp: MTP, model: Decoder, batch: int, context: int, *, head: DraftHead | None = None):
+        self.mtp, self.model, self.head = mtp, model, head or DraftHead(model, mtp.tokens)
         self.caches = [model.new_cache(batch, context, blocks=1) for _ in range(mtp.depths)]
         # Of each depth the newest state of every row, and whether the row has one.
         self.newest = [torch.zeros(batch, model.config.width, dtype=model.dtype, device=model.device)] * mtp.depths
@@ -60,23 +60,46 @@ class Drafts:
             raise VolvelleError(
                 f"drafts: states {tuple(states.shape)} and next tokens {tuple(following.shape)} do not fit"
             )
-        self._take(states, following, torch.ones_like(following, dtype=torch.bool) if mask is None else mask)
+        mask = torch.ones_like(following, dtype=torch.bool) if mask is None else mask
+        start, m = 0, following.shape[1]
+        while start < m:
+            part = slice(start, start + self._make_room(m - start))
+            self._take(states[:, part], following[:, part], mask[:, part])
+            start = part.stop
 
     @torch.no_grad()
-    def draft(self, k: int, choose: Choose = most_likely) -> Drafted:
-        """Propose the k tokens after the last one observed; `choose` maps logits (b, v) to tokens (b,).
+    def draft(self, k: int, choose: Choose | None = None) -> Drafted:
+        """Propose the k tokens after the last one observed; `choose` maps logits (b, r) to tokens (b,).
+
+        Without it the likeliest token is taken.
 
         Raises VolvelleError before anything was observed in every row.
         """
         if not bool(self.known[0].all()):
             raise VolvelleError("drafts: a row has nothing to follow; observe at least one position of each")
-        return self._propose(k, choose)
+        self._make_room(k)
+        return self._propose(k, choose or self._likeliest)
 
     def reset(self) -> None:
         """Forget everything."""
         for cache in self.caches:
             cache.reset()
         self.known = [torch.zeros_like(known) for known in self.known]
+
+    def _make_room(self, m: int) -> int:
+        """How many of m positions the caches take now; rows that grow unevenly leave holes, which are closed first."""
+        free = m
+        for cache in self.caches:
+            if isinstance(cache, KVCache):
+                if cache.context - cache.length < m:
+                    cache.compact()
+                free = min(free, cache.context - cache.length)
+        if free < 1:
+            raise VolvelleError(f"drafts: no room for {m} more positions; begin with a larger context")
+        return free
+
+    def _likeliest(self, logits: Tensor) -> Tensor:
+        return self.head.words(logits.argmax(-1))
 
     def _take(self, states: Tensor, following: Tensor, mask: Tensor) -> None:
         raise NotImplementedError
@@ -143,7 +166,7 @@ class SequentialDrafts(Drafts):
                 depth = min(j, last)
                 state = self.newest[depth]
                 module = cast(MTPModule, self.mtp.layers[depth])
-                logits.append(self.model.logits(module.shared_head["norm"](state)))
+                logits.append(self.head.logits(module.shared_head["norm"](state)))
                 tokens.append(choose(logits[-1]))
                 if j + 1 < k:
                     mask = torch.ones(len(state), 1, dtype=torch.bool, device=state.device)
@@ -171,15 +194,15 @@ class ParallelDrafts(Drafts):
     def _propose(self, k: int, choose: Choose) -> Drafted:
         if k > self.mtp.depths:
             raise VolvelleError(f"drafts: {self.mtp.depths} parallel heads draft at most as many tokens, got {k}")
-        logits = [self.model.logits(self.model.model.norm(self.newest[depth])) for depth in range(k)]
+        logits = [self.head.logits(self.model.model.norm(self.newest[depth])) for depth in range(k)]
         return Drafted(torch.stack([choose(one) for one in logits], 1), torch.stack(logits, 1))
 
 
-def drafts_of(mtp: MTP, model: Decoder, batch: int, context: int) -> Drafts:
+def drafts_of(mtp: MTP, model: Decoder, batch: int, context: int, *, head: DraftHead | None = None) -> Drafts:
     """The drafts of `batch` texts; `context` counts every position observed, and the k - 1 of a draft beside them."""
     match mtp:
         case SequentialMTP():
-            return SequentialDrafts(mtp, model, batch, context)
+            return SequentialDrafts(mtp, model, batch, context, head=head)
         case ParallelMTP():
-            return ParallelDrafts(mtp, model, batch, context)
+            return ParallelDrafts(mtp, model, batch, context, head=head)
     raise TypeError(f"drafts_of: no way to draft with {type(mtp).__name__}")

@@ -23,6 +23,7 @@ from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import SINGLE, SafetensorsFolder, read_json
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
 from volvelle.systems.language.key_maps import KEY_MAPS
+from volvelle.systems.language.medusa_files import MAP
 from volvelle.systems.language.mtp import KINDS, MTP
 from volvelle.systems.language.mtp_names import COPIES, COUNT, KIND, announced, saved_name
 
@@ -39,6 +40,8 @@ def write_mtp(mtp: MTP, model: Decoder, path: str | os.PathLike[str]) -> None:
     write_atomic(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     names = _names(mtp, model)
     tensors = {names[name]: p.detach().to("cpu", copy=True).contiguous() for name, p in mtp.named_parameters()}
+    if mtp.tokens is not None:
+        tensors[MAP] = mtp.tokens.cpu()
     with atomic_path(folder / SINGLE) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
@@ -57,9 +60,11 @@ def read_mtp(path: str | os.PathLike[str], model: Decoder) -> MTP:
     if not count:
         raise VolvelleError(f"{source}: config.json announces no modules of multi-token prediction ({COUNT})")
     _same_decoder(values, model, source)
+    tensors = SafetensorsFolder(folder)
+    tokens = tensors.get(MAP)
     with torch.random.fork_rng(devices=[]):  # fresh weights are about to be replaced: nobody's draws should move
-        mtp = KINDS[kind](model.config, count).to(device=model.device, dtype=model.dtype)
-    tensors, names = SafetensorsFolder(folder), _names(mtp, model)
+        mtp = KINDS[kind](model.config, count, tokens=tokens).to(device=model.device, dtype=model.dtype)
+    names = _names(mtp, model)
     _check_names(tensors, set(names.values()), model, source)
     for name, parameter in mtp.named_parameters():
         tensor = tensors[names[name]]
@@ -92,7 +97,7 @@ def _check_names(tensors: SafetensorsFolder, wanted: set[str], model: Decoder, s
     own = {binding.theirs for binding in key_map.bind(shapes)} | set(key_map.aliases)
     shared = dict(zip(COPIES, (model.model.embed_tokens.weight, model.lm_head.weight), strict=True))
     unknown = []
-    for name in set(tensors) - wanted - own:
+    for name in set(tensors) - wanted - own - {MAP}:
         copied = next((weight for ending, weight in shared.items() if name.endswith(ending)), None)
         if copied is None:
             unknown.append(name)
