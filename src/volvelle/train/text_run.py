@@ -26,7 +26,7 @@ from volvelle.systems.language.tokenizer import TextTokenizer
 from volvelle.train.estimate import MemoryEstimate, estimate_memory, largest_batch
 from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.loop import FitResult
-from volvelle.train.mtp import token_rows
+from volvelle.train.mtp import TOKEN_HEADER, token_rows
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.ranks import Ranks
@@ -315,7 +315,7 @@ def _report(
     training_curves(report.heading("Training"), records)
     tokens = token_rows(before, after)
     if tokens:
-        report.heading("Each token it predicts").table(("token", "held-out loss", "accuracy, %", "loss before"), tokens)
+        report.heading("Each token it predicts").table(TOKEN_HEADER, tokens)
     if samples:
         many = f"{SHOWN} of {len(samples)}; all are in samples.json" if len(samples) > SHOWN else ""
         report.heading("What it writes, on held-out prompts").text(many).samples(samples[:SHOWN])
@@ -327,7 +327,13 @@ def _report(
 
 def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) -> list[tuple[str, str, str]]:
     """The main figures with what they were before."""
-    names = {"loss": "held-out loss", "perplexity": "held-out perplexity", "bleu": "BLEU", "rougeL": "ROUGE-L"}
+    names = {
+        "accepted_per_step": "tokens a step",
+        "loss": "held-out loss",
+        "perplexity": "held-out perplexity",
+        "bleu": "BLEU",
+        "rougeL": "ROUGE-L",
+    }
     found = after or before
     shown = []
     for name, label in names.items():

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from volvelle.systems.language.huggingface import read_folder as read_folder
     from volvelle.systems.language.huggingface import write_folder as write_folder
     from volvelle.systems.language.load import load_language_model as load_language_model
+    from volvelle.systems.language.medusa import MedusaHeads as MedusaHeads
+    from volvelle.systems.language.medusa_files import read_medusa as read_medusa
+    from volvelle.systems.language.medusa_files import write_medusa as write_medusa
     from volvelle.systems.language.mtp import ParallelMTP as ParallelMTP
     from volvelle.systems.language.mtp import SequentialMTP as SequentialMTP
     from volvelle.systems.language.mtp_drafts import drafts_of as drafts_of
@@ -32,6 +35,9 @@ _HOMES = {
     "read_folder": "huggingface",
     "write_folder": "huggingface",
     "load_language_model": "load",
+    "MedusaHeads": "medusa",
+    "read_medusa": "medusa_files",
+    "write_medusa": "medusa_files",
     "ParallelMTP": "mtp",
     "SequentialMTP": "mtp",
     "drafts_of": "mtp_drafts",
