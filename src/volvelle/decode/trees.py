@@ -136,7 +136,8 @@ class RankAcceptance:
     """Running estimates of the table, and the trees grown from it.
 
     `memory` is the number of observations of a head that count: older ones fade exponentially. Before any, a guess of
-    rank r is taken to be right with probability prior * 2 ** -r, as if that had been seen `weight` times.
+    rank r is taken to be right with probability prior * 2 ** -r, or with that of `table` (H, R) where one was measured,
+    as if that had been seen `weight` times.
 
     >>> seen = RankAcceptance(heads=2, ranks=2)
     >>> for _ in range(100):
@@ -145,8 +146,18 @@ class RankAcceptance:
     (1,)
     """
 
-    def __init__(self, heads: int, ranks: int, *, prior: float = 0.4, weight: float = 2.0, memory: float = 200.0):
-        self._hits = [[weight * prior * 2.0**-rank for rank in range(ranks)] for _ in range(heads)]
+    def __init__(
+        self,
+        heads: int,
+        ranks: int,
+        *,
+        prior: float = 0.4,
+        weight: float = 2.0,
+        memory: float = 200.0,
+        table: Table | None = None,
+    ):
+        before = [[prior * 2.0**-rank for rank in range(ranks)]] * heads if table is None else table
+        self._hits = [[weight * share for share in row[:ranks]] for row in before]
         self._tries = [weight] * heads
         self._keep = 1 - 1 / memory
         self._grown: tuple[int, Tree] | None = None
