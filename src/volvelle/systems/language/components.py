@@ -20,6 +20,7 @@ from volvelle.parts.attention.state_cache import StateCache
 from volvelle.parts.position.deberta import DisentangledBias
 from volvelle.parts.position.encoding import Bias, PositionEncoding, Turning
 from volvelle.systems.language import config as c
+from volvelle.systems.language.gated import gated_product
 from volvelle.systems.language.norms import RMSNorm
 from volvelle.systems.language.positions import build_layer_position
 
@@ -72,7 +73,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, n, width) -> (b, n, width)."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_product(self.activation, self.gate_proj(x), self.up_proj(x)))
 
 
 class MLP(nn.Module):
