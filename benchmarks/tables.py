@@ -191,16 +191,19 @@ def attention_cuda(record: Mapping[str, Any]) -> list[str]:
 
 def amp(record: Mapping[str, Any]) -> list[str]:
     """Seconds of a training step in every precision, and fp32's time over the others'."""
-    lines = ["| network | batch | fp32 | bf16 | fp16 | bf16 : fp32 | fp16 : fp32 |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| network | batch | of | fp32 | bf16 | fp16 | bf16 : fp32 | fp16 : fp32 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in record["rows"]:
         times = " | ".join(f"{row['seconds'][kind]['wall_median']:.2f} s" for kind in ("fp32", "bf16", "fp16"))
         speeds = " | ".join(protocol.shown(row["speed"][kind]) for kind in ("bf16", "fp16"))
-        lines.append(f"| {row['title']} | {row['batch']} | {times} | {speeds} |")
+        lines.append(f"| {row['title']} | {row['batch']} | {row['best_of']} | {times} | {speeds} |")
     return [
         *lines,
         "",
         "Forward, backward and an SGD update with momentum under autocast over fp32 weights, fp16 with dynamic loss "
-        f"scaling; in each round the fastest of {record['rows'][0]['best_of']} steps counts. "
+        "scaling; in each round the fastest of that many steps counts (column: of). "
         + _footer("amp", record["machine"], "the half precision is faster than fp32"),
     ]
 
