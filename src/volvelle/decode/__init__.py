@@ -9,12 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from volvelle.decode.accept_exact import Exact
+    from volvelle.decode.accept_typical import Typical
     from volvelle.decode.beam import beam_search
+    from volvelle.decode.contract import Draft, Drafter, Drafting
+    from volvelle.decode.drafters.draft_model import DraftModel
+    from volvelle.decode.drafters.early_exit import EarlyExit
     from volvelle.decode.drafters.medusa import Medusa
     from volvelle.decode.drafters.mtp import MTP
     from volvelle.decode.drafters.opening import open_drafter
     from volvelle.decode.generation import generate, generate_batch, stream
-    from volvelle.decode.loop import Draft, Drafter
     from volvelle.decode.options import Beams, Rules, Sampling
     from volvelle.decode.request import Generation, Token
 

@@ -138,14 +138,14 @@ def _first_kept(
     ways: Sequence[Sequence[int]],
     uniform: Sequence[Callable[[], float]],
 ) -> tuple[list[int | None], Tensor]:
-    """Try the siblings of each row's place; the first one kept, as an offset into the step, and what p is without it."""
+    """Try the siblings of each row's place: the first one kept, an offset into the step, and what is left of p."""
     assert draft.q is not None
     c = max(map(len, ways))
-    siblings = torch.tensor([[*way, *[0] * (c - len(way))] for way in ways], device=p.device).view(len(rows), c)
-    which = torch.tensor(rows, device=p.device)
-    candidates = torch.where(siblings > 0, draft.tokens[which[:, None], (siblings - 1).clamp(min=0)], -1)
     if c == 0:
         return [None] * len(rows), p
+    siblings = torch.tensor([[*way, *[0] * (c - len(way))] for way in ways], device=p.device)
+    which = torch.tensor(rows, device=p.device)
+    candidates = torch.where(siblings > 0, draft.tokens[which[:, None], (siblings - 1).clamp(min=0)], -1)
     q = draft.q[which, (siblings[:, 0] - 1).clamp(min=0)].to(p.dtype)
     found, rest = keep_one(p, q, candidates, uniform)
     return [None if j < 0 else way[j] for j, way in zip(found, ways, strict=True)], rest

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from volvelle.decode.accept_exact import EXACT
 from volvelle.decode.contract import ALWAYS, Acceptance, Drafter, Policy
-from volvelle.decode.loop import Event, evaluating, run
+from volvelle.decode.loop import Event, Help, evaluating, run
 from volvelle.decode.options import Rules, Sampling
 from volvelle.decode.request import NO_RULES, Generation, Limits, Request, Token
 from volvelle.decode.stop import StopText
@@ -91,7 +91,7 @@ def stream(
     stop string or of a UTF-8 character is never in a Token's text.
     """
     request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules))
-    help = Help(drafter, acceptance, policy)
+    help = None if drafter is None else Help(drafter, acceptance, policy)
 
     def tokens() -> Generator[Token, None, Generation]:
         events = _events(model, [request], help)
@@ -132,7 +132,7 @@ def generate_batch(
         return []
     ends = limits(max_tokens, stop, eos_ids, rules)
     requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
-    events = _events(model, requests, Help(drafter, acceptance, policy))
+    events = _events(model, requests, None if drafter is None else Help(drafter, acceptance, policy))
     while True:
         try:
             row, token = next(events)
@@ -142,29 +142,22 @@ def generate_batch(
             on_token(row, token)
 
 
-class Help(NamedTuple):
-    """What a call decodes with besides the model."""
-
-    drafter: Drafter | None
-    acceptance: Acceptance
-    policy: Policy
-
-
-def _events(model: LanguageModel, requests: list[Request], help: Help) -> Generator[Event, None, list[Generation]]:
+def _events(
+    model: LanguageModel, requests: list[Request], help: Help | None
+) -> Generator[Event, None, list[Generation]]:
     started, ends, first = time.perf_counter(), [0.0] * len(requests), 0.0
-    drafter, acceptance, policy = help
-    models = (model, *(() if drafter is None else drafter.modules))
+    models = (model, *(() if help is None else help.drafter.modules))
     with evaluating(*models):
         for one in models:
             if isinstance(one, Decoder):
                 fuse_projections(one)
-        for events in run(model, requests, drafter=drafter, accept=acceptance, policy=policy):
+        for events in run(model, requests, help=help):
             now = time.perf_counter() - started
             first = first or now
             for event in events:
                 ends[event.row] = now
             yield from events
-    whole = [drafter is None or acceptance.lossless(request.sampling) for request in requests]
+    whole = [help is None or help.accept.lossless(request.sampling) for request in requests]
     return [finished(*answer, prompt_seconds=first) for answer in zip(requests, ends, whole, strict=True)]
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from volvelle.decode.contract import ALWAYS, Acceptance, Accepted, Draft, Drafter, Drafting, Policy, Rule, Seen
+from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting, Rule, Seen
 from volvelle.decode.request import Request, Token
-from volvelle.decode.speculation import Speculation
+from volvelle.decode.speculation import Help, Speculation
 from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from volvelle.parts.attention.cache import Cache
     from volvelle.systems.language.models import LanguageModel
 
-__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Seen", "choose_next", "run", "step"]
+__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Help", "Seen", "choose_next", "run", "step"]
 
 Read = Callable[["Writer", Tensor, "Tensor | None", "Cache"], tuple[Tensor, Tensor]]
 """Runs the writer over a step's ids (b, n) with their mask: the final states, and those that a drafter sees."""
@@ -58,24 +58,22 @@ def run(
     requests: Sequence[Request],
     *,
     choose: Rule = choose_next,
-    drafter: Drafter | None = None,
-    accept: Acceptance | Rule | None = None,
-    policy: Policy = ALWAYS,
+    help: Help | None = None,
     forward: Forward | None = None,
     spare: int = 0,
 ) -> Iterator[list[Event]]:
     """Decode all requests together; yields what each step gained until every row is finished.
 
-    `choose` is the rule for steps without a draft, `accept` for those with one (exact by default). `forward` computes
-    a step (default: `step`) and may touch `spare` slots of the cache behind the step's own.
+    `choose` is the rule for steps without a draft; `help` makes drafts and has a rule for steps with one. `forward`
+    computes a step (default: `step`) and may touch `spare` slots of the cache behind the step's own.
     """
     forward = forward or step
     room = max(len(request.prompt) for request in requests) + max(request.max_tokens for request in requests)
     drafts: Speculation | None = None
     with computing(model):
         writer = reader(model, requests)
-        if drafter is not None:
-            drafts = Speculation(model, writer, requests, drafter, accept, policy, forward, room)
+        if help is not None:
+            drafts = Speculation(model, writer, requests, help, forward, room)
             spare += drafts.spare
         cache = writer.new_cache(len(requests), room + spare)
     read = read_once if drafts is None else drafts.drafting.read

@@ -4,64 +4,41 @@ A matrix product over several tokens sums in another order than one over a singl
 bits between a step with a draft and one without. Where the best token is ahead by less than that, the answer may leave
 the one of plain decoding, and is then as good.
 
-Shapes: b rows, t tokens of a probe, v vocabulary.
+Shapes: b rows, r choices, v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from volvelle.decode.contract import Writer
-    from volvelle.decode.request import Request
-    from volvelle.parts.attention.cache import Cache
-    from volvelle.systems.language.models import LanguageModel
-
-PROBE = 16
-_MEASURED: WeakKeyDictionary[Any, dict[Any, float]] = WeakKeyDictionary()
-
-Step = Callable[["Writer", "Cache", Tensor, "Tensor | None", int], tuple[Tensor, Tensor]]
+_MEASURED: WeakKeyDictionary[nn.Module, dict[Any, float]] = WeakKeyDictionary()
+"""The width error of every model that has been asked, by its dtype and the way a step is computed."""
 
 
-def width_error(model: LanguageModel, writer: Writer, requests: Sequence[Request], forward: Step) -> float:
-    """The most that the difference of two logits changes when tokens are run side by side rather than one by one.
+def known_error(model: nn.Module, kind: Any) -> float | None:
+    """What was measured for this model before; None: nothing."""
+    return _MEASURED.get(model, {}).get(kind)
 
-    Measured on the newest tokens of the requests' texts, once for a model, its dtype and the way a step is computed;
-    it takes half as many plain steps as the probe has tokens.
+
+def measure_error(model: nn.Module, kind: Any, alone: Tensor, beside: Tensor) -> float:
+    """The width error, of logits (b, v) of the same tokens run alone and beside others; it is remembered.
+
+    It is the most that the difference of two tokens' logits changes. That is one step's share: keys and values in the
+    cache differ as well once drafts were accepted, so it says how large such changes are, and is no bound.
     """
-    known = _MEASURED.setdefault(model, {})
-    key = model.dtype, forward
-    if key not in known:
-        texts = [[*request.prompt, *request.tokens] for request in requests]
-        size = min(PROBE, model.room)
-        ids = torch.tensor([(text * size)[-size:] for text in texts], device=model.device)
-        known[key] = change(writer, ids, forward)
-    return known[key]
-
-
-def change(writer: Writer, ids: Tensor, forward: Step) -> float:
-    """The change over the second half of ids (b, t): run as one block, and token by token, behind the first half."""
-    b, t = ids.shape
-    half, found = t // 2, []
-    for width in (t - half, 1):
-        cache, logits = writer.new_cache(b, t + PROBE), []
-        parts = (ids[:, :half], *ids[:, half:].split(width, 1)) if half else ids.split(width, 1)
-        for part in parts:
-            logits.append(forward(writer, cache, part, None, part.shape[1])[0].float())
-            cache.commit()
-        found.append(torch.cat(logits[1 if half else 0 :], 1))
-    difference = found[0] - found[1]
-    return float((difference.amax(-1) - difference.amin(-1)).max())
+    change = beside.float() - alone.float()
+    error = float((change.amax(-1) - change.amin(-1)).max())
+    _MEASURED.setdefault(model, {})[kind] = error
+    return error
 
 
 def is_near(scores: Tensor, error: float) -> Tensor:
     """Whether the best of scores (r, v) is ahead of the next by less than `error`: (r,) bool.
 
+    >>> import torch
     >>> is_near(torch.tensor([[3.0, 1.0, 2.95], [3.0, 1.0, 2.0]]), 0.1)
     tensor([ True, False])
     """

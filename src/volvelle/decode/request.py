@@ -161,7 +161,7 @@ class Request:
         return choose(self.constrain(logits), self.sampling, self._seen, self._generator)
 
     def constrain(self, scores: Tensor, drafted: Sequence[int] = ()) -> Tensor:
-        """The scores (v,) of the token after the answer so far and `drafted` ones, as this request's rules leave them."""
+        """The scores (v,) of the token behind the answer and `drafted` ones, as this request's rules leave them."""
         if not self.binds(len(drafted)):
             return scores
         tokens = [*self.tokens, *drafted]

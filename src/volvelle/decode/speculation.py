@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.accept_exact import EXACT
-from volvelle.decode.contract import Acceptance, Accepted, Draft, Drafted, Drafter, Policy, Rule, Seen
-from volvelle.decode.near_ties import is_near, width_error
+from volvelle.decode.contract import ALWAYS, Acceptance, Accepted, Draft, Drafted, Drafter, Policy, Seen
+from volvelle.decode.near_ties import is_near, known_error, measure_error
 from volvelle.decode.request import Request
 
 if TYPE_CHECKING:
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 SLACK = 64
 """Slots of the cache that holes may take besides a quarter of the longest text, before texts are moved together."""
+
+
+class Help(NamedTuple):
+    """What drafts, which of its tokens stay, and how many are asked for."""
+
+    drafter: Drafter
+    accept: Acceptance = EXACT
+    policy: Policy = ALWAYS
 
 
 class Told(NamedTuple):
@@ -47,22 +55,22 @@ class Speculation:
         model: LanguageModel,
         writer: Writer,
         requests: Sequence[Request],
-        drafter: Drafter,
-        accept: Acceptance | Rule | None,
-        policy: Policy,
+        help: Help,
         forward: Callable[..., tuple[Tensor, Tensor]],
         room: int,
     ):
         self.model, self.writer, self.forward = model, writer, forward
-        self.accept: Acceptance | Rule = EXACT if accept is None else accept
-        self.drafting, self.pacing = drafter.begin(writer, requests, room), policy.begin()
+        self.accept = help.accept
+        self.drafting, self.pacing = help.drafter.begin(writer, requests, room), help.policy.begin()
         # Rows that accept less leave holes where others accept more.
         self.spare = 1 + self.drafting.width + (slack(room) if len(requests) > 1 else 0)
         self._seen: list[Seen] = []
         self._started: float | None = None  # when the step began, None for the prompt's
         self._draft_seconds = 0.0
         self._length = 0
-        self._error: float | None = None
+        self._kind = self.model.dtype, forward
+        self._error = known_error(model, self._kind)
+        self._alone: Tensor | None = None  # logits of the newest tokens, run without the first draft
         for request in requests:
             request.near_ties = 0 if request.sampling.greedy else None
 
@@ -88,15 +96,19 @@ class Speculation:
             draft = cut(draft, deepest)
             rows = draft.tokens.tolist()
             draft = draft if any(token >= 0 for row in live for token in rows[row]) else None
+        self._draft_seconds = time.perf_counter() - begun
         if draft is not None and self._error is None and any(requests[row].sampling.greedy for row in live):
-            self._error = width_error(self.model, self.writer, requests, self.forward)
+            self._alone = self._newest_alone(cache, requests)
         self._started = time.perf_counter()
-        self._draft_seconds = self._started - begun
         return draft
 
     def scored(self, logits: Tensor, accepted: Accepted, draft: Draft | None, requests: Sequence[Request]) -> Told:
         """Note a step before the requests take its tokens."""
         written = [len(request.tokens) if request.finish is None else -1 for request in requests]
+        if self._alone is not None:
+            live = [row for row, before in enumerate(written) if before >= 0]
+            self._error = measure_error(self.model, self._kind, self._alone[live], logits[live, 0])
+            self._alone = None
         near = [] if self._error is None else self._near(logits, accepted, requests, self._error)
         return Told(accepted, draft, written, near)
 
@@ -120,6 +132,12 @@ class Speculation:
                 checked = Drafted(draft.tokens.shape[1], draft.parents, [nodes[row] for row in running])
             self.pacing.observe(self._length, checked, step_seconds=seconds, draft_seconds=self._draft_seconds)
         self._tidy(cache, requests, running)
+
+    def _newest_alone(self, cache: Cache, requests: Sequence[Request]) -> Tensor:
+        """Logits (b, v) of the newest tokens as a plain step gives them; the step stays open, the next overwrites it."""
+        ids = torch.tensor([[request.last] for request in requests], device=self.model.device)
+        logits, _ = self.forward(self.writer, cache, ids, None, 1, self.drafting.read)
+        return logits[:, -1]
 
     def _near(self, logits: Tensor, accepted: Accepted, requests: Sequence[Request], error: float) -> list[list[bool]]:
         """Of each greedy row, whether its choices were near ties."""

@@ -9,7 +9,7 @@ Shapes: b rows, k drafted tokens, m tokens that the cache lacks, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 import torch
@@ -27,6 +27,7 @@ from volvelle.systems.language.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from volvelle.decode.contract import Writer
+    from volvelle.parts.attention.cache import Cache
     from volvelle.systems.language.models import LanguageModel
 
 
@@ -56,7 +57,7 @@ class DraftModel(Drafter):
                 tip="use a smaller decoder",
             )
         own = reader(self.model, requests)
-        return ModelDrafting(own, requests, self.k, room, self.model.room, target.config.vocabulary)
+        return ModelDrafting(own, self.model, requests, self.k, room, target.config.vocabulary)
 
     def _check(self, target: LanguageModel) -> None:
         ours, theirs = self.model.tokenizer, target.tokenizer
@@ -68,16 +69,34 @@ class DraftModel(Drafter):
             self._agreed.add(theirs)
 
 
+class Runs(Protocol):
+    """What drafts are made with: a writer, or a part of one."""
+
+    def new_cache(self, batch: int, context: int) -> Cache:
+        """Allocate a cache."""
+        ...
+
+    def hidden(self, ids: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Run over tokens (b, n) behind those of the cache: the final states (b, n, width)."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final states (..., width) -> logits (..., v)."""
+        ...
+
+
 class ModelDrafting(Drafting):
     """One run of a model that drafts chains: what it has read of each row, in its cache.
 
-    `width` is the most tokens of a draft, `reach` the model's longest text, `vocabulary` the target's v.
+    `own` runs `model` or a part of it; `width` is the most tokens of a draft, `room` of a text, `vocabulary` the
+    target's v.
     """
 
-    def __init__(self, own: Writer, requests: Sequence[Request], width: int, room: int, reach: int, vocabulary: int):
-        self.own, self.width, self._reach, self._vocabulary = own, width, reach, vocabulary
-        b = len(requests)
-        room = min(room, reach)
+    def __init__(
+        self, own: Runs, model: LanguageModel, requests: Sequence[Request], width: int, room: int, vocabulary: int
+    ):
+        self.own, self.model, self.width, self._vocabulary = own, model, width, vocabulary
+        b, room = len(requests), min(room, model.room)
         self.cache = own.new_cache(b, room + 1 + width + (slack(room) if b > 1 else 0))
         self._behind: list[Seen] = []  # what the cache lacks
         self._forgotten: set[int] = set()
@@ -88,12 +107,13 @@ class ModelDrafting(Drafting):
         self._behind.append(seen)
         live = [row for row, request in enumerate(requests) if request.finish is None]
         longest = max(requests[row].length for row in live)
-        k = min(k, self._reach - longest + 1)
+        k = min(k, self.model.room - longest + 1)
         if k < 1:
             return None
         self._tidy(requests, longest)
         state = self._catch_up(requests, live)
-        snapshot, drafted = self.cache.snapshot(), [[] for _ in requests]
+        snapshot = self.cache.snapshot()
+        drafted: list[list[int]] = [[] for _ in requests]
         tokens, q = [], []
         try:
             for place in range(k):
@@ -131,9 +151,8 @@ class ModelDrafting(Drafting):
         finished = [row for row, request in enumerate(requests) if request.finish and row not in self._forgotten]
         if finished:
             self._forgotten.update(finished)
-            self.cache.forget(torch.tensor(finished, device=self.own.device))
-        ahead = target_of(self.own).ahead
-        if self.cache.length > ahead + longest + slack(longest):
+            self.cache.forget(torch.tensor(finished, device=self.model.device))
+        if self.cache.length > self.model.ahead + longest + slack(longest):
             self.cache.compact()
 
     def _choose(
@@ -163,7 +182,7 @@ class ModelDrafting(Drafting):
 
     def _known(self, ids: Tensor) -> Tensor:
         """The tokens, with another in place of those that the draft model has no embedding for."""
-        own = target_of(self.own).config.vocabulary
+        own = self.model.config.vocabulary
         return ids.clamp(max=own - 1) if own < self._vocabulary else ids
 
     def _only(self, tokens: Tensor, live: list[int]) -> Tensor:

@@ -119,14 +119,20 @@ class EncoderDecoder(Prefaced):
         # A fake tensor has no values; the planner asks about fresh models, whose bias is zero.
         return bias.is_meta or isinstance(bias, FakeTensor) or not bool(bias.any())
 
-    def new_cache(self, batch: int, context: int, dtype: torch.dtype | None = None) -> KVCache:
-        """Allocate a cache for `batch` answers of up to `context` tokens, in the model's dtype unless it is given."""
+    def new_cache(
+        self, batch: int, context: int, dtype: torch.dtype | None = None, *, blocks: int | None = None
+    ) -> KVCache:
+        """Allocate a cache for `batch` answers of up to `context` tokens, in the model's dtype unless it is given.
+
+        With `blocks` it is for as many blocks of the decoder, and nothing comes before their texts.
+        """
         config = self.config
+        layers, ahead = (config.decoder.depth, self.ahead) if blocks is None else (blocks, 0)
         return KVCache.allocate(
-            config.decoder.depth,
+            layers,
             batch,
             config.decoder.heads,
-            self.ahead + context,
+            ahead + context,
             config.head_width,
             dtype or self.dtype,
             self.device,
@@ -190,11 +196,26 @@ class EncoderDecoder(Prefaced):
         tokens follow those in it and are written to it; the caller commits the step.
         Raises VolvelleError on shapes that do not fit.
         """
-        check_ids("token ids", ids, mask)
         if isinstance(source, Tensor):
             source = self.read(source, mask=source_mask)
         elif source_mask is not None:
             raise VolvelleError("a source that was read has its mask already: give source_mask to `read`")
+        x, step = self.begin(ids, source, positions=positions, mask=mask, cache=cache)
+        for layer in self.model.decoder.layers:
+            x = layer(x, step, source) if cache is not None else self.run(layer, x, step, source)
+        return x
+
+    def begin(
+        self,
+        ids: Tensor,
+        source: Source,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Step]:
+        """Return what the first block of the decoder reads (b, n, width), and what all blocks share; see `hidden`."""
+        check_ids("token ids", ids, mask)
         if len(ids) % len(source.states):
             raise VolvelleError(f"{len(ids)} answers cannot be shared out to {len(source.states)} sources")
         past = self._past(cache, len(ids))
@@ -206,10 +227,7 @@ class EncoderDecoder(Prefaced):
         else:
             where, allowed, causal = standing_alone(ids, mask, causal=True)
         x = self.model.decoder.embed(self.model.words(ids), where if positions is None else self._moved(positions))
-        step = Step(None, allowed, causal, past)
-        for layer in self.model.decoder.layers:
-            x = layer(x, step, source) if cache is not None else self.run(layer, x, step, source)
-        return x
+        return x, Step(None, allowed, causal, past)
 
     def states_of(self, ids: Tensor) -> dict[Site, Tensor]:
         """The keys and values (layers, 2, b, h, n, d) that words (b, n) give each kind of attention.
