@@ -135,6 +135,9 @@ class KVCache:
         self._has_holes = False
         self._cursor = self._pending = 0
         self._serial = 0
+        self.reach: int | None = None
+        """The slots that every step answers with, masked where nothing is yet, so that all steps have one shape; None:
+        those so far."""
         self._rewinds: list[tuple[int, int]] = []  # (serial, cursor): older snapshots beyond the cursor are lost
 
     @classmethod
@@ -150,6 +153,11 @@ class KVCache:
     ) -> KVCache:
         """Allocate room for `context` tokens a row: 2 * layers * b * h_kv * context * d numbers, once."""
         return cls(torch.zeros(layers, 2, batch, kv_heads, context, head_width, dtype=dtype, device=device))
+
+    @property
+    def storage(self) -> Tensor:
+        """All slots, (layers, 2, b, h_kv, context, d), for kernels that write an open step's themselves."""
+        return self._storage
 
     @property
     def length(self) -> int:
@@ -177,7 +185,7 @@ class KVCache:
             self._keep[:, start:end] = padding
             self._has_holes = True
         flat = self._storage.flatten(0, 1)
-        self._new, self._all = flat.narrow(3, start, n).unbind(), flat.narrow(3, 0, end).unbind()
+        self._new, self._all = flat.narrow(3, start, n).unbind(), flat.narrow(3, 0, self.reach or end).unbind()
         return Step(self._positions(n, tree), *self._mask(n, tree))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,15 +348,17 @@ class KVCache:
 
     def _mask(self, n: int, tree: Tensor | None) -> tuple[Tensor | None, bool]:
         start, end = self._cursor, self._cursor + n
-        holes = self._keep[:, None, None, :end] if self._has_holes else None  # (b, 1, 1, end)
+        last = self.reach or end
+        holes = self._keep[:, None, None, :last] if self._has_holes else None  # (b, 1, 1, last)
         if tree is None:
-            if n == 1:
+            if n == 1 and last == end:
                 return holes, False
-            if start == 0 and holes is None:
+            if start == 0 and holes is None and last == end:
                 return None, True
-            seen = self._slots[:end] <= self._slots[start:end, None]  # (n, end)
+            seen = self._slots[:last] <= self._slots[start:end, None]  # (n, end)
         else:
             past = torch.ones(*tree.shape[:-1], start, dtype=torch.bool, device=tree.device)
-            seen = torch.cat((past, tree), dim=-1)
+            later = torch.zeros(*tree.shape[:-1], last - end, dtype=torch.bool, device=tree.device)
+            seen = torch.cat((past, tree, later), dim=-1)
         seen = seen[None, None] if seen.dim() == 2 else seen[:, None]
         return (seen if holes is None else seen & holes), False

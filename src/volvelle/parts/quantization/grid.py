@@ -78,20 +78,17 @@ def dequantize_weight(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype
     >>> dequantize_weight(torch.tensor([[0, 3]]), torch.tensor([[2.0]]), torch.tensor([[-1.0]]), torch.float32)
     tensor([[-1.,  5.]])
     """
-    check_grid("dequantize_weight", codes.shape[0], codes.shape[1], scale, offset)
+    out, features = codes.shape
+    fits = scale.dim() == 2 and scale.shape[1] == out and len(scale) and features % len(scale) == 0
+    if not fits or (offset is not None and offset.shape != scale.shape):
+        shapes = tuple(scale.shape), None if offset is None else tuple(offset.shape)
+        raise ValueError(
+            f"dequantize_weight: scale and offset must be (in / group, out) for codes of {(out, features)}, "
+            f"got {shapes}"
+        )
     wide = torch.promote_types(dtype, torch.float32)
     # (out, in / group, group)
     values = codes.unflatten(1, (len(scale), -1)).to(wide) * scale.t().to(wide)[..., None]
     if offset is not None:
         values += offset.t().to(wide)[..., None]
     return values.flatten(1).to(dtype)
-
-
-def check_grid(call: str, out: int, features: int, scale: Tensor, offset: Tensor | None) -> None:
-    """Raise ValueError, in the name of `call`, where scale and offset are no grid of an (out, features) matrix."""
-    fits = scale.dim() == 2 and scale.shape[1] == out and len(scale) and features % len(scale) == 0
-    if not fits or (offset is not None and offset.shape != scale.shape):
-        shapes = tuple(scale.shape), None if offset is None else tuple(offset.shape)
-        raise ValueError(
-            f"{call}: scale and offset must be (in / group, out) for a weight of {(out, features)}, got {shapes}"
-        )

@@ -5,7 +5,7 @@
 A step of decoding reads every weight once, so its time is the bytes of the weights: a quarter to a third of bf16's.
 Frantar et al. 2023, "GPTQ", section 5 (kernels that read 4 bits and compute in 16); the grid is llama.cpp's Q4_1.
 
-Shapes: x (..., in), tiles (out / 16, in / 2, 16) uint8, scale and offset (in / group, out) fp16, result (..., out).
+Shapes: x (..., in), tiles (out / 16, in / 2, 16) uint8, steps (out / 16, in / group, 2, 16) fp16, result (..., out).
 """
 
 from __future__ import annotations
@@ -14,34 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from volvelle.export import export
-from volvelle.parts.quantization.grid import check_grid, dequantize_weight
-from volvelle.parts.quantization.tiles import OUTPUTS, unpack
+from volvelle.parts.quantization.tiles import stored
 from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 
 
 @export("functional.int4_linear")
-def int4_linear(x: Tensor, tiles: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None = None) -> Tensor:
+def int4_linear(x: Tensor, tiles: Tensor, steps: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + bias for a matrix of 4 bits, dequantised in fp32 and rounded once to x's dtype.
 
-    x (..., in) of any floating dtype; tiles (out / 16, in / 2, 16) uint8 as `tiles.pack` stores codes; scale and offset
-    (in / group, out). Differentiable with respect to x and bias. Raises ValueError when the shapes do not fit.
+    x (..., in) of any floating dtype; tiles (out / 16, in / 2, 16) uint8 and steps (out / 16, in / group, 2, 16) as
+    `tiles.pack` and `tiles.pack_steps` store codes, scales and offsets. Differentiable with respect to x and bias.
+    Raises ValueError when the shapes do not fit.
 
     >>> import torch
     >>> from volvelle.parts.quantization.grid import quantize_weight
-    >>> from volvelle.parts.quantization.tiles import pack
+    >>> from volvelle.parts.quantization.tiles import pack, pack_steps
     >>> codes, scale, offset = quantize_weight(torch.arange(32.0).view(16, 2), 4, group=2)
-    >>> int4_linear(torch.tensor([1.0, 0.0]), pack(codes, 4), scale, offset)[:3]
+    >>> int4_linear(torch.tensor([1.0, 0.0]), pack(codes, 4), pack_steps(scale, offset))[:3]
     tensor([0., 2., 4.])
     """
-    out, features = tiles.shape[0] * OUTPUTS, tiles.shape[1] * 2
-    if tiles.dim() != 3 or x.shape[-1] != features:
-        raise ValueError(
-            f"int4_linear: tiles must be (out / 16, in / 2, 16) for x of shape {tuple(x.shape)}, "
-            f"got {tuple(tiles.shape)}"
-        )
-    check_grid("int4_linear", out, features, scale, offset)
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, dequantize_weight(unpack(tiles), scale, offset, x.dtype), bias)
+    weight = stored("int4_linear", x, tiles, steps)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @export("nn.Int4Linear", twin=int4_linear)
@@ -58,4 +51,4 @@ class Int4Linear(WeightOnlyLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        return int4_linear(x, self.tiles, self.scale, self.offset, self.bias)
+        return int4_linear(x, self.tiles, self.steps, self.bias)

@@ -5,7 +5,7 @@
 Dettmers et al. 2022, "LLM.int8()", section 2, with the scale of a block of inputs in place of a whole row's; the grid
 is llama.cpp's Q8_0. Activations stay as they are: what is lost is lost in the weights only.
 
-Shapes: x (..., in), tiles (out / 16, in / 2, 16, 2) int8, scale (in / group, out) fp16, result (..., out).
+Shapes: x (..., in), tiles (out / 16, in / 2, 16, 2) int8, steps (out / 16, in / group, 1, 16) fp16, result (..., out).
 """
 
 from __future__ import annotations
@@ -14,35 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from volvelle.export import export
-from volvelle.parts.quantization.grid import check_grid, dequantize_weight
-from volvelle.parts.quantization.tiles import OUTPUTS, unpack
+from volvelle.parts.quantization.tiles import stored
 from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 
 
 @export("functional.int8_linear")
-def int8_linear(x: Tensor, tiles: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None = None) -> Tensor:
+def int8_linear(x: Tensor, tiles: Tensor, steps: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x Wᵀ + bias for a matrix of 8 bits, dequantised in fp32 and rounded once to x's dtype.
 
-    x (..., in) of any floating dtype; tiles (out / 16, in / 2, 16, 2) int8 as `tiles.pack` stores codes; scale (in /
-    group, out), offset the same or None. Differentiable with respect to x and bias. Raises ValueError when the shapes
-    do not fit.
+    x (..., in) of any floating dtype; tiles (out / 16, in / 2, 16, 2) int8 and steps (out / 16, in / group, 1, 16) as
+    `tiles.pack` and `tiles.pack_steps` store codes and scales. Differentiable with respect to x and bias. Raises
+    ValueError when the shapes do not fit.
 
     >>> import torch
     >>> from volvelle.parts.quantization.grid import quantize_weight
-    >>> from volvelle.parts.quantization.tiles import pack
+    >>> from volvelle.parts.quantization.tiles import pack, pack_steps
     >>> codes, scale, offset = quantize_weight(torch.eye(16), 8, group=16)
-    >>> int8_linear(torch.arange(16.0), pack(codes, 8), scale, offset)[5]
+    >>> int8_linear(torch.arange(16.0), pack(codes, 8), pack_steps(scale, offset))[5]
     tensor(4.9997)
     """
-    out, features = tiles.shape[0] * OUTPUTS, tiles.shape[1] * 2
-    if tiles.dim() != 4 or x.shape[-1] != features:
-        raise ValueError(
-            f"int8_linear: tiles must be (out / 16, in / 2, 16, 2) for x of shape {tuple(x.shape)}, "
-            f"got {tuple(tiles.shape)}"
-        )
-    check_grid("int8_linear", out, features, scale, offset)
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, dequantize_weight(unpack(tiles), scale, offset, x.dtype), bias)
+    weight = stored("int8_linear", x, tiles, steps)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @export("nn.Int8Linear", twin=int8_linear)
@@ -59,4 +51,4 @@ class Int8Linear(WeightOnlyLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        return int8_linear(x, self.tiles, self.scale, self.offset, self.bias)
+        return int8_linear(x, self.tiles, self.steps, self.bias)

@@ -9,19 +9,18 @@ from torch import Tensor, nn
 
 from volvelle.parts.position.encoding import moved
 from volvelle.parts.quantization.grid import GROUP, Grid, dequantize_weight, quantize_weight
-from volvelle.parts.quantization.tiles import pack, unpack
+from volvelle.parts.quantization.tiles import pack, pack_steps, unpack, unpack_steps
 
 
 class WeightOnlyLinear(nn.Module):
     """A linear layer whose matrix lies on a grid; the bias, if any, is a plain tensor. It does not train.
 
-    `tiles`, `scale` and `offset` are buffers: `.to(device)` moves them, `.to(dtype)` leaves them as they are.
+    `tiles` and `steps` (tiles.py) are buffers: `.to(device)` moves them, `.to(dtype)` leaves them as they are.
     """
 
     bits: ClassVar[int]
     tiles: Tensor
-    scale: Tensor
-    offset: Tensor | None
+    steps: Tensor
     bias: Tensor | None
 
     def __init__(self, grid: Grid, bias: Tensor | None = None):
@@ -29,8 +28,7 @@ class WeightOnlyLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = grid.codes.shape
         self.register_buffer("tiles", pack(grid.codes, self.bits))
-        self.register_buffer("scale", grid.scale)
-        self.register_buffer("offset", grid.offset)
+        self.register_buffer("steps", pack_steps(grid.scale, grid.offset))
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -41,12 +39,12 @@ class WeightOnlyLinear(nn.Module):
     @property
     def group(self) -> int:
         """Inputs that share a scale."""
-        return self.in_features // len(self.scale)
+        return self.in_features // self.steps.shape[1]
 
     @property
     def grid(self) -> Grid:
         """The grid, unpacked."""
-        return Grid(unpack(self.tiles), self.scale, self.offset)
+        return Grid(unpack(self.tiles), *unpack_steps(self.steps))
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in `dtype`, made anew."""

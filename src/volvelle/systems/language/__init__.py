@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from volvelle.systems.language.mtp_files import write_mtp as write_mtp
     from volvelle.systems.language.projections import fuse_projections as fuse_projections
     from volvelle.systems.language.projections import unfuse_projections as unfuse_projections
+    from volvelle.systems.language.quantized import quantize_model as quantize_model
 
 _HOMES = {
     "LanguageConfig": "config",
@@ -45,6 +46,7 @@ _HOMES = {
     "write_mtp": "mtp_files",
     "fuse_projections": "projections",
     "unfuse_projections": "projections",
+    "quantize_model": "quantized",
 }
 
 

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class GGUFTensors(Mapping[str, Tensor]):
-    """Hugging Face name -> tensor, dequantised anew at every access (nothing is kept)."""
+    """Hugging Face name -> tensor, dequantised anew at every access (nothing is kept); `heads` are those of q and k."""
 
     def __init__(self, file: GGUFFile, placed: Mapping[str, Placed], heads: tuple[int, int], dtype: torch.dtype | None):
-        self._file, self._placed, self._heads, self._dtype = file, placed, heads, dtype
+        self._file, self._placed, self.heads, self._dtype = file, placed, heads, dtype
 
     def __getitem__(self, name: str) -> Tensor:
         where = self._placed[name]
-        return change_rows(self._file.read(where.theirs, self._dtype), where.change, *self._heads)
+        return change_rows(self._file.read(where.theirs, self._dtype), where.change, *self.heads)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._placed)

@@ -13,6 +13,7 @@ from volvelle.systems.language.gguf import read_gguf
 from volvelle.systems.language.gguf_file import describe_bytes
 from volvelle.systems.language.huggingface import from_tensors, read_folder
 from volvelle.systems.language.models import LanguageModel
+from volvelle.systems.language.quantized import Bits, quantize_model
 
 _ACCEPTED = "accepted: a .gguf file, a folder with one .gguf file, or a Hugging Face folder (config.json + safetensors)"
 
@@ -22,21 +23,32 @@ def load_language_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    precision: Bits | None = None,
 ) -> LanguageModel:
     """Load a model in evaluation mode, with its tokenizer in `model.tokenizer`.
 
     `path_or_name` is a .gguf file, a folder that holds one, a Hugging Face folder, a known model ("smollm2") or a
-    Hugging Face repo id. `dtype` None keeps a folder's own dtype and dequantises GGUF to float32. Raises VolvelleError
-    that says what was found instead, or what is missing, damaged or unsupported, and UsageError for an unknown name.
+    Hugging Face repo id. `dtype` None keeps a folder's own dtype and dequantises GGUF to float32.
+
+    With `precision` "int4" or "int8" the matrices of the blocks and the output projection stay in so many bits, on the
+    grid of a GGUF file exactly where it has one, else rounded (`quantize_model`); the rest is in `dtype`, by default
+    bf16. Loading takes the memory of the whole model in that dtype once.
+
+    Raises VolvelleError that says what was found instead, or what is missing, damaged or unsupported, and UsageError
+    for an unknown name.
     """
+    if precision is not None:
+        dtype = dtype or torch.bfloat16
     path = resolve(path_or_name)
-    gguf = _find_gguf(path)
+    gguf, file = _find_gguf(path), None
     if gguf is None:
         model = read_folder(path, dtype=dtype, device=device)
     else:
         file = read_gguf(gguf, dtype)
         model = from_tensors(file.config, file.tensors, source=str(gguf), dtype=dtype, device=device)
         model.tokenizer = file.tokenizer
+    if precision is not None:
+        quantize_model(model, precision, file)
     _check_vocabulary(model, gguf or path)
     return model.eval()
 

@@ -32,10 +32,11 @@ constexpr int LANES = 16, GROUP = 32, MOST = 32, BATCH = 3;  // MOST rows in one
 enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 // A matrix (out, in). fp32 and bf16: rows as torch has them. int8: codes (out/16, in/2, 16, 2); int4: the same with the
-// two codes of a pair in one byte. scale, offset: fp16 (in/32, out); a weight is scale * code + offset.
+// two codes of a pair in one byte. grid: fp16 (out/16, in/32, `numbers`, 16), the scales and, with two numbers, the
+// offsets of a group; a weight is scale * code + offset. All of it is read from front to back.
 struct Weight {
-  int64_t kind, out, in;
-  const void *data, *scale, *offset;
+  int64_t kind, out, in, numbers;
+  const void *data, *grid;
   const float *bias;
 };
 
@@ -51,9 +52,18 @@ INLINE half_t narrow1(float x) {  // to nearest, ties to even
   if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 64;
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
+INLINE H narrow(F x) {
+  U u = (U)x;
+  U r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? r : U{} + 0x7fc0, H);
+}
 INLINE void put(float *p, float x) { *p = x; }
 INLINE void put(half_t *p, float x) { *p = narrow1(x); }
-INLINE float sum(F v) { float t[16]; store(t, v); for (int w = 8; w; w /= 2) for (int i = 0; i < w; i++) t[i] += t[i + w]; return t[0]; }
+INLINE float sum(F v) {
+  auto a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
 INLINE F fp16s(const half_t *p) {  // 16 numbers
 #ifdef __AVX512F__
   return (F)_mm512_cvtph_ps(load<__m256i>(p));
@@ -68,29 +78,22 @@ INLINE F fp16s(const half_t *p) {  // 16 numbers
 struct Rows {
   int n = 0, in = 0;
   std::vector<float> x, sums;
-  std::vector<half_t> flat, pairs;  // bf16: (rows up to a multiple of 16, in); (in/32, 16 pairs, 32 rows, 2)
+  std::vector<half_t> flat, pairs;  // bf16: (32 rows, in), (in/2, 32 rows, 2); rows behind n are any, and so are their sums
   void size(int rows, int features) {
     n = rows, in = features;
     if (x.size() < (size_t)MOST * in) x.resize((size_t)MOST * in), flat.resize((size_t)MOST * in), pairs.resize((size_t)MOST * in), sums.resize((size_t)MOST * in / GROUP);
   }
   void finish(int kind, bool tiles) {  // after x is filled
-    if (kind == FP32 || (!tiles && kind == BF16)) return;
-    if (!tiles || kind >= INT8)
-      for (int i = 0; i < n; i++)
-        for (int q = 0; q < in / GROUP; q++) {
-          float s = 0;
-          for (int k = q * GROUP; k < (q + 1) * GROUP; k++) s += tiles ? wide1(narrow1(x[(size_t)i * in + k])) : x[(size_t)i * in + k];
-          sums[(size_t)i * (in / GROUP) + q] = s;
-        }
-    if (!tiles) return;
-    if (kind >= INT8) {
-      for (size_t k = 0; k < (size_t)n * in; k++) flat[k] = narrow1(x[k]);
-      memset(&flat[(size_t)n * in], 0, sizeof(half_t) * ((size_t)((n + 15) / 16 * 16) - n) * in);
-    } else {
-      if (n % 16) memset(pairs.data(), 0, sizeof(half_t) * MOST * in);
-      for (int i = 0; i < n; i++)
-        for (int k = 0; k < in; k++) pairs[((size_t)(k / 2) * MOST + i) * 2 + k % 2] = narrow1(x[(size_t)i * in + k]);
+    const size_t groups = in / GROUP;
+    if (tiles && kind != FP32) {
+      for (size_t k = 0; k < (size_t)n * in; k += LANES) store(&flat[k], narrow(wide(&x[k])));
     }
+    if (kind >= INT8)
+      for (size_t q = 0; q < n * groups; q++)
+        sums[q] = tiles ? sum(wide(&flat[q * GROUP]) + wide(&flat[q * GROUP + LANES])) : sum(wide(&x[q * GROUP]) + wide(&x[q * GROUP + LANES]));
+    if (kind == BF16 && tiles)
+      for (int i = 0; i < n; i++)
+        for (int k = 0; k < in / 2; k++) memcpy(&pairs[((size_t)k * MOST + i) * 2], &flat[(size_t)i * in + 2 * k], 4);
   }
 };
 
@@ -100,9 +103,12 @@ template <class W, int R, int C> INLINE void dots(const W *w, const float *x, in
   F acc[R][C] = {};
   for (int k = 0; k < in; k += LANES) {
     F a[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) a[r] = wide(w + (size_t)r * in + k);
+#pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       F b = wide(x + (size_t)c * in + k);
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[r][c] += a[r] * b;
     }
   }
@@ -137,8 +143,8 @@ INLINE void codes(const Weight &m, int o, int q, F *w) {  // the 32 x 16 codes o
 INLINE void graded(const Weight &m, int o, int q, int count, const Rows &rows, const F (*part)[MOST], float *y) {
   F s[BATCH], z[BATCH];
   for (int j = 0; j < count; j++) {
-    size_t at = (size_t)(q + j) * m.out + o * LANES;
-    s[j] = fp16s((const half_t *)m.scale + at), z[j] = m.offset ? fp16s((const half_t *)m.offset + at) : F{};
+    const half_t *at = (const half_t *)m.grid + ((size_t)o * (m.in / GROUP) + q + j) * m.numbers * LANES;
+    s[j] = fp16s(at), z[j] = m.numbers > 1 ? fp16s(at + LANES) : F{};
   }
   for (int i = 0; i < rows.n; i++) {
     const float *sums = &rows.sums[(size_t)i * (m.in / GROUP) + q];
@@ -156,6 +162,7 @@ INLINE void grouped(const Weight &m, int o, const Rows &rows, float *y) {
     for (int i = 0; i < rows.n; i++) {
       const float *x = rows.x.data() + (size_t)i * m.in + q * GROUP;
       F a = {}, b = {};
+#pragma GCC unroll 16
       for (int k = 0; k < GROUP; k += 2) a += w[k] * splat(x[k]), b += w[k + 1] * splat(x[k + 1]);
       part[0][i] = a + b;
     }

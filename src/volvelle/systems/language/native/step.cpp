@@ -203,6 +203,7 @@ template <class T> struct Step {
     for (int j = 0; j < count; j++) {
       F s[4] = {};
       for (int k = 0; k < d; k += 4)
+#pragma GCC unroll 4
         for (int e = 0; e < 4; e++) s[e] += wide(q + (k + e) * LANES) * keys[j * d + k + e];
       score[j] = ((I{} + allowed[j]) & bit) != 0 ? (s[0] + s[1]) + (s[2] + s[3]) : splat(-INFINITY);
       most = score[j] > most ? score[j] : most;
@@ -216,6 +217,7 @@ template <class T> struct Step {
     for (int k = 0; k < d; k += 8) {
       F sum[8] = {};
       for (int j = 0; j < count; j++)
+#pragma GCC unroll 8
         for (int e = 0; e < 8; e++) sum[e] += score[j] * values[j * d + k + e];
       for (int e = 0; e < 8; e++) store(out + (2 + k + e) * LANES, sum[e]);
     }

@@ -36,8 +36,8 @@ _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 class _Weight(ctypes.Structure):
     _fields_ = [
-        *((name, _NUMBER) for name in ("kind", "out", "features")),
-        *((name, _POINTER) for name in ("data", "scale", "offset", "bias")),
+        *((name, _NUMBER) for name in ("kind", "out", "features", "numbers")),
+        *((name, _POINTER) for name in ("data", "grid", "bias")),
     ]
 
 
@@ -112,8 +112,9 @@ class NativeStep:
             x.shape[0] * x.shape[1] <= MOST
             and x.dtype is self.dtype
             and isinstance(cache, KVCache)
-            and cache._storage.dtype is self.dtype
+            and cache.storage.dtype is self.dtype
             and cache.length + x.shape[1] <= LONGEST
+            and cache.reach is None
             and (rotation is None or isinstance(rotation, Rotation))
         )
 
@@ -123,8 +124,8 @@ class NativeStep:
         x = x.clone(memory_format=torch.contiguous_format)  # written to
         call, cache = _Call(b=b, n=n, causal=int(step.causal), threads=torch.get_num_threads()), step.cache
         assert isinstance(cache, KVCache)
-        call.x, call.past, call.cache = x.data_ptr(), cache.length, cache._storage.data_ptr()
-        call.layer_stride, call.value_stride, call.text_stride, call.head_stride = cache._storage.stride()[:4]
+        call.x, call.past, call.cache = x.data_ptr(), cache.length, cache.storage.data_ptr()
+        call.layer_stride, call.value_stride, call.text_stride, call.head_stride = cache.storage.stride()[:4]
         rotation = step.rotation
         if isinstance(rotation, Rotation):
             cos, sin = rotation.cos.float().contiguous(), rotation.sin.float().contiguous()
@@ -165,7 +166,7 @@ def why_not(model: Decoder) -> str | None:
 def fits(layer: nn.Module) -> bool:
     """Whether the kernels can multiply with this layer's matrix as it is stored."""
     if isinstance(layer, WeightOnlyLinear):
-        known = layer.group == GROUP and layer.scale.dtype is torch.float16 and layer.scale.device.type == "cpu"
+        known = layer.group == GROUP and layer.steps.dtype is torch.float16 and layer.steps.device.type == "cpu"
     elif type(layer) is nn.Linear:
         known = layer.weight.dtype in _KINDS and layer.weight.device.type == "cpu" and layer.weight.is_contiguous()
     else:
@@ -197,11 +198,12 @@ def _weight(layer: nn.Module, held: list[object]) -> _Weight:
     assert isinstance(layer, nn.Linear | WeightOnlyLinear)
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
     if isinstance(layer, WeightOnlyLinear):
-        kind, tensors = 3 if isinstance(layer, Int4Linear) else 2, (layer.tiles, layer.scale, layer.offset, bias)
         assert isinstance(layer, Int4Linear | Int8Linear)
+        kind, numbers = 3 if isinstance(layer, Int4Linear) else 2, layer.steps.shape[2]
+        tensors = (layer.tiles, layer.steps, bias)
     else:
         weight = layer.weight.detach()
-        kind, tensors = _KINDS[weight.dtype], (weight, None, None, bias)
+        kind, numbers, tensors = _KINDS[weight.dtype], 0, (weight, None, bias)
     held += tensors
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return _Weight(kind, layer.out_features, layer.in_features, *pointers)
+    return _Weight(kind, layer.out_features, layer.in_features, numbers, *pointers)
