@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from volvelle.decode.drafters.medusa import Medusa
     from volvelle.decode.drafters.mtp import MTP
     from volvelle.decode.drafters.opening import open_drafter
+    from volvelle.decode.drafters.prompt_lookup import PromptLookup
     from volvelle.decode.generation import generate, generate_batch, stream
     from volvelle.decode.options import Beams, Rules, Sampling
+    from volvelle.decode.policy import Adaptive
     from volvelle.decode.request import Generation, Token
 
 _HOME = {
@@ -30,7 +32,9 @@ _HOME = {
     **dict.fromkeys(("generate", "generate_batch", "stream"), "generation"),
     "MTP": "drafters.mtp",
     "Medusa": "drafters.medusa",
+    "PromptLookup": "drafters.prompt_lookup",
     "open_drafter": "drafters.opening",
+    "Adaptive": "policy",
     **dict.fromkeys(("Draft", "Drafter", "Drafting"), "contract"),
     "DraftModel": "drafters.draft_model",
     "EarlyExit": "drafters.early_exit",
@@ -39,6 +43,7 @@ _HOME = {
 
 __all__ = [
     "MTP",
+    "Adaptive",
     "Beams",
     "Draft",
     "DraftModel",
@@ -48,6 +53,7 @@ __all__ = [
     "Exact",
     "Generation",
     "Medusa",
+    "PromptLookup",
     "Rules",
     "Sampling",
     "Token",
