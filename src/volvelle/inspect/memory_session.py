@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from volvelle.inspect.memory_branches import eager_branches, one_tile
 from volvelle.inspect.memory_cuda import CUBLAS_WORKSPACE, GRAIN, CudaForm
 from volvelle.inspect.memory_inputs import Inputs
+from volvelle.inspect.memory_interrupt import Deferred
 from volvelle.inspect.memory_kernels import Kernels
 from volvelle.inspect.memory_ledger import Block, Ledger
 from volvelle.inspect.memory_options import StepOptions
@@ -61,9 +62,11 @@ class Session:
         self.values = KnownValues()
         cuda = options.device == "cuda"
         kernels = Kernels(options.device, self.threads)
-        self.tracker = StorageTracker(workspace=kernels, values=self.values, grain=GRAIN if cuda else 1)
+        ctrl_c, grain = Deferred(), GRAIN if cuda else 1
+        self.tracker = StorageTracker(workspace=kernels, values=self.values, grain=grain, check=ctrl_c.check)
         # Constants that a module made before the session (masks kept as plain attributes) are real: they are taken in.
-        self._modes = [FakeTensorMode(allow_non_fake_inputs=True), self.tracker, *([CudaForm()] if cuda else [])]
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._modes = [ctrl_c, fake, self.tracker, *([CudaForm()] if cuda else [])]
         self._eager, self._cuda = eager, cuda
         self._stack = contextlib.ExitStack()
         self._named: dict[str, set[int]] = {}
@@ -79,6 +82,7 @@ class Session:
         return self
 
     def __exit__(self, *details: Any) -> None:
+        self.tracker.let_go()  # while Ctrl-C still waits: a callback would lose it
         self._stack.close()
 
     @property

@@ -44,7 +44,8 @@ Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
 class StorageTracker(TorchDispatchMode):
     """Record allocations and releases in a `Ledger`. Enter it inside a FakeTensorMode.
 
-    `grain` rounds every block up to a multiple (512 bytes for CUDA's caching allocator, 1 for the CPU).
+    `grain` rounds every block up to a multiple (512 bytes for CUDA's caching allocator, 1 for the CPU). `check` is
+    called before every operation, and may raise.
 
     >>> from torch._subclasses.fake_tensor import FakeTensorMode
     >>> with FakeTensorMode(), StorageTracker() as tracker:
@@ -55,12 +56,19 @@ class StorageTracker(TorchDispatchMode):
     (8000000, 4000000)
     """
 
-    def __init__(self, *, workspace: Workspace | None = None, values: KnownValues | None = None, grain: int = 1):
+    def __init__(
+        self,
+        *,
+        workspace: Workspace | None = None,
+        values: KnownValues | None = None,
+        grain: int = 1,
+        check: Callable[[], None] | None = None,
+    ):
         super().__init__()
         self.ledger = Ledger()
         self.values = values or KnownValues()
         self.live_bytes = 0
-        self._workspace, self._grain = workspace, grain
+        self._workspace, self._grain, self._check = workspace, grain, check
         self._phase, self._op = "setup", ""
         self._modules: list[str] = []
         # The key is the address of the C++ storage: the Python wrapper of a storage may be made anew.
@@ -70,6 +78,8 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # more than half of all calls only ask this
             return args[0].fake_device
+        if self._check is not None:
+            self._check()
         kwargs = kwargs or {}
         self._op = func.name()
         answer = self.values.answer(func, args)
@@ -174,6 +184,11 @@ class StorageTracker(TorchDispatchMode):
         self._blocks[key] = self.ledger.allocate(Block(size, self._op, self.phase, self.module, shape, dtype))
         self._references[key] = weakref.ref(storage, lambda _, key=key: self._end(key))
         self.live_bytes += size
+
+    def let_go(self) -> None:
+        """Forget the storages that are still alive: nothing is noted, or called, when they end."""
+        self._references.clear()
+        self._blocks.clear()
 
     def _end(self, key: int) -> None:
         index = self._blocks.pop(key, None)
