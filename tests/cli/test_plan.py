@@ -6,10 +6,15 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 from volvelle.cli.main import main
-from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
+from volvelle.inspect import measure_memory
+from volvelle.systems.language.config import MLP, GatedMLP, LanguageConfig, RMSNorm, Rope
+from volvelle.systems.language.encoder_decoder import EncoderDecoder
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack
 from volvelle.systems.language.huggingface_config import config_to_dict
+from volvelle.train.language import completion_loss
 
 CONFIG = LanguageConfig(
     "llama", vocabulary=500, width=64, depth=3, heads=4, context=256, norm=RMSNorm(), mlp=GatedMLP(96), position=Rope()
@@ -52,6 +57,43 @@ def test_cards_give_a_verdict_and_the_largest_batch(capsys):
     assert record["explained"] == []
 
 
+WIDTH, DEPTH = 64, 3
+TRAINED = {
+    ("prefix", "prefix.length=5", "prefix.hidden=none"): 2 * DEPTH * WIDTH * 5,
+    ("prefix", "prefix.length=5", "prefix.hidden=8", "prefix.text=three words here"): 5 * WIDTH
+    + (WIDTH + 1) * 8
+    + 9 * 2 * DEPTH * WIDTH,
+    ("prompt", "prompt_tuning.length=7"): 7 * WIDTH,
+    ("adapter", "adapter.form=pfeiffer", "adapter.width=4"): DEPTH * (2 * WIDTH * 4 + WIDTH + 4),
+    ("dora", "dora.rank=2", "dora.targets=o_proj"): DEPTH * (2 * 2 * WIDTH + WIDTH),
+}
+
+
+@pytest.mark.parametrize("words", TRAINED, ids=lambda words: " ".join(words))
+def test_every_method_is_planned_with_its_options(capsys, words):
+    method, *options = words
+    record = planned(capsys, f"method={method}", *options, "length=16", "advise=false")
+    assert record["trained"] == TRAINED[words]
+
+
+def test_an_encoder_decoder_is_planned(capsys, folder):
+    side = Stack(2, 4, MLP(96, "gelu"))
+    config = EncoderDecoderConfig("bart", vocabulary=500, width=64, encoder=side, decoder=side, context=64, start=2)
+    (folder / "model" / "config.json").write_text(json.dumps(config_to_dict(config)))
+    record = planned(capsys, "precision=fp32", "batch=3", "advise=false")
+    total = sum(p.numel() for p in EncoderDecoder(config).parameters())
+    assert record["parameters"] == total
+    assert record["composition"]["weights"] == 4 * total
+    ids = torch.zeros(3, 64, dtype=torch.long)
+    given = {"ids": ids, "targets": ids, "source": ids}
+    real = measure_memory(lambda: EncoderDecoder(config), given, loss=lambda m, b: completion_loss(m, b).value)
+    assert record["peak"] == pytest.approx(real.peak, rel=0.01)
+    record = planned(capsys, "method=prefix", "prefix.length=5", "prefix.hidden=none", "advise=false", "length=16")
+    assert (
+        record["trained"] == 3 * 2 * 2 * 64 * 5
+    )  # before the answer, the source as it is read, and as it is looked at
+
+
 def test_the_text_and_the_picture(capsys, folder):
     assert main(["plan", "model", "gpus=1x0.001", "svg=timeline.svg"]) == 0
     printed = capsys.readouterr().out
@@ -65,6 +107,7 @@ def test_the_text_and_the_picture(capsys, folder):
     [
         (["qwen1.5-7"], "did you mean qwen1.5-7b"),
         (["model", "method=lroa"], "did you mean lora"),
+        (["model", "prefix.lenght=5"], "did you mean prefix.length"),
         (["model", "gpus=two"], "gpus=2x80"),
         (["model", "length=257"], "has a context of 256 tokens"),
         (["model", "batch=0"], "batch must be at least 1"),

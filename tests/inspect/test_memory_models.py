@@ -15,6 +15,7 @@ from volvelle.runs import RunFolder
 from volvelle.systems.language.config import GatedMLP
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface_config import config_to_dict
+from volvelle.systems.language.models import build
 from volvelle.train import estimate
 from volvelle.train.estimate import estimate_memory, plan_language, whole_windows
 from volvelle.train.language import completion_loss
@@ -28,7 +29,7 @@ DEEP = dataclasses.replace(SMALL, depth=12)
 def test_published_parameter_counts(name):
     known = KNOWN[name]
     with torch.device("meta"):
-        model = Decoder(known.config)
+        model = build(known.config)
     assert sum(p.numel() for p in model.parameters()) == known.parameters
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
 from volvelle.systems.language.config import (
@@ -24,10 +24,9 @@ from volvelle.systems.language.config import (
     Learned,
     RMSNorm,
     Rope,
+    SpecialTokens,
 )
-
-if TYPE_CHECKING:
-    from volvelle.systems.language.encoder_decoder_config import ModelConfig
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, ModelConfig, Stack
 
 _ALIASES = {"smollm2": "smollm2-135m"}
 
@@ -36,7 +35,7 @@ _ALIASES = {"smollm2": "smollm2-135m"}
 class Known:
     """A published model: its configuration and its number of parameters."""
 
-    config: LanguageConfig
+    config: ModelConfig
     parameters: int
 
 
@@ -44,7 +43,7 @@ class Known:
 class Found:
     """A configuration, and where it came from."""
 
-    config: LanguageConfig
+    config: ModelConfig
     source: str
 
 
@@ -100,6 +99,23 @@ def _gpt2(width: int, depth: int, heads: int) -> LanguageConfig:
     )
 
 
+def _bart(width: int, depth: int, heads: int) -> EncoderDecoderConfig:
+    side = Stack(depth, heads, MLP(4 * width, "gelu"))
+    return EncoderDecoderConfig(
+        "bart",
+        vocabulary=50265,
+        width=width,
+        encoder=side,
+        decoder=side,
+        context=1024,
+        start=2,
+        dropout=Dropout(0.1, 0.1, 0.1),
+        activation_dropout=0.1,
+        special=SpecialTokens(bos=0, eos=(2,), pad=1),
+        forced_last=2,
+    )
+
+
 _LLAMA3: dict[str, Any] = {"kv_heads": 8, "vocabulary": 128256, "context": 8192, "base": 5e5}
 _SMOL: dict[str, Any] = {"vocabulary": 49152, "context": 8192, "base": 1e5, "tied": True}
 
@@ -109,6 +125,8 @@ KNOWN: Mapping[str, Known] = {
     "smollm2-1.7b": Known(_llama(2048, 8192, 24, 32, **{**_SMOL, "base": 1.3e5}), 1_711_376_384),
     "gpt2": Known(_gpt2(768, 12, 12), 124_439_808),
     "gpt2-xl": Known(_gpt2(1600, 48, 25), 1_557_611_200),
+    "bart-base": Known(_bart(768, 6, 12), 139_420_416),
+    "bart-large": Known(_bart(1024, 12, 16), 406_291_456),
     "llama-2-7b": Known(_llama(4096, 11008, 32, 32), 6_738_415_616),
     "llama-2-13b": Known(_llama(5120, 13824, 40, 40), 13_015_864_320),
     "llama-2-70b": Known(_llama(8192, 28672, 80, 64, kv_heads=8), 68_976_648_192),
@@ -187,23 +205,14 @@ def _from_json(path: Path) -> Found:
         raise VolvelleError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict):
         raise VolvelleError(f"{path}: a JSON object is wanted, got {type(values).__name__}")
-    return Found(_decoder(config_from_dict(values, str(path)), path), str(path))
-
-
-def _decoder(config: ModelConfig, path: Path) -> LanguageConfig:
-    if not isinstance(config, LanguageConfig):
-        raise VolvelleError(
-            f"{path}: an encoder-decoder, and only decoders are planned ahead",
-            tip="the first line of a training run says what a step of it takes",
-        )
-    return config
+    return Found(config_from_dict(values, str(path)), str(path))
 
 
 def _from_gguf(path: Path) -> Found:
     from volvelle.systems.language.gguf import read_gguf
     from volvelle.systems.language.huggingface_config import config_from_dict
 
-    return Found(_decoder(config_from_dict(read_gguf(path).config, str(path)), path), str(path))
+    return Found(config_from_dict(read_gguf(path).config, str(path)), str(path))
 
 
 def _from_hub(repo: str) -> Found:

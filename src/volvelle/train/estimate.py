@@ -100,15 +100,18 @@ def plan_language(
             cast(model, stored)
         return model
 
+    method = planning.get("method")
+    if getattr(method, "text", None):  # a fresh model has no tokenizer, and where training begins costs nothing
+        planning |= {"method": dataclasses.replace(method, text=None)}
     return plan_memory(build, batch, loss=_loss, **planning)
 
 
-def whole_windows(length: int) -> Callable[[int], dict[str, Tensor]]:
-    """A batch of b windows of `length` tokens, every one of them learnt."""
+def whole_windows(length: int, *, sources: bool = False) -> Callable[[int], dict[str, Tensor]]:
+    """A batch of b windows of `length` tokens, every one of them learnt; with `sources` of as many tokens each."""
 
     def batch(size: int) -> dict[str, Tensor]:
         ids = torch.zeros(size, length, dtype=torch.long)
-        return {"ids": ids, "targets": ids}
+        return {"ids": ids, "targets": ids} | ({"source": ids} if sources else {})
 
     return batch
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from volvelle.adapt.methods import LoRA
+from volvelle.adapt.choices import MethodName, Methods
 from volvelle.cli.console import result, say
-from volvelle.inspect.memory_options import PRECISIONS, Cards, MethodName, Optimizer, Precision, Shard
+from volvelle.inspect.memory_options import PRECISIONS, Cards, Optimizer, Precision, Shard
 
 if TYPE_CHECKING:
     from volvelle.inspect.memory_models import Found
@@ -23,13 +23,13 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Methods):
     """The model, the step, and the cards that it should fit."""
 
     model: Positional[str]
     """A published model (qwen1.5-72b), a known one, a folder with config.json, a .gguf file, a run, or owner/name."""
     method: MethodName = "full"
-    """What is trained: everything, or LoRA, bottleneck adapters, a prefix."""
+    """What is trained: all (full), additions to some layers (lora, dora, adapter), or to the text (prefix, prompt)."""
     precision: Precision = "amp"
     """amp: fp32 weights, bf16 autocast; bf16: everything in bf16; -master: half precision with fp32 copies."""
     checkpointing: bool = False
@@ -37,15 +37,13 @@ class Options:
     batch: int = 1
     """Samples a card in one micro-batch."""
     length: int | None = None
-    """Tokens in one sample; 2048, or the model's context when that is shorter."""
+    """Tokens in one sample (of an encoder-decoder, in its source and in its answer); 2048, or a shorter context."""
     optimizer: Optimizer = "adamw"
     """adamw is torch's fused form; adamw-foreach its default on CUDA, with temporaries as large as the weights."""
     gpus: str | None = None
     """Cards as COUNTxGIGABYTES, such as 2x80; without it the step is planned for this machine's processor."""
     shard: Shard = "ddp"
     """ddp: every card holds everything; fsdp: weights, gradients and optimiser are split over the cards."""
-    lora: LoRA = field(default_factory=LoRA)
-    """LoRA's own options: lora.rank=16."""
     svg: Path | None = None
     """Write the step's timeline as a drawing."""
     advise: bool = True
@@ -89,27 +87,29 @@ def _length(options: Options, found: Found) -> int:
 
 def _plan(options: Options, found: Found, length: int, cards: Cards | None) -> MemoryPlan:
     from volvelle.inspect.memory_isolated import isolated
+    from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
     from volvelle.train.estimate import plan_language, whole_windows
 
     planning: dict[str, Any] = {
-        "method": options.lora if options.method == "lora" else options.method,
+        "method": "full" if options.method == "full" else options.named(options.method),
         "precision": options.precision,
         "checkpointing": options.checkpointing,
         "optimizer": options.optimizer,
     }
     if cards is not None:
         planning |= {"gpus": cards, "shard": options.shard, "search": options.advise}
-    batch = whole_windows(length)
+    batch = whole_windows(length, sources=isinstance(found.config, EncoderDecoderConfig))
     # In a process of its own: an operation that cannot run on fake tensors would end this one without a word.
     return isolated(lambda: plan_language(found.config, batch, size=options.batch, advise=options.advise, **planning))
 
 
 def _first_line(options: Options, found: Found, length: int, cards: Cards | None) -> str:
     where = "this machine's processor" if cards is None else str(cards)
+    sides = " of source and as many of answer" if found.config.family == "bart" else ""
     where += f", {options.shard}" if cards is not None and cards.count > 1 else ""
     return (
         f"{options.model}: {found.config.family}, {found.config.depth} blocks, from {found.source}\n"
-        f"{options.method}, {PRECISIONS[options.precision]}; {options.batch} x {length} tokens a card; {where}; "
+        f"{options.method}, {PRECISIONS[options.precision]}; {options.batch} x {length} tokens{sides} a card; {where}; "
         "planned on fake tensors, nothing is allocated"
     )
 

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from volvelle.adapt.choices import MethodName
 from volvelle.errors import UsageError
-from volvelle.train.recipes.adapt import AdaptLanguage, MethodName, MethodOptions
+from volvelle.train.recipes.adapt import AdaptLanguage, MethodOptions
 
 STEPS = 100
 """The most steps of a training, where the recipe does not say how many."""
