@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 from tests.small_runs import SMALL, adapt
 
+from volvelle.adapt import load_run
 from volvelle.cli.main import main
 
 
@@ -66,6 +68,40 @@ def test_adapt_eval_export(in_trained, capsys):
     peft.PeftModel.from_pretrained(base, in_trained / "mine")
     assert main(["export", "runs/adapted", "to=peft", "out=mine"]) == 1
     assert "mine: already there" in capsys.readouterr().err
+
+
+def hints(capsys):
+    """The words of each export command in what was printed last."""
+    return re.findall(r"volvelle export (\S+) (to=\S+)", capsys.readouterr().out)
+
+
+def test_an_export_hint_names_what_can_be_written(in_trained, capsys):
+    """PEFT has no bottleneck adapters; whole weights are no adapter."""
+    assert adapt("method=adapter", "run=bottleneck") == 0
+    assert set(hints(capsys)) == {("runs/bottleneck", "to=adapter")}
+    assert adapt("method=full", "run=full") == 0
+    assert set(hints(capsys)) == {("runs/full", "to=hf")}
+    assert main(["export", "runs/bottleneck", "to=peft", "out=nothing"]) == 1
+    said = capsys.readouterr().err
+    assert "PEFT has no Houlsby adapters" in said
+    assert "to=adapter" in said
+    assert not (in_trained / "nothing").exists()
+    assert main(["export", "runs/bottleneck", "to=adapter"]) == 0
+    assert 'volvelle.adapt.load(base_model, "runs/bottleneck/export-adapter")' in capsys.readouterr().out
+    for before, after in zip(
+        *(load_run(f"runs/{path}").parameters() for path in ("bottleneck", "bottleneck/export-adapter")), strict=True
+    ):
+        assert torch.equal(before, after)
+    assert main(["export", "runs/full", "to=adapter", "out=nothing"]) == 1
+    assert "runs/full: holds no adapter" in capsys.readouterr().err
+
+
+def test_export_hints_of_runs_from_scratch(in_trained, capsys):
+    for position, expected in (("rope", {("runs/rope", "to=hf")}), ("alibi", set())):
+        words = ("data=text.txt", "steps=1", f"position={position}", f"run={position}", *SMALL)
+        assert main(["train", "language", *words]) == 0
+        assert set(hints(capsys)) == expected
+    assert main(["export", "runs/rope", "to=hf"]) == 0
 
 
 def test_eval_uses_the_templates_of_the_run(in_trained, capsys):

@@ -88,14 +88,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None =
     files are written beside the old ones first and renamed when complete, so a full disk leaves the previous adapter.
     Raises VolvelleError when the model carries no adapter, or one that is no file of its own (full fine-tuning).
     """
-    record = require(model, "save")
-    adapter = record.adapters[chosen(record, name, "save")]
-    form = next((each for each in formats() if each.writes(adapter.method)), None)
-    if form is None:
-        raise VolvelleError(f"save: {adapter.method.label} has no adapter file", tip="save the model's weights")
-    folder = Path(folder)
     bare = base_shapes(model)
-    settings, tensors = form.pack(model, adapter, bare)
+    settings, tensors = _packed(model, name, bare)
+    folder = Path(folder)
     settings["base_model_name_or_path"] = base or getattr(model, "name_or_path", None) or None
     shapes = json.dumps({key: list(shape) for key, shape in names.foreign_shapes(model, bare).items()})
     metadata = {"format": "pt", _SHAPES: shapes, _HASH: hashlib.sha256(shapes.encode()).hexdigest()}
@@ -158,6 +153,14 @@ def peft_type(folder: str | os.PathLike[str]) -> str | None:
     return json.loads(path.read_text()).get("peft_type") if path.is_file() else None
 
 
+def peft_reads(where: str | os.PathLike[str] | nn.Module) -> bool:
+    """Whether PEFT has the method of an adapter folder, or of a model's chosen adapter as `save` would write it."""
+    kind = (
+        _packed(where, None, base_shapes(where))[0]["peft_type"] if isinstance(where, nn.Module) else peft_type(where)
+    )
+    return not str(kind).startswith("VOLVELLE_")
+
+
 def base_shapes(model: nn.Module) -> names.Shapes:
     """Parameter names and shapes of the model without its adapters, sorted by name."""
     from volvelle.adapt.model import record_of
@@ -180,6 +183,16 @@ def some(items: list[str], limit: int = 4) -> str:
     """The first few of a list, in words."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def _packed(model: nn.Module, name: str | None, bare: names.Shapes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of an adapter in the format that holds it."""
+    record = require(model, "save")
+    adapter = record.adapters[chosen(record, name, "save")]
+    form = next((each for each in formats() if each.writes(adapter.method)), None)
+    if form is None:
+        raise VolvelleError(f"save: {adapter.method.label} has no adapter file", tip="save the model's weights")
+    return form.pack(model, adapter, bare)
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], Format]:

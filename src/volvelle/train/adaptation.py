@@ -30,6 +30,7 @@ from volvelle.train.text_run import (
     NUMBERS,
     choose_device,
     closing,
+    export_command,
     finish,
     first_line,
     held_out_loader,
@@ -76,9 +77,7 @@ class _Adaptation:
         prompts = answerable(self.model, prompted(self.held.examples), recipe.max_tokens, recipe.on_bad)
         self.prompts = spread(prompts, recipe.samples)
         total = adapted.total_count
-        memory = step_memory(
-            recipe, self.model.config, self.loader, self.device, method=_planned(self.method), stored=dtype
-        )
+        memory = step_memory(recipe, self.model.config, self.loader, self.device, method=self.method, stored=dtype)
         numbers = NUMBERS[recipe.precision] if dtype == torch.float32 else f"{recipe.precision} base"
         self.subtitle = first_line(where, f"{numbers}, {self.method.label}", adapted.trainable_count, total, memory)
         observer.say(self.subtitle)
@@ -103,7 +102,7 @@ class _Adaptation:
         commands = (
             f"volvelle generate {run.path} {_quoted(self.prompts[0].example.prompt if self.prompts else 'Once')}",
             f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
-            f"volvelle export {run.path} to={'hf' if self.method.trains_base else 'peft'}",
+            export_command(run.path),
         )
         return finish(
             run,
@@ -189,11 +188,6 @@ def save_adapted(model: Any, recipe: AdaptLanguage, run: RunFolder) -> Path:
     assert isinstance(model, nn.Module)
     write_folder(model, run.path / "weights")  # type: ignore[arg-type]
     return run.path / "weights"
-
-
-def _planned(method: Any) -> Any:
-    """The method for a plan, whose models have no tokenizer: where training begins costs nothing."""
-    return replace(method, text=None) if getattr(method, "text", None) else method
 
 
 def _shown(example: Any) -> str:

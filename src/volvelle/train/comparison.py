@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from volvelle.adapt import load_run
+from volvelle.adapt.choices import MethodName
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
 from volvelle.errors import UsageError
@@ -32,11 +33,12 @@ from volvelle.train.loop import fit
 from volvelle.train.observer import Observer
 from volvelle.train.options import to_dict
 from volvelle.train.ranks import Ranks
-from volvelle.train.recipes.adapt import AdaptLanguage, MethodName
+from volvelle.train.recipes.adapt import AdaptLanguage
 from volvelle.train.recipes.compare import STEPS, CompareMethods
 from volvelle.train.text_run import (
     choose_device,
     closing,
+    export_command,
     held_out_loader,
     read_split,
     resume_command,
@@ -248,7 +250,7 @@ class _Comparison:
             commands = (
                 f"volvelle eval {best.run} data={recipe.held_out or recipe.data}",
                 f"volvelle generate {best.run} Once",
-                f"volvelle export {best.run} to={'hf' if best.method == 'full' else 'peft'}",
+                export_command(Path(best.run)),
             )
         seconds = time.monotonic() - self.began + float(self.run.manifest.get("seconds", 0.0))
         trials = {row.method: RunFolder.open(row.run).metrics() for row in rows if row.run}

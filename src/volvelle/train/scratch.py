@@ -33,6 +33,7 @@ from volvelle.train.text_run import (
     at_first,
     choose_device,
     closing,
+    export_command,
     finish,
     first_line,
     fresh_context,
@@ -220,7 +221,8 @@ def _close(
         next_commands=(
             f'volvelle generate {run.path} "Once"',
             f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
-            f"volvelle export {run.path} to=safetensors",
+            # No other program knows what is written in our own format.
+            *(() if model.config.family == "volvelle" else (export_command(run.path),)),
         ),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from volvelle.adapt.files import peft_reads, peft_type
 from volvelle.data.loader import Loader
 from volvelle.data.packing import PackedExamples, Windows, collate_packed, collate_windows
 from volvelle.data.text import Corpus, read_corpus
@@ -256,6 +257,13 @@ def at_first(run: RunFolder) -> dict[str, float]:
 def resume_command(run: RunFolder) -> str:
     """The command that continues a run."""
     return f"volvelle resume {run.path}"
+
+
+def export_command(run: Path) -> str:
+    """The command that gives other programs what a finished run holds: whole weights, or an adapter."""
+    adapter = run / "adapter"
+    to = "hf" if peft_type(adapter) is None else "peft" if peft_reads(adapter) else "adapter"
+    return f"volvelle export {run} to={to}"
 
 
 def finish(

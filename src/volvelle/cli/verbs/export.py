@@ -24,10 +24,11 @@ class Options:
 
     run: Positional[str]
     """A run, or a model."""
-    to: Literal["hf", "peft"] = "hf"
-    """hf: a folder that transformers and vLLM load, adapters merged in; peft: the adapter alone, for PEFT and vLLM."""
+    to: Literal["hf", "peft", "adapter"] = "hf"
+    """hf: a folder that transformers and vLLM load, adapters merged in; peft: the adapter alone, for PEFT and vLLM;
+    adapter: the adapter alone, also where PEFT has no such method (bottleneck adapters)."""
     out: Path | None = None
-    """Folder to write; RUN/export-hf or RUN/export-peft when left out. It must not exist yet, or be empty."""
+    """Folder to write; RUN/export-hf and so on when left out. It must not exist yet, or be empty."""
     precision: Precision = "fp32"
     """Precision of the written weights (hf). fp32 keeps every bit of a dequantised or merged model."""
 
@@ -40,7 +41,7 @@ def main(options: Options) -> int:
     out = options.out or run / f"export-{options.to}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VolvelleError(f"{out}: already there", tip="choose another folder with out=")
-    load = _write_adapter(options, out) if options.to == "peft" else _write_merged(options, out)
+    load = _write_merged(options, out) if options.to == "hf" else _write_adapter(options, out)
     files = sorted(path for path in out.rglob("*") if path.is_file())
     say(*(f"{path}  {path.stat().st_size / 1e6:.1f} MB" for path in files), "", f"load it with: {load}")
     result({"out": out, "files": files})
@@ -65,12 +66,18 @@ def _write_merged(options: Options, out: Path) -> str:
 
 def _write_adapter(options: Options, out: Path) -> str:
     from volvelle import adapt
-    from volvelle.adapt.files import peft_type
+    from volvelle.adapt.files import base_name, peft_reads
+    from volvelle.runs import RunFolder
 
     model = adapt.load_run(options.run)
-    if not adapt.adapted(model):
+    found = adapt.adapted(model)
+    if not found:
         raise VolvelleError(f"{options.run}: holds no adapter", tip="to=hf writes whole models")
-    adapt.save(model, out)
-    if str(peft_type(out)).startswith("VOLVELLE_"):
-        return f'volvelle.adapt.load(base_model, "{out}"); PEFT has no such adapters'
-    return f'peft.PeftModel.from_pretrained(base_model, "{out}")'
+    known = peft_reads(model)
+    if options.to == "peft" and not known:
+        what = f"{found.method.label} of this model"
+        raise VolvelleError(f"{options.run}: PEFT has no {what}", tip="to=adapter writes a format of our own")
+    folder = Path(options.run)
+    is_run = (folder / "manifest.json").is_file()
+    adapt.save(model, out, base=RunFolder.open(folder).manifest.get("base_model") if is_run else base_name(folder))
+    return f'{"peft.PeftModel.from_pretrained" if known else "volvelle.adapt.load"}(base_model, "{out}")'
