@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from volvelle.errors import UsageError
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Writing
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,57 @@ class Beams:
             raise UsageError(f"beams.width must be at least 1, got {self.width}")
         if self.early_stopping not in (True, False, "never"):
             raise UsageError(f"beams.early_stopping must be true, false or never, got {self.early_stopping!r}")
+
+
+@dataclass(frozen=True)
+class AskedBeams:
+    """The fields of `Beams` that somebody asks for; None: as the model's configuration has it, else no beam search."""
+
+    width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+
+
+@dataclass(frozen=True)
+class AskedRules:
+    """The fields of `Rules` that somebody asks for; None: as the model's configuration has it, else no such rule."""
+
+    min_tokens: int | None = None
+    no_repeat_ngram_size: int | None = None
+    forced_first: int | None = None
+    forced_last: int | None = None
+
+
+def settle(config: Any, beams: AskedBeams, rules: AskedRules) -> tuple[Beams, Rules, str]:
+    """What is asked for, completed by what the model's `config` has; and in words what was taken from there.
+
+    An encoder-decoder's folder says how its answers are to be written (num_beams, length_penalty, early_stopping and
+    no_repeat_ngram_size of generation_config.json). The words are empty where nothing of it has a say.
+
+    >>> settle(None, AskedBeams(width=2), AskedRules())[:2] == (Beams(width=2), Rules())
+    True
+    """
+    writing = config.writing if isinstance(config, EncoderDecoderConfig) else Writing()
+    own = dataclasses.asdict(writing)
+    own_rules = Rules(no_repeat_ngram_size=own.pop("no_repeat_ngram_size"))
+    found, found_rules = _completed(Beams(**own), beams), _completed(own_rules, rules)
+    taken = _taken("rules", rules, found_rules, Rules())
+    if found.width > 1:
+        taken = _taken("beams", beams, found, Beams(width=1)) + taken
+    return found, found_rules, " ".join(taken)
+
+
+def _taken(group: str, asked: Any, settled: Any, neutral: Any) -> list[str]:
+    """The fields that nobody asked for and that do something, as words of the command line."""
+    values = dataclasses.asdict(settled)
+    shown = {name: str(value).lower() if isinstance(value, bool) else f"{value}" for name, value in values.items()}
+    return [
+        f"{group}.{name}={shown[name]}"
+        for name, value in values.items()
+        if getattr(asked, name) is None and value != getattr(neutral, name)
+    ]
+
+
+def _completed(own: Any, asked: Any) -> Any:
+    given = {name: value for name, value in dataclasses.asdict(asked).items() if value is not None}
+    return dataclasses.replace(own, **given)

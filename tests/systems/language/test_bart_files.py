@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from tests.systems.language.bart_peers import as_ours, make_bart, some_ids
 
 from volvelle.errors import VolvelleError
 from volvelle.systems.language import EncoderDecoder, read_folder, write_folder
+from volvelle.systems.language.encoder_decoder_config import Writing
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
 from volvelle.systems.language.load import load_language_model
 
@@ -140,11 +142,48 @@ def test_wrong_configurations_are_refused_by_name(folder, field, value, message)
         read_folder(folder)
 
 
-def test_planning_ahead_is_for_decoders(folder):
-    from volvelle.inspect.memory_models import find_config
+ASKED = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 3}
+WRITING = Writing(width=4, length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3)
 
-    with pytest.raises(VolvelleError, match="an encoder-decoder, and only decoders are planned ahead"):
-        find_config(str(folder))
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_how_answers_are_written_is_read_and_kept(folder, tmp_path, file):
+    """Older folders have it in config.json; transformers writes it into generation_config.json only, and so do we."""
+    assert read_folder(folder).config.writing == Writing()
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | ASKED))
+    ours = read_folder(folder)
+    assert ours.config.writing == WRITING
+    write_folder(ours, tmp_path / "ours")
+    assert not ASKED.keys() & json.loads((tmp_path / "ours/config.json").read_text()).keys()
+    assert ASKED.items() <= json.loads((tmp_path / "ours/generation_config.json").read_text()).items()
+    again = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert {name: getattr(again.generation_config, name) for name in ASKED} == ASKED
+    assert read_folder(tmp_path / "ours").config == ours.config
+
+
+def test_generation_config_has_the_last_word(folder):
+    for file, changes in (("config.json", ASKED), ("generation_config.json", {"num_beams": 2, "length_penalty": None})):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert read_folder(folder).config.writing == dataclasses.replace(WRITING, width=2, length_penalty=1.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_beams", 0, "num_beams must be at least 1, got 0"),
+        ("num_beams", 2.5, "num_beams must be int"),
+        ("early_stopping", "soon", 'early_stopping must be true, false or "never"'),
+        ("length_penalty", "long", "length_penalty must be float"),
+        ("no_repeat_ngram_size", -1, "no_repeat_ngram_size must be at least 0"),
+    ],
+)
+def test_wrong_wishes_are_refused_by_name(folder, field, value, message):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(VolvelleError, match=message):
+        read_folder(folder)
 
 
 def test_what_a_config_cannot_hold_is_not_written():

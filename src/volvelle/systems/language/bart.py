@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 from volvelle.errors import VolvelleError
 from volvelle.systems.language import config as c
 from volvelle.systems.language.config_fields import Fields
-from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack
+from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig, Stack, Writing
 
 ARCHITECTURE = "BartForConditionalGeneration"
-GENERATION = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+WRITING = {
+    "width": "num_beams",
+    "length_penalty": "length_penalty",
+    "early_stopping": "early_stopping",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+}
+"""The fields of `Writing` by the names of transformers; new files have them in generation_config.json only."""
+GENERATION = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", *WRITING.values())
 """Fields that transformers' generate takes from generation_config.json."""
+
+
+_NOTHING = {WRITING[name]: value for name, value in dataclasses.asdict(Writing()).items()}
 
 
 def read_bart(fields: Fields) -> EncoderDecoderConfig:
@@ -48,6 +59,7 @@ def read_bart(fields: Fields) -> EncoderDecoderConfig:
         special=special,
         forced_first=_token(fields, "forced_bos_token_id", old_first),
         forced_last=_token(fields, "forced_eos_token_id", 2),
+        writing=_writing(fields),
         init_std=float(fields.get("init_std", float, 0.02)),
     )
 
@@ -77,6 +89,8 @@ def write_bart(config: EncoderDecoderConfig) -> dict[str, Any]:
         "forced_bos_token_id": config.forced_first,
         "forced_eos_token_id": config.forced_last,
     }
+    asked = {WRITING[name]: value for name, value in dataclasses.asdict(config.writing).items()}
+    values |= {name: value for name, value in asked.items() if value != _NOTHING[name]}
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
         values[f"{side}_layers"], values[f"{side}_attention_heads"] = stack.depth, stack.heads
         values[f"{side}_ffn_dim"] = stack.mlp.width
@@ -86,6 +100,23 @@ def write_bart(config: EncoderDecoderConfig) -> dict[str, Any]:
 def _stack(fields: Fields, side: str) -> Stack:
     mlp = c.MLP(fields.size(f"{side}_ffn_dim"), fields.activation("activation_function", "gelu"))
     return Stack(fields.size(f"{side}_layers"), fields.size(f"{side}_attention_heads"), mlp)
+
+
+def _writing(fields: Fields) -> Writing:
+    """What answers are like; VolvelleError for a value that generation would refuse."""
+    early: bool | str = fields.values.get("early_stopping") or False
+    if early not in (True, False, "never"):
+        raise VolvelleError(f'{fields.source}: early_stopping must be true, false or "never", got {early!r}')
+    numbers = {name: fields.get(name, int, _NOTHING[name]) for name in ("num_beams", "no_repeat_ngram_size")}
+    for name, least in (("num_beams", 1), ("no_repeat_ngram_size", 0)):
+        if numbers[name] < least:
+            raise VolvelleError(f"{fields.source}: {name} must be at least {least}, got {numbers[name]}")
+    return Writing(
+        width=numbers["num_beams"],
+        length_penalty=float(fields.get("length_penalty", float, 1.0)),
+        early_stopping=early,
+        no_repeat_ngram_size=numbers["no_repeat_ngram_size"],
+    )
 
 
 def _token(fields: Fields, name: str, absent: int | None) -> int | None:

@@ -22,13 +22,27 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """How answers are to be written where nothing else is asked, as transformers' generate has it.
+
+    The fields' names and meaning are those of `decode.Beams` and `decode.Rules`; these values ask for nothing.
+    """
+
+    width: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    no_repeat_ngram_size: int = 0
+
+
+@dataclass(frozen=True)
 class EncoderDecoderConfig:
     """An encoder that reads a source, and a decoder that writes an answer to it (BART, Lewis et al. 2019).
 
     Both sides share `width`, the token embeddings and the `context`, the most tokens of a source and of an answer; each
     block ends in a norm ("post"), and so do the embeddings. An answer begins with the token `start`, which is not part
     of it. Generation forces `forced_first` to be its first token and `forced_last` its last one where it is cut off;
-    None forces nothing. `embedding_scale` multiplies token embeddings; `activation_dropout` acts inside the MLPs.
+    None forces nothing. `writing` is how answers are written where nothing else is asked. `embedding_scale` multiplies
+    token embeddings; `activation_dropout` acts inside the MLPs.
 
     Raises ValueError for sizes that do not fit together.
 
@@ -54,6 +68,7 @@ class EncoderDecoderConfig:
     special: SpecialTokens = field(default_factory=SpecialTokens)
     forced_first: int | None = None
     forced_last: int | None = None
+    writing: Writing = field(default_factory=Writing)
     init_std: float = 0.02
 
     def __post_init__(self):

@@ -154,7 +154,8 @@ def write_folder(model: LanguageModel, path: str | os.PathLike[str], *, shard_si
     shards = _plan(model, shard_size)
     name = str(model.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.json", _json(values | {"dtype": name, "torch_dtype": name}))
+    ours = {key: value for key, value in values.items() if key not in bart.WRITING.values()}
+    write_atomic(folder / "config.json", _json(ours | {"dtype": name, "torch_dtype": name}))
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id", *bart.GENERATION)
     special = {key: values[key] for key in tokens if values.get(key) is not None}
     write_atomic(folder / "generation_config.json", _json({"_from_model_config": True, **special}))
