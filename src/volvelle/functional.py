@@ -42,6 +42,10 @@ from volvelle.parts.precision.formats import number_format as number_format
 from volvelle.parts.precision.loss_scale import unscale_gradients as unscale_gradients
 from volvelle.parts.precision.loss_scale import update_loss_scale as update_loss_scale
 from volvelle.parts.precision.master_weights import master_weight_update as master_weight_update
+from volvelle.parts.quantization.grid import dequantize_weight as dequantize_weight
+from volvelle.parts.quantization.grid import quantize_weight as quantize_weight
+from volvelle.parts.quantization.int4 import int4_linear as int4_linear
+from volvelle.parts.quantization.int8 import int8_linear as int8_linear
 
 __all__ = [
     "alibi_bias",
@@ -56,11 +60,14 @@ __all__ = [
     "conv_positions",
     "convert_rope_layout",
     "deberta_log_buckets",
+    "dequantize_weight",
     "disentangled_bias",
     "dora_linear",
     "dynamic_bias",
     "grid_positions",
     "hierarchical_positions",
+    "int4_linear",
+    "int8_linear",
     "learned_positions",
     "linear_attention",
     "lora_linear",
@@ -69,6 +76,7 @@ __all__ = [
     "number_format",
     "position_readout",
     "prefix_states",
+    "quantize_weight",
     "recurrent_positions",
     "rope_frequencies",
     "rouge_l",

@@ -29,6 +29,8 @@ from volvelle.parts.position.t5 import T5Bias as T5Bias
 from volvelle.parts.position.transformer_xl import TransformerXLBias as TransformerXLBias
 from volvelle.parts.precision.loss_scale import LossScaler as LossScaler
 from volvelle.parts.precision.master_weights import MasterWeights as MasterWeights
+from volvelle.parts.quantization.int4 import Int4Linear as Int4Linear
+from volvelle.parts.quantization.int8 import Int8Linear as Int8Linear
 
 __all__ = [
     "ALiBi",
@@ -41,6 +43,8 @@ __all__ = [
     "DisentangledBias",
     "DynamicBias",
     "HierarchicalPositions",
+    "Int4Linear",
+    "Int8Linear",
     "LearnedPositions",
     "LinearAttention",
     "LoRALinear",

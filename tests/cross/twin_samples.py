@@ -31,6 +31,18 @@ def lora_linear(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x,), lambda: functional.lora_linear(x, layer.weight, layer.bias, layer.a, layer.b, 2.0))
 
 
+def int4_linear(dtype: torch.dtype) -> Sample:
+    layer = parts.Int4Linear.from_linear(nn.Linear(64, 16, dtype=dtype))
+    x = torch.randn(2, 3, 64, dtype=dtype)
+    return Sample(layer, (x,), lambda: functional.int4_linear(x, layer.tiles, layer.steps, layer.bias))
+
+
+def int8_linear(dtype: torch.dtype) -> Sample:
+    layer = parts.Int8Linear.from_linear(nn.Linear(64, 16, dtype=dtype))
+    x = torch.randn(2, 3, 64, dtype=dtype)
+    return Sample(layer, (x,), lambda: functional.int8_linear(x, layer.tiles, layer.steps, layer.bias))
+
+
 def bottleneck_adapter(dtype: torch.dtype) -> Sample:
     layer = parts.BottleneckAdapter(5, 3, activation="gelu", scale=2.0, dtype=dtype)
     for parameter in layer.parameters():
@@ -227,6 +239,8 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.LearnedPositions": learned_positions,
     "nn.LinearAttention": linear_attention,
     "nn.BottleneckAdapter": bottleneck_adapter,
+    "nn.Int4Linear": int4_linear,
+    "nn.Int8Linear": int8_linear,
     "nn.LoRALinear": lora_linear,
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,

@@ -14,9 +14,11 @@ from volvelle.adapt.model import merge
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.language.load import load_language_model
+from volvelle.systems.language.quantized import quantize_model
 
 if TYPE_CHECKING:
     from volvelle.systems.language.models import LanguageModel
+    from volvelle.systems.language.quantized import Bits
 
 
 def load_run(
@@ -25,25 +27,27 @@ def load_run(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     merged: bool = False,
+    precision: Bits | None = None,
 ) -> LanguageModel:
     """Open a run folder, an adapter folder, or anything `load_language_model` takes, as one model.
 
     A run with an adapter gives its base model with the adapter on it, or with `merged` folded into the weights, where
     it can be (faster to decode; rounded once to `dtype`); a run with weights gives those. The base may itself be a run.
+    `precision` ("int4", "int8") is that of `load_language_model`; weights with an adapter in them are rounded.
     Raises VolvelleError when the run holds neither or does not say what its base model is.
     """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         run = RunFolder.open(folder)
         if (folder / "adapter" / CONFIG).is_file():
-            return _adapted(folder / "adapter", run.manifest.get("base_model"), dtype, device, merged)
+            return _adapted(folder / "adapter", run.manifest.get("base_model"), dtype, device, merged, precision)
         if (folder / "weights" / "config.json").is_file():
-            return load_language_model(folder / "weights", dtype=dtype, device=device)
+            return load_language_model(folder / "weights", dtype=dtype, device=device, precision=precision)
         tip = f"its status is {run.status}"
         raise VolvelleError(f"{folder}: this run holds neither an adapter nor weights", tip=tip)
     if (folder / CONFIG).is_file():
-        return _adapted(folder, None, dtype, device, merged)
-    return load_language_model(path, dtype=dtype, device=device)
+        return _adapted(folder, None, dtype, device, merged, precision)
+    return load_language_model(path, dtype=dtype, device=device, precision=precision)
 
 
 def _adapted(
@@ -52,6 +56,7 @@ def _adapted(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     merged: bool,
+    precision: Bits | None,
 ) -> LanguageModel:
     base = base or base_name(folder)
     if base is None:
@@ -60,11 +65,14 @@ def _adapted(
             tip="write its name or path as base_model_name_or_path there",
         )
     if not merged or not isinstance(read_config(folder), LoRA):
-        model = load_run(base, dtype=dtype, device=device, merged=True)
+        model = load_run(base, dtype=dtype, device=device, merged=True, precision=precision)
         load(model, folder)
         return model
     # Summed at the precision the base is stored in, so that the update meets one rounding and not two.
     model = load_run(base, device=device, merged=True)
     load(model, folder)
     merge(model, keep=False)
-    return model if dtype is None else model.to(dtype)
+    model = model if dtype is None else model.to(dtype)
+    if precision is not None:
+        quantize_model(model, precision)
+    return model

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     from volvelle.systems.language.models import LanguageModel
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
+"""In what a verb computes. int8 and int4 are the bits of the weights: exactly on a GGUF file's own grid where it has
+one, else rounded; the rest is bf16."""
 
 
 def open_language_model(name: str, precision: Precision = "auto") -> LanguageModel:
@@ -23,20 +25,29 @@ def open_language_model(name: str, precision: Precision = "auto") -> LanguageMod
     """
     from volvelle import hub
     from volvelle.adapt import load_run
+    from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 
     if name in hub.ASSETS and not Path(name).exists():
         with DownloadReport() as report:
             hub.fetch(name, report=report)
     dtype, why = choose_dtype(precision)
     device = "cuda" if _cuda() else "cpu"
-    model = load_run(name, dtype=dtype, device=device, merged=True)
-    count = sum(p.numel() for p in model.parameters())
-    size = sum(p.nbytes for p in model.parameters())
+    model = load_run(
+        name, dtype=dtype, device=device, merged=True, precision=precision if precision in {"int4", "int8"} else None
+    )
+    matrices = (m for m in model.modules() if isinstance(m, WeightOnlyLinear))
+    count = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in matrices)
+    held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     say(
-        f"{name}: {model.config.family}, {count / 1e6:.1f}M parameters, {size / 1e6:.0f} MB; "
-        f"{str(dtype).removeprefix('torch.')} ({why}) on {device}; context {model.config.context}"
+        f"{name}: {model.config.family}, {count / 1e6:.1f}M parameters, {sum(held.values()) / 1e6:.0f} MB; "
+        f"{_named(dtype, precision)} ({why}) on {device}; context {model.config.context}"
     )
     return model
+
+
+def _named(dtype: torch.dtype, precision: Precision) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"{precision} weights, {name} beside them" if precision in {"int4", "int8"} else name
 
 
 def choose_dtype(precision: Precision) -> tuple[torch.dtype, str]:
@@ -44,6 +55,7 @@ def choose_dtype(precision: Precision) -> tuple[torch.dtype, str]:
     import torch
 
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    named |= {"int8": torch.bfloat16, "int4": torch.bfloat16}
     if precision != "auto":
         return named[precision], "as asked"
     if _cuda():

@@ -65,11 +65,11 @@ def quantize_model(model: LanguageModel, precision: Bits, file: GGUF | None = No
     _replace(model, "lm_head", model.lm_head, 8, None if file is None else grid_of(file, table), counts)
     model.requires_grad_(False)
     done = Quantized(**counts)
-    if done.rounded or done.kept:
-        log.warning(
-            "%s: %d matrices are the file's own, %d were rounded (lossy), %d do not divide into groups and stayed",
-            *(precision, *done),
-        )
+    log.log(
+        logging.WARNING if done.rounded else logging.INFO,
+        "%s: %d matrices are the file's own, %d were rounded (lossy), %d do not divide into groups and stayed",
+        *(precision, *done),
+    )
     return done
 
 

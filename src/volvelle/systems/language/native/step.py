@@ -8,6 +8,7 @@ Shapes: b texts, n tokens, rows = b n <= 32, h heads, g key/value heads, d featu
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -96,14 +97,21 @@ class NativeStep:
         assert found is not None
         config, blocks = model.config, list(model.model.layers)
         self.held: list[object] = []
-        table = (_Block * len(blocks))(*(_block(block, self.held) for block in blocks))
-        self.held.append(table)
+        self.table = (_Block * len(blocks))(*(_block(block, self.held) for block in blocks))
         mlp, norm = config.mlp, config.norm
         assert isinstance(mlp, c.GatedMLP)
         sizes = (len(blocks), config.width, config.heads, config.kv_heads, config.head_width, mlp.width)
         half = int(model.dtype is torch.bfloat16)
-        self.model = _Model(*sizes, half, norm.eps, 0.0, ctypes.addressof(table))
+        self.model = _Model(*sizes, half, norm.eps, 0.0, ctypes.addressof(self.table))
         self.dtype, self._call = model.dtype, found.step
+
+    def some(self, layers: Sequence[int]) -> NativeStep:
+        """The step of these blocks only, over a cache of as many layers."""
+        other = copy.copy(self)
+        other.table = (_Block * len(layers))(*(self.table[layer] for layer in layers))
+        other.model = _Model.from_buffer_copy(self.model)
+        other.model.depth, other.model.blocks = len(layers), ctypes.addressof(other.table)
+        return other
 
     def takes(self, x: Tensor, step: Step) -> bool:
         """Whether this step, of x (b, n, width), is one for it; longer ones belong to torch's matrix products."""

@@ -1,0 +1,167 @@
+"""Exact to the bit: drafts, good and bad, change no token and no logit, in any dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from volvelle.decode.bitwise import AnyWidth, FixedWidth, bitwise
+from volvelle.decode.contract import Draft, Drafter, Drafting
+from volvelle.decode.generation import GREEDY, limits
+from volvelle.decode.loop import evaluating, run, step
+from volvelle.decode.options import Rules
+from volvelle.decode.request import Request
+from volvelle.decode.speculation import Help
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.systems.language import config as c
+from volvelle.systems.language.decoder import Decoder
+from volvelle.systems.language.native.library import library
+from volvelle.systems.language.projections import fuse_projections
+from volvelle.systems.language.quantized import quantize_model
+
+SMALL = c.LanguageConfig(
+    "llama", vocabulary=96, width=64, depth=2, heads=4, context=160, norm=c.RMSNorm(), mlp=c.GatedMLP(96),
+    position=c.Rope(), kv_heads=2, init_std=0.3,
+)  # fmt: skip
+PROMPT = [5, 17, 3, 80, 41, 9, 2]
+
+
+class Adversary(Drafter):
+    """Knows the answer, and draws how much of it to tell before it lies."""
+
+    def __init__(self, answer, seed, width=6):
+        self.answer, self.seed, self.width = answer, seed, width
+
+    def begin(self, writer, requests, room):
+        return _Lying(self.answer, torch.Generator().manual_seed(self.seed), self.width)
+
+
+class _Lying(Drafting):
+    def __init__(self, answer, generator, width):
+        self.answer, self.generator, self.width = answer, generator, width
+
+    def draw(self, high):
+        return int(torch.randint(high, (), generator=self.generator))
+
+    def propose(self, requests, seen, k):
+        at, size, true = len(requests[0].tokens), 1 + self.draw(k), self.draw(k + 1)
+        told = [*self.answer[at : at + min(size, true)]]
+        return Draft(torch.tensor([[*told, *(self.draw(90) for _ in range(size - len(told)))]]))
+
+
+def small(precision):
+    torch.manual_seed(0)
+    model = Decoder(SMALL).eval()
+    if precision != "fp32":
+        model.to(torch.bfloat16)
+    if precision.startswith("int"):
+        quantize_model(model, precision)
+    return model
+
+
+def answer(model, drafter=None, prompt=PROMPT, tokens=60, make=bitwise):
+    """Tokens, and for each the bits of the logits that it was chosen from."""
+    request = Request(model, prompt, GREEDY, limits(tokens, (), (), Rules()))
+    forward, spare = make(model, [request])
+    chosen = []
+
+    def noting(writer, cache, ids, mask, n, *read):
+        logits, states = forward(writer, cache, ids, mask, n, *read)
+        chosen.append((cache.length, logits[0].clone()))
+        return logits, states
+
+    with evaluating(model):
+        for _ in run(model, [request], help=None if drafter is None else Help(drafter), forward=noting, spare=spare):
+            pass
+    # a position is scored anew after a rejected draft: the last time counts
+    scores = {start + i: row for start, logits in chosen[1:] for i, row in enumerate(logits)}
+    return request.tokens, [scores[len(prompt) + i] for i in range(len(request.tokens) - 1)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_drafts_change_no_bit(precision, compiled):
+    model = small(precision)
+    if compiled:
+        if library() is None:
+            pytest.skip("no compiled step on this machine")
+        fuse_projections(model)
+    tokens, logits = answer(model)
+    assert len(set(tokens)) > 5  # an answer worth the name
+    for seed in range(4):
+        found, scores = answer(model, Adversary(tokens, seed))
+        assert found == tokens
+        assert all(torch.equal(a, b) for a, b in zip(scores, logits, strict=True))
+
+
+def test_steps_as_they_come_do_differ():
+    # Without this the tests above would pass for any way of computing steps.
+    model = small("fp32")
+    _, plain = answer(model, make=lambda *_: (step, 0))
+    tokens, _ = answer(model)
+    _, drafted = answer(model, Adversary(tokens, 0), make=lambda *_: (step, 0))
+    assert not all(torch.equal(a, b) for a, b in zip(plain, drafted, strict=True))
+
+
+def test_which_way_is_taken_and_what_it_needs():
+    model = small("fp32")
+    request = Request(model, PROMPT, GREEDY, limits(20, (), (), Rules()))
+    forward, spare = bitwise(model, [request])
+    assert isinstance(forward, FixedWidth)
+    assert (forward.reach, spare) == (len(PROMPT) + 20 + 16, 16)
+    with pytest.raises(UsageError, match="one text at a time, got 2"):
+        bitwise(model, [request, request])
+    long = Request(model, PROMPT, GREEDY, limits(150, (), (), Rules()))
+    with pytest.raises(VolvelleError, match="may take 144 of the context of 160") as error:
+        bitwise(model, [long])
+    assert error.value.tip == f"max_tokens={144 - len(PROMPT)}"
+    if library() is not None:
+        fuse_projections(model)
+        assert isinstance(bitwise(model, [long])[0], AnyWidth)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_trees_and_wide_drafts_are_refused(compiled):
+    model = small("fp32")
+    if compiled:
+        fuse_projections(model)
+
+    class Tree(Drafter):
+        def begin(self, writer, requests, room):
+            return _Tree()
+
+    class _Tree(Drafting):
+        width = 2
+
+        def propose(self, requests, seen, k):
+            return Draft(torch.tensor([[1, 2]]), (-1, -1))
+
+    with pytest.raises(VolvelleError, match="drafts trees"):
+        answer(model, Tree())
+    with pytest.raises(VolvelleError, match=r"takes steps of (16|32) tokens"):
+        answer(model, Adversary([1] * 200, 3, width=60), tokens=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_drafts_change_no_bit_of_a_real_model(precision, compiled):
+    from volvelle import hub
+    from volvelle.systems.language.load import load_language_model
+
+    try:
+        path = hub.fetch("smollm2")
+    except VolvelleError as error:
+        pytest.skip(f"smollm2 cannot be fetched: {error}")
+    if precision == "int4":
+        model = load_language_model(path, precision="int4")
+    else:
+        model = load_language_model(path, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    if compiled:
+        fuse_projections(model)
+    prompt = model.tokenizer.chat_ids([{"role": "user", "content": "Write a Python function that adds two numbers."}])
+    tokens, logits = answer(model, prompt=prompt, tokens=48)
+    for seed in range(2):
+        found, scores = answer(model, Adversary(tokens, seed), prompt=prompt, tokens=48)
+        assert found == tokens
+        assert all(torch.equal(a, b) for a, b in zip(scores, logits, strict=True))
