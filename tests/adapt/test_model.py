@@ -223,6 +223,14 @@ def test_patterns_layers_exclude_and_regular_expressions(net):
     assert [layer.scale for layer in layers.values()] == [8.0, 0.75, 4.0]
 
 
+@pytest.mark.parametrize("rule", ["all-linear", r".*(q|v)_proj"])
+def test_a_rule_from_a_command_line_is_a_rule(net, rule):
+    """There it comes as the only one of several words."""
+    alone, among = (adapt.apply(copy.deepcopy(net), LoRA(targets=given)) for given in (rule, (rule,)))
+    assert list(alone.trainable) == list(among.trainable)
+    assert LoRA(targets=(rule,)) == LoRA(targets=rule)
+
+
 def test_all_linear_leaves_the_head(net):
     adapted = adapt.apply(net, LoRA(targets="all-linear"))
     assert len(adapted.trainable) == 2 * 9

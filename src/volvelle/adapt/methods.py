@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from volvelle.adapt.targets import one_rule
 from volvelle.errors import UsageError
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ class LoRA(Addition):
             raise UsageError(f"{self.label}: dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
             raise UsageError(f"{self.label}: targets is empty", tip='name the layers, for example ("q_proj", "v_proj")')
+        object.__setattr__(self, "targets", one_rule(self.targets))
+        object.__setattr__(self, "exclude", one_rule(self.exclude))
 
     def rank_of(self, path: str) -> int:
         """The rank at the layer `path`."""

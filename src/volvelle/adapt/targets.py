@@ -27,6 +27,18 @@ def matches(rule: str | Sequence[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in rule)
 
 
+def one_rule(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    r"""Targets as they are meant: a single word that no layer can be called, as command lines give it, is a rule.
+
+    >>> one_rule(("all-linear",)), one_rule((r".*\.1\..*_proj",)), one_rule(("self_attn.q_proj",))
+    ('all-linear', '.*\\.1\\..*_proj', ('self_attn.q_proj',))
+    """
+    if isinstance(given, str):
+        return given
+    lone = given[0] if len(given) == 1 else ""
+    return lone if lone == ALL_LINEAR or re.search(r"[^\w.\-]", lone) else tuple(given)
+
+
 def matches_end(pattern: str, path: str) -> bool:
     r"""Tell whether the regular expression `pattern` matches the last parts of `path`, whole parts only.
 
