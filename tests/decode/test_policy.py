@@ -36,7 +36,7 @@ class Machine:
     curve: Curve
     draft: float
     right: Right
-    width: int = 10
+    width: int = 11
     plain: float = 0.02
     preparing: float = 0.0  # what the first step of each width takes besides
 
@@ -97,7 +97,7 @@ def test_the_bound_catches_a_policy_that_always_drafts():
     assert Machine(CURVES["int4"], 0.0, lambda done, step: 0).decode(Stubborn(), 300) > 1 / 0.97
 
 
-def best_gain(curve: Curve, draft: float, a: float, width: int = 10) -> float:
+def best_gain(curve: Curve, draft: float, a: float, width: int = 11) -> float:
     """Plain time over the time a token of the best fixed draft length."""
     return max(expected_tokens(a, k) * curve(1) / (curve(1 + k) + draft * k) for k in range(width + 1))
 
@@ -119,7 +119,7 @@ def test_length_follows_the_cost_and_the_acceptance():
         machine.decode(policy, 800)
         return policy.figures.chosen.most_common(1)[0][0]
 
-    assert asked(CURVES["flat"], 0.9) == 10
+    assert asked(CURVES["flat"], 0.9) == 11
     assert asked(CURVES["proportional"], 0.9) == 0
     assert asked(CURVES["int4"], 0.5) < asked(CURVES["int4"], 0.9) <= asked(CURVES["bf16"], 0.9)
 
@@ -136,7 +136,7 @@ def test_switches_off_and_on_again():
 def test_what_is_prepared_once_does_not_switch_drafting_off():
     policy, machine = Adaptive(), Machine(CURVES["bf16"], 0.0, lambda done, step: 99, preparing=30.0)
     assert machine.decode(policy, 400) < 1 / 3
-    assert policy.steps.ratios(300)[11] == pytest.approx(CURVES["bf16"](11))
+    assert policy.steps.ratios(300)[12] == pytest.approx(CURVES["bf16"](12))
 
 
 def test_no_draft_found_is_a_plain_step():
@@ -152,7 +152,7 @@ def test_no_draft_found_is_a_plain_step():
 
 def test_limits_and_ladder():
     assert lengths(0) == []
-    assert lengths(7) == [1, 2, 3, 4, 5, 6]
+    assert lengths(8) == [1, 2, 3, 4, 5, 6, 7]
     assert lengths(99) == list(LADDER)
     policy, right = Adaptive(), chance(0.9)
     assert Machine(CURVES["flat"], 0.0, right, width=0).decode(policy, 50) == pytest.approx(1)

@@ -327,7 +327,7 @@ def _speed(rounds: int, rows: int) -> tuple[list[Finding], list[str]]:
             _loss(model, batch, dtype).backward()
             if number:
                 seconds[kind].append(time.perf_counter() - began)
-    has = _sixteen_bits()
+    has = sixteen_bits()
     quiet = os.getloadavg()[0] <= (os.cpu_count() or 1)
     findings = []
     for kind in ("bf16", "fp16"):
@@ -345,7 +345,7 @@ def _speed(rounds: int, rows: int) -> tuple[list[Finding], list[str]]:
     return findings, notes
 
 
-def _sixteen_bits() -> set[str]:
+def sixteen_bits() -> set[str]:
     """The processor's instructions for products in bf16 and fp16 (Linux)."""
     try:
         with open("/proc/cpuinfo") as file:

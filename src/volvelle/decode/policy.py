@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from volvelle.decode.contract import Drafted, Pacing, Policy
 from volvelle.decode.cost import CostCurve, DraftCost
 
-LADDER = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-"""Draft lengths to choose from: few widths are learned sooner, and each costs a kernel its preparation."""
+LADDER = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 19, 23, 31, 39, 47, 63)
+"""Draft lengths to choose from: few widths are learned sooner, and each has kernels to prepare. With the newest token
+the longer ones make steps of whole tiles."""
 
 CREDIT = 1.0  # plain steps that may be lost before anything is known
 SHARE = 0.02  # of the plain time of the answer so far that may be lost beyond them
@@ -168,7 +169,7 @@ class AdaptivePacing(Pacing):
         allowed = CREDIT * plain + SHARE * self._plain - self._lost
         k = max((k for k in gains if k <= best and policy.worst_seconds(k, length) - plain <= allowed), default=0)
         # A shorter draft than wanted, which loses and teaches nothing: rather save up for the longer one.
-        return 0 if 0 < k < best and gains[k] < 1 and policy.steps.knows(1 + k) else k
+        return 0 if 0 < k < best and gains[k] < 1 and policy.steps.settled(1 + k) else k
 
     def observe(self, length: int, draft: Drafted | None, *, step_seconds: float, draft_seconds: float = 0.0) -> None:
         """Take in what a step over a cache of `length` tokens took, and what of its draft was kept."""
@@ -204,6 +205,6 @@ def lengths(limit: int) -> list[int]:
     """The draft lengths to choose from, up to `limit`.
 
     >>> lengths(9)
-    [1, 2, 3, 4, 5, 6, 8]
+    [1, 2, 3, 4, 5, 6, 7, 9]
     """
     return [k for k in LADDER if k <= limit]

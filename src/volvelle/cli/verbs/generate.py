@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tyro.conf import Positional
 
 from volvelle.cli.console import result, say, write
+from volvelle.cli.drafts import Answers, DraftOptions, check_drafts, cost_line
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams, Rules, Sampling
 from volvelle.errors import UsageError
@@ -15,11 +16,12 @@ from volvelle.errors import UsageError
 EXAMPLES = (
     'volvelle generate smollm2 "The three primary colours are" max_tokens=32',
     'volvelle generate smollm2 "Once upon a time" sampling.temperature=0.8 sampling.seed=1',
+    'volvelle generate smollm2 "Say it again, Sam. Say it" draft=lookup stats=true',
 )
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(DraftOptions):
     """What to continue, and how."""
 
     model: Positional[str]
@@ -42,11 +44,10 @@ class Options:
 
 def main(options: Options) -> int:
     """Print the answer as it comes, then what it cost."""
-    from volvelle.decode import beam_search, generate
+    from volvelle.decode import beam_search
     from volvelle.systems.language import EncoderDecoderConfig
 
-    if options.beams.width > 1 and (options.sampling != Sampling() or options.stop):
-        raise UsageError("generate: a beam search takes no sampling options and no stop strings", tip="beams.width=1")
+    check(options)
     prompt = read_prompt(options.prompt)
     model = open_language_model(options.model, options.precision)
     if model.tokenizer is None:
@@ -54,24 +55,30 @@ def main(options: Options) -> int:
     ids = model.tokenizer.encode_prompt(prompt)
     begun = 1 if isinstance(model.config, EncoderDecoderConfig) else len(ids)
     max_tokens = min(256, max(1, model.room - begun)) if options.max_tokens is None else options.max_tokens
+    drafts = {}
     if options.beams.width > 1:
         [answer] = beam_search(model, [ids], beams=options.beams, max_tokens=max_tokens, rules=options.rules)
         write(answer.text)
+        say()
+        say(cost_line(answer))
     else:
-        answer = generate(
-            model,
-            ids,
-            sampling=options.sampling,
-            max_tokens=max_tokens,
-            stop=options.stop,
-            rules=options.rules,
-            on_token=lambda token: write(token.text),
+        answers = Answers(model, options)
+        answer, drafts = answers.write(
+            ids, sampling=options.sampling, max_tokens=max_tokens, stop=options.stop, rules=options.rules
         )
-    say()
-    say(cost_line(answer))
     result({"prompt": prompt, "text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish,
-            "prompt_tokens": answer.prompt_tokens, "tokens_per_second": answer.tokens_per_second})  # fmt: skip
+            "prompt_tokens": answer.prompt_tokens, "tokens_per_second": answer.tokens_per_second,
+            **drafts})  # fmt: skip
     return 0
+
+
+def check(options: Options) -> None:
+    """Refuse what does not go together, before a model is opened."""
+    if options.beams.width > 1 and (options.sampling != Sampling() or options.stop):
+        raise UsageError("generate: a beam search takes no sampling options and no stop strings", tip="beams.width=1")
+    if options.beams.width > 1 and options.draft is not None:
+        raise UsageError("generate: a beam search takes no drafts", tip="beams.width=1, or leave draft= out")
+    check_drafts(options)
 
 
 def read_prompt(given: str | None) -> str:
@@ -81,11 +88,3 @@ def read_prompt(given: str | None) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("generate: there is no prompt", tip='volvelle generate MODEL "text", or pipe the text in')
     return sys.stdin.read()
-
-
-def cost_line(answer) -> str:
-    """Say how long an answer is, why it ended and how fast it came."""
-    rate = f", {answer.tokens_per_second:.1f} tokens/s" if answer.tokens_per_second else ""
-    reason = {"eos": "the model ended it", "stop": "at a stop string", "length": "at max_tokens"}[answer.finish]
-    prompt = f"prompt of {answer.prompt_tokens} in {answer.prompt_seconds:.2f} s"
-    return f"[{len(answer.tokens)} tokens, {reason}{rate}; {prompt}]"

@@ -104,7 +104,7 @@ class PromptLookup(Drafter):
     """
 
     n: int = 3
-    k: int = 10
+    k: int = 15
     least: int = 1
     prefer: Prefer = "recent"
     branches: int = 1
