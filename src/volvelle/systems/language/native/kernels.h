@@ -28,7 +28,7 @@ typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 typedef int8_t S __attribute__((vector_size(16)));
 
-constexpr int LANES = 16, GROUP = 32, MOST = 32, BATCH = 3;  // MOST rows in one call; BATCH groups at a time
+constexpr int LANES = 16, GROUP = 32, MOST = 32, BATCH = 3, AHEAD = 3072;  // MOST rows in one call; BATCH groups at a time; bytes to ask for ahead
 enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 // A matrix (out, in). fp32 and bf16: rows as torch has them. int8: codes (out/16, in/2, 16, 2); int4: the same with the
@@ -99,10 +99,14 @@ struct Rows {
 
 // ---- any processor -----------------------------------------------------------------------------------------------
 
+// Ask for lines of 64 bytes that will be read soon, where the processor does not foresee it.
+INLINE void ask(const void *p, int lines) { for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)p + i * 64); }
+
 template <class W, int R, int C> INLINE void dots(const W *w, const float *x, int in, float *y) {
   F acc[R][C] = {};
   for (int k = 0; k < in; k += LANES) {
     F a[R];
+    if (C > 1) ask(w + (size_t)R * in + (size_t)k * R, R * sizeof(W) / 4);  // the next rows; alone, a row is foreseen
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) a[r] = wide(w + (size_t)r * in + k);
 #pragma GCC unroll 8
@@ -211,6 +215,8 @@ INLINE void plain_tiles(const Weight &m, int o, const Rows &rows, float *y) {
 
 INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile) {  // 16 pairs x 16 outputs x 2, as bf16
   size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
+  const int bytes = m.kind == INT4 ? 1 : 2;
+  ask((const char *)m.data + at * bytes + AHEAD, 4 * bytes);
   for (int p = 0; p < GROUP / 2; p++) {
     if (m.kind == INT4) {  // number -> bf16 by a table of 32; an index is five bits, of which the fifth is not asked
       __m512i b = _mm512_cvtepu8_epi32(load<__m128i>((const uint8_t *)m.data + at + p * LANES));
