@@ -246,7 +246,7 @@ class _Comparison:
                    for path in self.run.path.glob("trials/*/manifest.json"))  # fmt: skip
         best = min((row for row in rows if row.run), key=lambda row: row.loss, default=None)
         commands = (resume_command(self.run),)
-        if not stopped and best is not None:
+        if not stopped and best is not None and best.run:
             commands = (
                 f"volvelle eval {best.run} data={recipe.held_out or recipe.data}",
                 f"volvelle generate {best.run} Once",

@@ -100,7 +100,7 @@ def plan_language(
             cast(model, stored)
         return model
 
-    method = planning.get("method")
+    method: Any = planning.get("method")
     if getattr(method, "text", None):  # a fresh model has no tokenizer, and where training begins costs nothing
         planning |= {"method": dataclasses.replace(method, text=None)}
     return plan_memory(build, batch, loss=_loss, **planning)
