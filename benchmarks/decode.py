@@ -1,0 +1,381 @@
+"""Decoding: our own speeds in fp32, bf16, int8 and int4, with and without drafts, beside transformers and llama.cpp.
+
+    python -m benchmarks.decode [--quick] [--only plain drafts curve bitwise] [--rounds 5] [--threads N]
+                                [--drafter NAME=PATH …] [--precisions bf16 int4]
+
+One process, the same weights (SmolLM2's Q4_1 file and what it dequantises to), the same prompts, rounds in turn.
+plain    greedy answers of a fixed length, to one prompt of each kind
+drafts   greedy answers to 20 prompts with prompt lookup and every --drafter (a run of `volvelle draft`, or a model)
+curve    the time of a step of n tokens over that of one
+bitwise  what exact="bitwise" costs, and how many answers drafts change without and with it
+Writes results/decode.json as its parts finish; --quick takes one round of little work, and prints only. llama.cpp
+takes part where llama-cpp-python is installed (llama_peer.py says how).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import llama_peer, protocol
+from benchmarks.decode_prompts import PROMPTS
+from benchmarks.language import MODEL, transformers_model
+from volvelle import decode, hub
+from volvelle.decode.drafters.opening import open_drafter
+from volvelle.decode.drafters.prompt_lookup import PromptLookup
+from volvelle.decode.policy import Adaptive
+from volvelle.decode.request import Generation
+from volvelle.systems.language.decoder import Decoder
+from volvelle.systems.language.huggingface import write_folder
+from volvelle.systems.language.load import load_language_model
+from volvelle.systems.language.projections import fuse_projections
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+WIDTHS = (1, 2, 4, 8, 16, 32)
+Answers = dict[str, list[list[int]]]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a measurement is."""
+
+    rounds: int
+    most: int  # rounds until as many in a row as `rounds` were calm
+    new_tokens: int  # of plain answers
+    longest: int  # of answers with drafts, which end where they end
+    prompts: int  # of each kind
+    repeats: int  # steps a measurement of the cost curve
+
+
+FULL = Size(rounds=5, most=20, new_tokens=64, longest=128, prompts=5, repeats=10)
+QUICK = Size(rounds=1, most=1, new_tokens=4, longest=8, prompts=1, repeats=1)
+
+
+class Bench:
+    """The models of one run, opened when they are first asked for, and what was measured so far."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace):
+        self.folder, self.size, self.options = folder, options.size, options
+        self.file = Path(hub.fetch(MODEL))
+        self.rows: list[Row] = [] if options.quick else protocol.read("decode").get("rows", [])
+        self._models: dict[str, Any] = {}
+        self.facts: Row = {}
+
+    def ours(self, precision: str) -> Decoder:
+        """Our model. int4 is the file's own grid; int8 is rounded from the dequantised weights."""
+        if precision not in self._models:
+            options: dict[str, Any] = {"precision": precision} if precision.startswith("int") else {
+                "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            }  # fmt: skip
+            model = load_language_model(self.folder if precision == "int8" else self.file, **options)
+            assert isinstance(model, Decoder)
+            fuse_projections(model)
+            self._models[precision] = model
+        return self._models[precision]
+
+    def transformers(self, precision: str) -> Any:
+        """The peer with the same dequantised weights."""
+        name = f"transformers {precision}"
+        if name not in self._models:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            self._models[name] = transformers_model(self.folder, dtype)
+        return self._models[name]
+
+    def llama(self) -> llama_peer.Llama | None:
+        """llama.cpp on the same file; with its repacked weights unless these crash it here."""
+        if llama_peer.missing():
+            self.facts["llama.cpp"] = f"absent: {llama_peer.missing()}"
+            return None
+        if "llama.cpp" not in self._models:
+            code = (
+                "from benchmarks.llama_peer import Llama; import pathlib, sys; "
+                "Llama(pathlib.Path(sys.argv[1]), 1, 64).answer([1, 2, 3], 4, ())"
+            )
+            root = Path(__file__).resolve().parent.parent
+            tried = subprocess.run([sys.executable, "-c", code, str(self.file)], cwd=root, capture_output=True)
+            repacked = tried.returncode == 0
+            note = "" if repacked else f" (its repacked weights crash here, exit code {tried.returncode}: off)"
+            self.facts["llama.cpp"] = llama_peer.version() + note
+            self._models["llama.cpp"] = llama_peer.Llama(self.file, torch.get_num_threads(), repacked=repacked)
+        return self._models["llama.cpp"]
+
+    def prompts(self, kind: str) -> list[list[int]]:
+        """The prompts of a kind, as ids with the chat template."""
+        tokenizer = self.ours("int4").tokenizer
+        assert tokenizer is not None
+        return [tokenizer.chat_ids([{"role": "user", "content": x}]) for x in PROMPTS[kind][: self.size.prompts]]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        tokenizer = self.ours("int4").tokenizer
+        assert tokenizer is not None
+        return tuple(tokenizer.eos_ids)
+
+    def race(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, protocol.Series]:
+        """Rounds in turn."""
+        return protocol.interleave(variants, rounds=self.size.rounds, most=self.size.most)
+
+    def keep(self, row: Row) -> None:
+        """Store a row as it comes; one whose ratio was refused does not replace a good one."""
+        key = [row.get(name) for name in ("what", "who", "precision", "drafter")]
+        old = next((x for x in self.rows if [x.get(n) for n in ("what", "who", "precision", "drafter")] == key), None)
+        if old is not None and refused(row) and not refused(old):
+            return
+        self.rows = [x for x in self.rows if x is not old] + [row]
+        if not self.options.quick:
+            packages = ["torch", "transformers"] + [llama_peer.PACKAGE] * (llama_peer.missing() is None)
+            facts = protocol.machine(packages) | self.facts
+            protocol.write("decode", {"model": MODEL, "size": vars(self.size), "machine": facts, "rows": self.rows})
+
+
+def refused(row: Row) -> bool:
+    """Whether a ratio of the row was refused."""
+    return any(isinstance(x, dict) and x.get("ratio", 0) is None for x in row.values())
+
+
+def plain_rows(bench: Bench) -> None:
+    """Greedy answers of `new_tokens` to the first prompt of each kind."""
+    prompts, count, answers = [bench.prompts(kind)[0] for kind in PROMPTS], bench.size.new_tokens, Answers()
+    variants: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, answer: Callable[[list[int]], list[int]]) -> None:
+        variants[name] = lambda: answers.update({name: [answer(prompt) for prompt in prompts]})
+
+    for precision in ("fp32", "bf16"):
+        peer = bench.transformers(precision)
+        add(f"transformers {precision}", lambda p, m=peer: theirs(m, p, count, None))
+    llama = bench.llama()
+    if llama is not None:
+        add("llama.cpp", lambda p: llama.answer(p, count, ()))
+    for precision in PRECISIONS:
+        model = bench.ours(precision)
+        add(precision, lambda p, m=model: decode.generate(m, p, max_tokens=count, eos_ids=()).tokens)
+    series = bench.race(variants)
+    for name in variants:
+        row: Row = {"what": "plain", "who": name, "seconds": series[name].summary()}
+        row["tokens_per_second"] = len(prompts) * count / series[name].summary()["wall_median"]
+        for peer in ("transformers fp32", "llama.cpp"):
+            if peer in series and name != peer:
+                row[f"over {peer}"] = protocol.compare(series, name, peer)
+        if name in ("fp32", "bf16"):
+            wide = f"transformers {name}"
+            row["identical_to"] = {wide: same(answers[name], answers[wide])}
+        bench.keep(row)
+        told = ", ".join(f"{protocol.shown(v)} {k.removeprefix('over ')}" for k, v in row.items() if k[:5] == "over ")
+        print(
+            f"plain {name:18} {row['tokens_per_second']:6.1f} tokens/s; {told} {row.get('identical_to', '')}",
+            flush=True,
+        )
+
+
+def draft_rows(bench: Bench) -> None:
+    """Greedy answers to all prompts, plainly and with every drafter, in turn with the peers."""
+    found: dict[tuple[str, str], list[Generation]] = {}
+    lengths: dict[str, int] = {}
+    variants: dict[str, Callable[[], object]] = {}
+    longest, ends = bench.size.longest, bench.ends
+
+    def peer(name: str, answer: Callable[[list[int]], list[int]]) -> None:
+        for kind in PROMPTS:
+            key, prompts = f"{name}|{kind}", bench.prompts(kind)
+            variants[key] = lambda k=key, p=prompts: lengths.update({k: sum(len(answer(ids)) for ids in p)})
+
+    def own(precision: str, name: str, drafter: Any) -> None:
+        model, policy = bench.ours(precision), Adaptive()
+        for kind in PROMPTS:
+            key, prompts = f"{precision} {name}|{kind}", bench.prompts(kind)
+
+            def run(key: str = key, kind: str = kind, prompts: list[list[int]] = prompts) -> None:
+                options: dict[str, Any] = {} if drafter is None else {"drafter": drafter, "policy": policy}
+                done = [decode.generate(model, ids, max_tokens=longest, **options) for ids in prompts]
+                found[f"{precision} {name}", kind] = done
+                lengths[key] = sum(len(one.tokens) for one in done)
+
+            variants[key] = run
+
+    model, llama = bench.transformers("fp32"), bench.llama()
+    peer("transformers fp32", lambda ids: theirs(model, ids, longest, ends))
+    if llama is not None:
+        peer("llama.cpp", lambda ids: llama.answer(ids, longest, ends))
+    names = ["plain", "lookup", *(name for name, _ in bench.options.drafter)]
+    for precision in bench.options.precisions:
+        own(precision, "plain", None)
+        own(precision, "lookup", PromptLookup())
+        for name, path in bench.options.drafter:
+            own(precision, name, open_drafter(path, bench.ours(precision)))
+    series = per_token(bench.race(variants), lengths)
+    for precision in bench.options.precisions:
+        for name in names:
+            bench.keep(_draft_row(precision, name, series, found))
+
+
+def _draft_row(
+    precision: str, name: str, series: Mapping[str, protocol.Series], found: Mapping[tuple[str, str], list[Generation]]
+) -> Row:
+    who, plain = f"{precision} {name}", f"{precision} plain"
+    row: Row = {"what": "drafts", "precision": precision, "drafter": name, "seconds_per_token": series[who].summary()}
+    row["tokens_per_second"] = 1 / series[who].summary()["wall_median"]
+    for peer in ("transformers fp32", "llama.cpp", plain):
+        if peer in series and peer != who:
+            row[f"over {'plain' if peer == plain else peer}"] = protocol.compare(series, who, peer)
+    row["kinds"] = {}
+    for kind in PROMPTS:
+        done, alone = found[who, kind], found[plain, kind]
+        row["kinds"][kind] = {
+            "accepted_per_step": sum(len(g.tokens) for g in done) / sum(g.steps for g in done),
+            "near_ties": sum(g.near_ties or 0 for g in done),
+            "flips": len(done) - same([g.tokens for g in done], [g.tokens for g in alone]),
+            "over plain": protocol.compare(series, f"{who}|{kind}", f"{plain}|{kind}") if name != "plain" else None,
+            "tokens": sum(len(g.tokens) for g in done),
+        }
+    kinds = "; ".join(f"{kind} {x['accepted_per_step']:.2f}" for kind, x in row["kinds"].items())
+    told = ", ".join(f"{protocol.shown(v)} {k.removeprefix('over ')}" for k, v in row.items() if k[:5] == "over ")
+    flips = sum(x["flips"] for x in row["kinds"].values())
+    print(
+        f"{who:16} {row['tokens_per_second']:6.1f} tokens/s; {told}; flips {flips}; accepted a step: {kinds}",
+        flush=True,
+    )
+    return row
+
+
+def per_token(series: Mapping[str, protocol.Series], lengths: Mapping[str, int]) -> dict[str, protocol.Series]:
+    """Seconds a token of each `who|kind`, and of each `who` over all kinds: answers differ in length between dtypes."""
+    found: dict[str, protocol.Series] = {}
+    for key, one in series.items():
+        found[key] = protocol.Series([x / lengths[key] for x in one.wall], [x / lengths[key] for x in one.cpu])
+    for who in dict.fromkeys(key.partition("|")[0] for key in series):
+        keys = [key for key in series if key.partition("|")[0] == who]
+        total = sum(lengths[key] for key in keys)
+        found[who] = protocol.Series(*(
+            [sum(parts) / total for parts in zip(*(getattr(series[key], clock) for key in keys), strict=True)]
+            for clock in ("wall", "cpu")
+        ))  # fmt: skip
+    return found
+
+
+def curve_rows(bench: Bench) -> None:
+    """Seconds of a step of n tokens over 200 tokens in the cache, and its ratio to a step of one."""
+    for precision in PRECISIONS:
+        model = bench.ours(precision)
+        ids = torch.randint(0, 40_000, (1, 200 + max(WIDTHS)), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            cache = model.new_cache(1, ids.shape[1])
+            model.hidden(ids[:, :200], cache=cache)
+            cache.commit()
+
+        def step(n: int, model: Decoder = model, cache: Any = cache, ids: torch.Tensor = ids) -> None:
+            with torch.inference_mode():
+                for _ in range(bench.size.repeats):
+                    model.logits(model.hidden(ids[:, 200 : 200 + n], cache=cache))
+
+        series = bench.race({str(n): (lambda n=n: step(n)) for n in WIDTHS})
+        row: Row = {"what": "curve", "precision": precision}
+        row["milliseconds"] = {n: 1e3 * one.summary()["wall_median"] / bench.size.repeats for n, one in series.items()}
+        row["ratios"] = {n: 1 / r if (r := protocol.compare(series, n, "1")["ratio"]) else None for n in series}
+        bench.keep(row)
+        told = ", ".join(f"{n}: {'refused' if r is None else f'{r:.2f}'}" for n, r in row["ratios"].items())
+        print(f"curve {precision}: one token {row['milliseconds']['1']:.1f} ms; n tokens over one {told}", flush=True)
+
+
+def bitwise_rows(bench: Bench) -> None:
+    """The cost of exact="bitwise", and the answers that prompt lookup changes without and with it."""
+    prompts = [ids for kind in PROMPTS for ids in bench.prompts(kind)]
+    for precision in bench.options.precisions:
+        model, answers = bench.ours(precision), Answers()
+        variants: dict[str, Callable[[], object]] = {}
+        for exact in ("default", "bitwise"):
+            for name, drafter in (("plain", None), ("lookup", PromptLookup())):
+
+                def run(
+                    answers: Answers = answers, exact: Any = exact, name: str = name, drafter: Any = drafter,
+                    model: Decoder = model,
+                ) -> None:  # fmt: skip
+                    done = (
+                        decode.generate(model, ids, max_tokens=bench.size.longest, drafter=drafter, exact=exact)
+                        for ids in prompts
+                    )
+                    answers[f"{exact} {name}"] = [one.tokens for one in done]
+
+                variants[f"{exact} {name}"] = run
+        series = bench.race(variants)
+        row: Row = {"what": "bitwise", "precision": precision, "answers": len(prompts)}
+        row["cost"] = protocol.compare(series, "default plain", "bitwise plain")
+        for exact in ("default", "bitwise"):
+            row[f"flips {exact}"] = len(prompts) - same(answers[f"{exact} plain"], answers[f"{exact} lookup"])
+        bench.keep(row)
+        print(
+            f"bitwise {precision}: a plain answer takes {protocol.shown(row['cost'])} the time; answers changed by "
+            f"drafts {row['flips default']} of {len(prompts)} without it, {row['flips bitwise']} with it",
+            flush=True,
+        )
+
+
+RUNS: dict[str, Callable[[Bench], None]] = {
+    "plain": plain_rows, "drafts": draft_rows, "curve": curve_rows, "bitwise": bitwise_rows,
+}  # fmt: skip
+
+
+def same(ours: Sequence[list[int]], others: Sequence[list[int]]) -> int:
+    """How many answers are equal, token for token."""
+    return sum(a == b for a, b in zip(ours, others, strict=True))
+
+
+@torch.no_grad()
+def theirs(model: Any, prompt: list[int], most: int, ends: Sequence[int] | None) -> list[int]:
+    """The greedy answer of transformers."""
+    ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None if ends is None else list(ends)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def main() -> None:
+    options = _arguments()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch, protocol.alone():
+        folder = Path(scratch) / MODEL
+        write_folder(load_language_model(MODEL), folder)
+        bench = Bench(folder, options)
+        for name in options.only:
+            RUNS[name](bench)
+    if not options.quick:
+        print(protocol.RESULTS / "decode.json")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    return (name, path) if path else (Path(name).name, name)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--rounds", type=int, help="at least 5 for figures to publish")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--drafter", nargs="+", type=_named, default=[], help="NAME=PATH of what drafts, besides lookup"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int4"])
+    options = parser.parse_args()
+    options.size = QUICK if options.quick else FULL
+    if options.rounds:
+        options.size = dataclasses.replace(options.size, rounds=options.rounds)
+    return options
+
+
+if __name__ == "__main__":
+    main()
