@@ -188,7 +188,7 @@ def test_cost_curve_by_length_of_the_cache():
                     curve.observe(n, length, seconds * scale * noise)
     assert curve.ratios(100) == pytest.approx({1: 1.0, 5: 1.5, 9: 2.0}, rel=0.06)
     assert curve.seconds(9, 1000) == pytest.approx(4.0, rel=0.1)  # from the other class, scaled
-    assert curve.seconds(7, 100) == pytest.approx(1.625, rel=0.1)
+    assert curve.seconds(7, 100) == pytest.approx(1.5625, rel=0.1)
     assert curve.at_most(20, 100) == pytest.approx(3 * 2.0, rel=0.1)  # three steps of nine, not four of five
     cost = DraftCost()
     for k, seconds in ((1, 0.1), (1, 0.1), (2, 0.2), (2, 0.2)):

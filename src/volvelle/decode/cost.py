@@ -20,16 +20,16 @@ _RECENT = 7  # samples of a width that count; their median is the estimate
 class CostCurve:
     """Seconds of a step by its width n and by the cache's length, in classes of a factor of two.
 
-    The estimate is the median of recent samples. Of widths that were not seen it hopes a little, so that they are tried:
-    between two seen ones they cost the narrower one's time and half of what a straight line adds, beyond all the widest
-    one's. A class that lacks a width takes it from the nearest class, scaled by what both know. The first sample of a
-    width is dropped when the second comes: kernels are prepared in it.
+    The estimate is the median of recent samples, without a width's first, in which kernels are prepared. Of widths that
+    were not seen twice it hopes a little, so that they are tried: between two known ones they cost the narrower one's
+    time and a quarter of what a straight line adds, beyond all the widest one's. A class that lacks a width takes it from
+    the nearest class, scaled by what both know.
 
     >>> curve = CostCurve()
     >>> for n, seconds in ((1, 9.0), (1, 2.0), (5, 9.0), (5, 3.0)):
     ...     curve.observe(n, 100, seconds)
     >>> curve.seconds(1, 100), curve.seconds(3, 100), curve.seconds(9, 100), curve.seconds(1, 5000)
-    (2.0, 2.25, 3.0, 2.0)
+    (2.0, 2.125, 3.0, 2.0)
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,7 @@ class CostCurve:
         self._medians: dict[int, dict[int, float]] = {}
         self._cold: dict[int, int] = {}  # widths seen once, and the class they were seen in
         self._points: dict[int, dict[int, float]] = {}  # what `points` answered since the last sample
+        self._trusted: dict[int, dict[int, float]] = {}  # of these, the widths that are settled
 
     def observe(self, n: int, length: int, seconds: float) -> None:
         """Take in the time of a step of n tokens over a cache of `length` tokens."""
@@ -50,6 +51,7 @@ class CostCurve:
         samples.append(seconds)
         self._medians.setdefault(kind, {})[n] = statistics.median(samples)
         self._points.clear()
+        self._trusted.clear()
 
     def knows(self, n: int) -> bool:
         """Whether a step of this width was seen at any length."""
@@ -60,8 +62,12 @@ class CostCurve:
         return self.knows(n) and n not in self._cold
 
     def seconds(self, n: int, length: int) -> float | None:
-        """The expected time of such a step; None before any was seen."""
-        points = self.points(length)
+        """The expected time of such a step; None before any was seen. A first sample counts where there is no other."""
+        kind = length.bit_length()
+        if kind not in self._trusted:
+            points = self.points(length)
+            self._trusted[kind] = {n: points[n] for n in points if n not in self._cold} or points
+        points = self._trusted[kind]
         if not points:
             return None
         if n in points:
@@ -76,7 +82,7 @@ class CostCurve:
         if n < low:
             return points[low]
         # Between the straight line and the narrower neighbour: a width that may be a bargain is tried.
-        return points[low] + (points[high] - points[low]) * (n - low) / (high - low) / 2
+        return points[low] + (points[high] - points[low]) * (n - low) / (high - low) / 4
 
     def _beyond(self, n: int, points: Mapping[int, float]) -> float:
         """The guess for a width above all that were seen, of which there is at least one."""

@@ -137,7 +137,7 @@ class AdaptivePacing(Pacing):
         self.policy, self.figures = policy, policy.figures
         self._on = True
         self._lost = 0.0  # seconds that drafts have cost beyond what they gained
-        self._plain = 0.0  # seconds that the tokens so far would have taken without them
+        self._tokens = 0.0  # a row has gained, each worth a plain step
         self._waited = self._wait = 0  # steps since the last draft, and those to wait until the next trial
         self._unmeasured = 0  # steps since a plain one
 
@@ -166,7 +166,7 @@ class AdaptivePacing(Pacing):
             self._on = True
         best = max(gains, key=lambda k: gains[k])
         plain = policy.step_seconds(0, length)
-        allowed = CREDIT * plain + SHARE * self._plain - self._lost
+        allowed = (CREDIT + SHARE * self._tokens) * plain - self._lost
         k = max((k for k in gains if k <= best and policy.worst_seconds(k, length) - plain <= allowed), default=0)
         # A shorter draft than wanted, which loses and teaches nothing: rather save up for the longer one.
         return 0 if 0 < k < best and gains[k] < 1 and policy.steps.settled(1 + k) else k
@@ -177,7 +177,7 @@ class AdaptivePacing(Pacing):
         if draft is None:
             policy.steps.observe(1, length, step_seconds)
             plain = policy.step_seconds(0, length)
-            self._charge(min(draft_seconds, plain), plain)
+            self._charge(min(draft_seconds, plain), 1.0, plain)
             self._waited, self._unmeasured = self._waited + 1, 0
             return
         k, plain = draft.k, policy.step_seconds(0, length)
@@ -189,16 +189,18 @@ class AdaptivePacing(Pacing):
         policy.steps.observe(1 + k, length, step_seconds)
         policy.drafts.observe(k, length, draft_seconds)
         policy.acceptance.observe(k, draft.parents, draft.kept)
-        seconds = policy.step_seconds(k, length)  # medians: nor is a hiccup of the machine
-        value = (1 + sum(map(len, draft.kept)) / len(draft.kept)) * plain
-        self._charge(seconds - value, value)
+        seconds = step_seconds + draft_seconds
+        if policy.steps.settled(1 + k) and policy.drafts.settled(k):
+            seconds = policy.step_seconds(k, length)  # medians: nor is a hiccup of the machine
+        gained = 1 + sum(map(len, draft.kept)) / len(draft.kept)
+        self._charge(seconds - gained * plain, gained, plain)
         self._waited, self._unmeasured = 0, self._unmeasured + 1
-        self._wait = 0 if seconds < value else min(max(2 * self._wait, _SOONEST), _LATEST)
+        self._wait = 0 if seconds < gained * plain else min(max(2 * self._wait, _SOONEST), _LATEST)
 
-    def _charge(self, lost: float, plain: float) -> None:
+    def _charge(self, lost: float, tokens: float, plain: float) -> None:
         self._lost += lost
-        self._plain += plain
-        self.figures.lost = max(self._lost / self._plain, 0.0) if self._plain > 0 else 0.0
+        self._tokens += tokens
+        self.figures.lost = max(self._lost / (self._tokens * plain), 0.0) if plain > 0 else 0.0
 
 
 def lengths(limit: int) -> list[int]:
