@@ -93,7 +93,7 @@ CASES = {
         convolutional("ResNetForImageClassification", "ResNetConfig"),
         images, image_loss, full=8, quick=1,
     ),
-    "smollm2": Case("SmolLM2-135M, 256 tokens a row", smollm2, tokens, language_loss, full=1, quick=1, best_of=1),
+    "smollm2": Case("SmolLM2-135M, 256 tokens a row", smollm2, tokens, language_loss, full=2, quick=1, best_of=1),
 }  # fmt: skip
 
 
