@@ -77,13 +77,13 @@ def varied_prompts(
 
 def _filled(texts: Sequence[str], items: Sequence, fill: Callable, answer: Callable) -> list[Record]:
     """Every item in one of the texts first, in the next one of them then, so that few items make many prompts too."""
-    found = []
+    found: dict[str, Record] = {}
     for shift in range(len(texts)):
         for number, item in enumerate(items):
             prompt = fill(texts[(number + shift) % len(texts)], item)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer(item)}]
-            found.append({"messages": messages})
-    return found
+            found.setdefault(prompt, {"messages": messages})
+    return list(found.values())
 
 
 def write_prompts(

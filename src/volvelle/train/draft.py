@@ -20,7 +20,7 @@ from volvelle.systems.language.medusa import MedusaHeads
 from volvelle.systems.language.medusa_files import write_medusa
 from volvelle.systems.language.mtp import KINDS
 from volvelle.systems.language.mtp_files import write_mtp
-from volvelle.train.adaptation import context_of, open_base
+from volvelle.train.adaptation import open_base
 from volvelle.train.ahead import AheadObjective, AheadOfBlocks, AheadOfHidden, Joint
 from volvelle.train.draft_data import (
     DraftData,
@@ -50,10 +50,14 @@ from volvelle.train.text_run import (
     closing,
     finish,
     first_line,
+    fresh_context,
     keep_samples,
     read_split,
     step_memory,
 )
+
+WINDOW = 512
+"""Tokens in a window of plain text, where the recipe does not say."""
 
 
 def train_draft(
@@ -253,7 +257,9 @@ class _Run:
         if not isinstance(model, Decoder):
             raise VolvelleError(f"{recipe.model}: an encoder-decoder; drafters are trained for decoders")
         self.model = model.requires_grad_(False)
-        self.context = context_of(recipe, model, self.train)
+        most = fresh_context(recipe, model.room)
+        # A window is always full, and attention over thousands of tokens is rarely what is wanted by default.
+        self.context = min(most, WINDOW) if self.train.documents and recipe.length is None else most
 
     def go(self, resume: bool) -> Outcome:
         recipe, run, observer = self.recipe, self.run, self.observer

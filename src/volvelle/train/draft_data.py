@@ -70,6 +70,7 @@ class DraftData(NamedTuple):
 
 def user_data(recipe: TrainDraft, model: Decoder, train: Corpus, held: Corpus, context: int) -> DraftData:
     """The user's text as it is."""
+    assert model.tokenizer is not None
     loader = training_loader(train, model.tokenizer, recipe, context)
     held_loader = held_out_loader(held, model.tokenizer, recipe, context)
     return DraftData(loader, held_loader, prompts_of(held, model, context - recipe.max_tokens))

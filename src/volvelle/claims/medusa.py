@@ -1,0 +1,136 @@
+"""Medusa: a few residual heads on a frozen model draft a tree of tokens, which one step of the model checks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least
+
+if TYPE_CHECKING:
+    from volvelle.systems.language.decoder import Decoder
+    from volvelle.systems.language.medusa import MedusaHeads
+
+CLAIM = Claim(
+    title="Medusa: several heads on one model draft for it",
+    family="decode",
+    paper=Paper(
+        "Cai et al.",
+        2024,
+        "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads",
+        "abstract, sections 2.1 and 2.2.1",
+        "https://arxiv.org/abs/2401.10774",
+    ),
+    sentence="Medusa-1 can achieve over 2.2x speedup without compromising generation quality",
+    measured_by="four heads with the model's own vocabulary projection, trained for minutes on SmolLM2-135M's own "
+    "greedy answers to data-to-text prompts; decoding with trees grown from their held-out accuracy and without, in "
+    "turn, on other prompts; equality of the answers in fp32; the bound is tokens a step over the cost of that step",
+    summary="Small heads on a model's last state guess the next few tokens at once; the model checks a tree of guesses "
+    "in one step and keeps those it would have written.",
+    summary_zh="在模型最后状态上加几个小头,一次猜出后续若干词元;模型一步验证一棵候选树,只保留它本会写出的。",
+    seconds={"quick": 60, "full": 900},
+    recipe="volvelle draft smollm2 data=prompts distill=true precision=bf16",
+)
+
+HEADS, DECAY, ROWS, HELD = 4, 0.8, 48, 16
+SIZES: dict[Budget, dict[str, int]] = {
+    "quick": {"prompts": 96, "tokens": 32, "steps": 24, "vocabulary": 4096, "asked": 4, "rounds": 2},
+    "full": {"prompts": 1440, "tokens": 64, "steps": 360, "vocabulary": 8192, "asked": 12, "rounds": 5},
+}
+NODES = (3, 7, 15)
+"""Tree sizes to choose from."""
+
+
+def measure(budget: Budget) -> Measurement:
+    """Train heads on the model's own answers, and decode with them."""
+    import torch
+
+    from volvelle.claims.draft_runs import best_k, decode_in_turn, decoding_findings, same_answers, step_costs
+    from volvelle.decode.drafters.medusa import Medusa
+    from volvelle.decode.trees import expected_length, grow
+    from volvelle.errors import VolvelleError
+    from volvelle.systems.language.load import load_language_model
+
+    size = SIZES[budget]
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    try:
+        model: Any = load_language_model("smollm2", dtype=torch.bfloat16 if bf16 else torch.float32)
+        prompts, asked = ask(model, size)
+    except VolvelleError as error:
+        return Measurement(unmeasurable=f"SmolLM2 or the data cannot be had: {error}")
+    heads, held = train(model, prompts, size, "bf16" if bf16 else "fp32")
+    heads = heads.to(model.dtype)
+    assert heads.acceptance is not None
+    table = heads.acceptance.tolist()
+    costs = step_costs(model, [1 + k for k in NODES])
+    k = best_k({k: expected_length(grow(table, k), table) for k in NODES}, costs)
+    turn = {"max_tokens": size["tokens"], "rounds": size["rounds"]}
+    found = decode_in_turn(model, Medusa(heads, k=k), asked, **turn)
+    wide: Any = load_language_model("smollm2", dtype=torch.float32) if bf16 else model
+    exact = decode_in_turn(wide, Medusa(heads.float(), k=k), asked[:3], max_tokens=size["tokens"], rounds=1)
+    findings = [
+        *(Finding(f"held-out accuracy of head {i}", held[f"token_{i + 1}_accuracy"]) for i in range(1, HEADS + 1)),
+        *decoding_findings("medusa", found, costs[1 + k], k),
+        same_answers("medusa", exact, "fp32"),
+        at_least("medusa: speed-up that the paper found", found.speedup, 2.2, "x"),
+    ]
+    dtype = "bf16" if bf16 else "fp32"
+    notes = [
+        f"{found.flips} of {found.answers} answers differ in {dtype}, where {found.near_ties} choices were near ties",
+        "the paper's heads are trained for hours on 60,000 conversations, for models of 7B and more",
+    ]
+    setting = {**size, "heads": HEADS, "tree nodes": k, "dtype": dtype, "threads": torch.get_num_threads(),
+               "model": "SmolLM2-135M-Instruct"}  # fmt: skip
+    return Measurement(findings, setting=setting, notes=notes, peers={"plain decoding, torch": torch.__version__})
+
+
+def ask(model: Decoder, size: dict[str, int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts to learn the answers to, and others to decode: facts to be put into words, as conversations."""
+    from volvelle.claims.prefix_runs import WEBNLG, countries, webnlg
+
+    held = size["asked"] + HELD
+    task = webnlg(held) if (WEBNLG / "train.jsonl").is_file() else countries(held)
+
+    def chat(example: Any) -> list[int]:
+        facts = example.prompt.removesuffix("=>").strip()
+        assert model.tokenizer is not None
+        return model.tokenizer.chat_ids([{"role": "user", "content": f"Put these facts into a sentence: {facts}"}])
+
+    prompts = [chat(example) for example in task.train[: size["prompts"]]] + [chat(example) for example in task.seen]
+    return prompts[: -size["asked"]], prompts[-size["asked"] :]
+
+
+def train(
+    model: Decoder, prompts: list[list[int]], size: dict[str, int], precision: Any
+) -> tuple[MedusaHeads, dict[str, float]]:
+    """Heads trained on the model's own answers to the first of the prompts; held-out metrics on those to the last."""
+    from volvelle.data.loader import Loader
+    from volvelle.data.tokens import Encoded, TokenDataset, collate
+    from volvelle.decode import generate_batch
+    from volvelle.systems.language.draft_head import DraftHead, frequent_tokens
+    from volvelle.systems.language.medusa import MedusaHeads
+    from volvelle.train.ahead import AheadObjective, AheadOfHidden, held_out_ahead
+    from volvelle.train.loop import fit
+    from volvelle.train.observer import Quiet
+    from volvelle.train.options import FitOptions
+
+    encoded = []
+    for start in range(0, len(prompts), ROWS):
+        part = prompts[start : start + ROWS]
+        for prompt, answer in zip(part, generate_batch(model, part, max_tokens=size["tokens"]), strict=True):
+            learn = [False] * len(prompt) + [True] * len(answer.tokens)
+            encoded.append(Encoded([*prompt, *answer.tokens], learn))
+    count = len(encoded) - HELD
+    sides = [TokenDataset(part, ["an answer"] * len(part)) for part in (encoded[:count], encoded[count:])]
+    options = FitOptions(steps=size["steps"], batch=8, learning_rate=2e-3, precision=precision, checkpoint_every=None)
+    learning, held = (Loader(side, 8, seed=0, collate=collate, lengths=side.lengths) for side in sides)
+    learnt = (ids[learn] for ids, learn in (sides[0][i] for i in range(len(sides[0]))))
+    assert model.tokenizer is not None
+    tokens = frequent_tokens(learnt, model.config.vocabulary, size["vocabulary"], always=model.tokenizer.eos_ids)
+    heads = MedusaHeads.of(model, HEADS, tokens=tokens)
+    weights = [DECAY**k for k in range(1, HEADS + 1)]
+    ahead, head = AheadOfHidden(heads), DraftHead(model, tokens)
+    objective = AheadObjective(model, ahead, options, weights=weights, head=head)
+    fit(objective, learning, options=options, observer=Quiet())
+    measured = held_out_ahead(model, ahead, held, head, precision)
+    heads.acceptance = measured.acceptance
+    return heads.eval(), measured.metrics
