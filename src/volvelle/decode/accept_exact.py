@@ -8,7 +8,7 @@ Tokens that were drawn from q: token x is kept with probability min(1, p(x) / q(
 norm(max(p - q, 0)); when none is left to try, a token is drawn from p (Leviathan et al. 2023, "Fast Inference from
 Transformers via Speculative Decoding", section 2.3; Chen et al. 2023). Siblings are tried in the order in which they
 were drawn, without replacement: with each one rejected q loses it too, and is normalised over what remains (Jeon et
-al. 2024, "Recursive Speculative Decoding", section 3.1).
+al. 2024, "Recursive Speculative Decoding").
 
 Shapes: b rows, r of them unfinished, k drafted tokens, n = 1 + k, c siblings, v vocabulary.
 """
@@ -57,8 +57,7 @@ Walk = tuple[list[int], int]
 
 def children_of(draft: Draft) -> tuple[tuple[int, ...], ...]:
     """Of each token of the step, the newest first, the tokens of the draft that follow it, as offsets into the step."""
-    k = draft.tokens.shape[1]
-    return _children(tuple(range(-1, k - 1)) if draft.parents is None else tuple(draft.parents))
+    return _children(draft.ancestry)
 
 
 @functools.lru_cache(maxsize=256)

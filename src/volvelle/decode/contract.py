@@ -38,6 +38,11 @@ class Draft(NamedTuple):
     parents: Sequence[int] | None = None
     q: Tensor | None = None
 
+    @property
+    def ancestry(self) -> tuple[int, ...]:
+        """The parents, for chains too."""
+        return tuple(range(-1, self.tokens.shape[1] - 1)) if self.parents is None else tuple(self.parents)
+
 
 class Seen(NamedTuple):
     """What the target's cache has gained since the drafter was last asked: at first the prompt.

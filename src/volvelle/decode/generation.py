@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from volvelle.decode.accept_exact import EXACT
-from volvelle.decode.contract import ALWAYS, Acceptance, Drafter, Policy
+from volvelle.decode.bitwise import bitwise
+from volvelle.decode.contract import Acceptance, Drafter, Policy
 from volvelle.decode.loop import Event, Help, evaluating, run
 from volvelle.decode.options import Rules, Sampling
+from volvelle.decode.policy import Adaptive
 from volvelle.decode.request import NO_RULES, Generation, Limits, Request, Token
 from volvelle.decode.stop import StopText
 from volvelle.errors import UsageError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from volvelle.systems.language.models import LanguageModel
 
 GREEDY = Sampling()
+Exactness = Literal["default", "bitwise"]
 
 
 def generate(
@@ -36,7 +39,8 @@ def generate(
     rules: Rules = NO_RULES,
     drafter: Drafter | None = None,
     acceptance: Acceptance = EXACT,
-    policy: Policy = ALWAYS,
+    policy: Policy | None = None,
+    exact: Exactness = "default",
     on_token: Callable[[Token], object] | None = None,
 ) -> Generation:
     """Continue one prompt; an encoder-decoder reads it and writes an answer to it.
@@ -46,7 +50,9 @@ def generate(
     Token as it comes. Computes in the model's own dtype, without gradients and dropout.
 
     A `drafter` proposes tokens that the model checks several at a time; `acceptance` says which stay (by default
-    those that leave the answer what it is without drafts), `policy` how many are worth proposing.
+    those that leave the answer what it is without drafts), `policy` how many are worth proposing (by default an
+    `Adaptive` one of its own). `exact` = "bitwise" computes all steps alike, so that not even rounding tells an answer
+    with drafts from one without (decode/bitwise.py).
 
     Raises VolvelleError when the prompt is empty, when the prompt and `max_tokens` do not fit into the context (nothing
     is cut silently), and when the drafter does not fit the model.
@@ -62,6 +68,7 @@ def generate(
         drafter=drafter,
         acceptance=acceptance,
         policy=policy,
+        exact=exact,
     )
     while True:
         try:
@@ -83,7 +90,8 @@ def stream(
     rules: Rules = NO_RULES,
     drafter: Drafter | None = None,
     acceptance: Acceptance = EXACT,
-    policy: Policy = ALWAYS,
+    policy: Policy | None = None,
+    exact: Exactness = "default",
 ) -> Generator[Token, None, Generation]:
     """Continue one prompt as an iterator of Tokens, whose texts join to the answer's; it returns the Generation.
 
@@ -91,10 +99,10 @@ def stream(
     stop string or of a UTF-8 character is never in a Token's text.
     """
     request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules))
-    help = None if drafter is None else Help(drafter, acceptance, policy)
+    help = _help(drafter, acceptance, policy)
 
     def tokens() -> Generator[Token, None, Generation]:
-        events = _events(model, [request], help)
+        events = _events(model, [request], help, exact)
         while True:
             try:
                 yield next(events).token
@@ -115,7 +123,8 @@ def generate_batch(
     rules: Rules = NO_RULES,
     drafter: Drafter | None = None,
     acceptance: Acceptance = EXACT,
-    policy: Policy = ALWAYS,
+    policy: Policy | None = None,
+    exact: Exactness = "default",
     on_token: Callable[[int, Token], object] | None = None,
 ) -> list[Generation]:
     """Continue several prompts in one batch, padded on the left; rows finish when they finish.
@@ -132,7 +141,7 @@ def generate_batch(
         return []
     ends = limits(max_tokens, stop, eos_ids, rules)
     requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
-    events = _events(model, requests, None if drafter is None else Help(drafter, acceptance, policy))
+    events = _events(model, requests, _help(drafter, acceptance, policy), exact)
     while True:
         try:
             row, token = next(events)
@@ -142,8 +151,12 @@ def generate_batch(
             on_token(row, token)
 
 
+def _help(drafter: Drafter | None, acceptance: Acceptance, policy: Policy | None) -> Help | None:
+    return None if drafter is None else Help(drafter, acceptance, policy or Adaptive())
+
+
 def _events(
-    model: LanguageModel, requests: list[Request], help: Help | None
+    model: LanguageModel, requests: list[Request], help: Help | None, exact: Exactness
 ) -> Generator[Event, None, list[Generation]]:
     started, ends, first = time.perf_counter(), [0.0] * len(requests), 0.0
     models = (model, *(() if help is None else help.drafter.modules))
@@ -151,7 +164,8 @@ def _events(
         for one in models:
             if isinstance(one, Decoder):
                 fuse_projections(one)
-        for events in run(model, requests, help=help):
+        forward, spare = bitwise(model, requests) if exact == "bitwise" else (None, 0)
+        for events in run(model, requests, help=help, forward=forward, spare=spare):
             now = time.perf_counter() - started
             first = first or now
             for event in events:

@@ -82,8 +82,10 @@ def run(
     while True:
         with computing(model):
             logits, states = forward(writer, cache, ids, mask, n, read)
-            rule = choose if drafts is None or draft is None else drafts.accept
-            accepted = rule(logits, draft, requests)
+            if drafts is None or draft is None:
+                accepted = choose(logits, draft, requests)
+            else:
+                accepted = drafts.accept(logits, draft, requests)
             cache.commit(accepted.path)
             if accepted.rows is not None:
                 cache.reorder(torch.tensor(accepted.rows, device=model.device))

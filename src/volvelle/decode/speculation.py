@@ -68,7 +68,8 @@ class Speculation:
         self._started: float | None = None  # when the step began, None for the prompt's
         self._draft_seconds = 0.0
         self._length = 0
-        self._kind = self.model.dtype, forward
+        # One way of computing steps may be an object a run.
+        self._kind = self.model.dtype, getattr(forward, "__name__", type(forward).__name__)
         self._error = known_error(model, self._kind)
         self._alone: Tensor | None = None  # logits of the newest tokens, run without the first draft
         for request in requests:
@@ -93,9 +94,7 @@ class Speculation:
         if draft is not None:
             if draft.tokens.shape[1] > asked:
                 raise ValueError(f"a drafter was asked for {asked} tokens and gave {draft.tokens.shape[1]}")
-            draft = cut(draft, deepest)
-            rows = draft.tokens.tolist()
-            draft = draft if any(token >= 0 for row in live for token in rows[row]) else None
+            draft = shortened(cut(draft, deepest), {row: requests[row].left - 1 for row in live})
         self._draft_seconds = time.perf_counter() - begun
         if draft is not None and self._error is None and any(requests[row].sampling.greedy for row in live):
             self._alone = self._newest_alone(cache, requests)
@@ -134,7 +133,7 @@ class Speculation:
         self._tidy(cache, requests, running)
 
     def _newest_alone(self, cache: Cache, requests: Sequence[Request]) -> Tensor:
-        """Logits (b, v) of the newest tokens as a plain step gives them; the step stays open, the next overwrites it."""
+        """Logits (b, v) of the newest tokens as a plain step gives them; it stays open, the next one overwrites it."""
         ids = torch.tensor([[request.last] for request in requests], device=self.model.device)
         logits, _ = self.forward(self.writer, cache, ids, None, 1, self.drafting.read)
         return logits[:, -1]
@@ -147,7 +146,7 @@ class Speculation:
             if request.finish is not None or not request.sampling.greedy:
                 continue
             tokens = accepted.tokens[row]
-            scores = logits[row, [-1] if path is None else path[row][: len(tokens)]]
+            scores = logits[row, -1:] if path is None else logits[row, path[row][: len(tokens)]]
             if not request.all_argmax(len(tokens)):
                 scores = torch.stack([request.scores(one, tokens[:place]) for place, one in enumerate(scores)])
             found[row] = is_near(scores, error).tolist()
@@ -161,8 +160,7 @@ class Speculation:
             return
         if finished:
             cache.forget(torch.tensor(finished, device=self.model.device))
-        longest = self.model.ahead + max(live)
-        if cache.length > longest + slack(longest):
+        if cache.length > self.model.ahead + max(live) + slack(max(live)):
             cache.compact()
 
 
@@ -211,10 +209,22 @@ def cut(draft: Draft, depth: int) -> Draft:
     return Draft(tokens[:, kept], above, None if q is None else q[:, kept])
 
 
+def shortened(draft: Draft, most: dict[int, int]) -> Draft | None:
+    """The draft without the tokens that a row could not take any more; None where none is left in the rows of `most`.
+
+    So a row's random numbers do not depend on how much the others may still write.
+    """
+    places = depths_of(draft.ancestry)
+    if min(most.values()) < max(places, default=0):
+        over = torch.tensor([[place > most.get(row, place) for place in places] for row in range(len(draft.tokens))])
+        draft = draft._replace(tokens=draft.tokens.masked_fill(over.to(draft.tokens.device), -1))
+    rows = draft.tokens.tolist()
+    return draft if any(token >= 0 for row in most for token in rows[row]) else None
+
+
 def reach(draft: Draft) -> list[int]:
     """Of each row the places behind the newest token that its draft reaches."""
-    k = draft.tokens.shape[1]
-    places = range(1, k + 1) if draft.parents is None else depths_of(tuple(draft.parents))
+    places = depths_of(draft.ancestry)
     rows = draft.tokens.tolist()
     return [max((place for place, token in zip(places, row, strict=True) if token >= 0), default=0) for row in rows]
 

@@ -97,7 +97,8 @@ class ModelDrafting(Drafting):
     ):
         self.own, self.model, self.width, self._vocabulary = own, model, width, vocabulary
         b, room = len(requests), min(room, model.room)
-        self.cache = own.new_cache(b, room + 1 + width + (slack(room) if b > 1 else 0))
+        # Rows catch up side by side, so one that gained less leaves holes until the texts are moved together.
+        self.cache = own.new_cache(b, room + 1 + width + (width + slack(room) if b > 1 else 0))
         self._behind: list[Seen] = []  # what the cache lacks
         self._forgotten: set[int] = set()
         self._has_newest = False
@@ -110,8 +111,7 @@ class ModelDrafting(Drafting):
         k = min(k, self.model.room - longest + 1)
         if k < 1:
             return None
-        self._tidy(requests, longest)
-        state = self._catch_up(requests, live)
+        state = self._catch_up(requests, live, longest)
         snapshot = self.cache.snapshot()
         drafted: list[list[int]] = [[] for _ in requests]
         tokens, q = [], []
@@ -130,7 +130,7 @@ class ModelDrafting(Drafting):
         together_q = None if q[0] is None else torch.stack([one for one in q if one is not None], 1)
         return Draft(self._only(torch.stack(tokens, 1), live), None, together_q)
 
-    def _catch_up(self, requests: Sequence[Request], live: list[int]) -> Tensor:
+    def _catch_up(self, requests: Sequence[Request], live: list[int], longest: int) -> Tensor:
         """Read what the cache lacks and the newest tokens; returns the states (b, 1, width) of the latter."""
         ids, _, mask = together(self._behind)
         first = 1 if self._has_newest else 0
@@ -142,17 +142,18 @@ class ModelDrafting(Drafting):
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, first:]
             mask = torch.cat((mask & now, now), 1)
         self._behind, self._has_newest = [], True
+        self._tidy(requests, longest, ids.shape[1])
         state = self.own.hidden(self._known(ids), mask=mask, cache=self.cache)[:, -1:]
         self.cache.commit(None if mask is None else side_by_side(mask))
         return state
 
-    def _tidy(self, requests: Sequence[Request], longest: int) -> None:
-        """Free the slots of finished rows, and move the others together where holes are many."""
+    def _tidy(self, requests: Sequence[Request], longest: int, new: int) -> None:
+        """Free the slots of finished rows, and move the others together where holes are many; `new` slots follow."""
         finished = [row for row, request in enumerate(requests) if request.finish and row not in self._forgotten]
         if finished:
             self._forgotten.update(finished)
             self.cache.forget(torch.tensor(finished, device=self.model.device))
-        if self.cache.length > self.model.ahead + longest + slack(longest):
+        if self.cache.length + new > self.model.ahead + longest + slack(longest) + self.width:
             self.cache.compact()
 
     def _choose(
@@ -163,9 +164,10 @@ class ModelDrafting(Drafting):
             return logits.argmax(-1), None
         some = [requests[row] for row in live]
         p = distributions(some, logits[live], [drafted[row] for row in live])
-        uniforms = torch.tensor([request.uniform() for request in some], dtype=torch.float64)
+        # A row takes numbers only for tokens it may still write: they do not depend on the other rows.
+        uniforms = [r.uniform() if len(drafted[row]) < r.left - 1 else 0.5 for row, r in zip(live, some, strict=True)]
         token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
-        token[live] = draw_rows(p, uniforms)
+        token[live] = draw_rows(p, torch.tensor(uniforms, dtype=torch.float64))
         if all(request.sampling.greedy for request in some):
             return token, None
         if len(live) == len(requests):

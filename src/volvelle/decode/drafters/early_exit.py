@@ -59,6 +59,7 @@ class Part:
 
     def __init__(self, writer: Writer, layers: Sequence[int]):
         self.writer, self.model, self.layers = writer, target_of(writer), tuple(layers)
+        self._part: tuple[Straight, Straight] | None = None  # the whole fast path, and what is taken of it
 
     def new_cache(self, batch: int, context: int) -> Cache:
         """A cache of these layers for `batch` rows of up to `context` tokens; what comes before them is there."""
@@ -81,11 +82,12 @@ class Part:
             return x
         trunk = self.writer.model
         x, step = self.writer.begin(ids, mask=mask, cache=cache)
+        part = self._prepared(trunk.prepared(x))
+        if part is not None and part.whole is not None and part.whole.takes(x, step):
+            return trunk.norm(part.whole(x, step))
         step = self._with_slots(step)
-        straight = trunk.prepared(x)
-        if straight is not None:
-            runs = [straight.runs[layer] for layer in self.layers]
-            return trunk.norm(Straight(runs, straight.watch, straight.sizes, straight.groups)(x, step))
+        if part is not None:
+            return trunk.norm(part(x, step))
         for layer in self.layers:
             x = trunk.layers[layer](x, step)
         return trunk.norm(x)
@@ -93,6 +95,17 @@ class Part:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final states (..., width) -> logits (..., v)."""
         return self.writer.logits(hidden)
+
+    def _prepared(self, straight: Straight | None) -> Straight | None:
+        """These layers of the fast path through all of them, while that is there."""
+        if straight is None:
+            self._part = None
+        elif self._part is None or self._part[0] is not straight:
+            runs = [straight.runs[layer] for layer in self.layers]
+            part = Straight(runs, straight.watch, straight.sizes, straight.groups)
+            part.whole = None if straight.whole is None else straight.whole.some(self.layers)
+            self._part = straight, part
+        return None if self._part is None else self._part[1]
 
     def _with_slots(self, step: Step) -> Step:
         if self.layers == tuple(range(len(self.layers))):
