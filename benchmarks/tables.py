@@ -16,6 +16,7 @@ from volvelle.parts.attention.capabilities import table as capability_table
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "language": "docs/language.md",
+    "decode": "docs/quantization.md",
     "summarization": "docs/summarization.md",
     "loader": "docs/data.md",
     "positions": "docs/positions.md",
@@ -70,6 +71,55 @@ def summarization(record: Mapping[str, Any]) -> list[str]:
         f"{size['length']} tokens, {size['new_tokens']} new tokens each. "
         + _footer("summarization", record["machine"]),
     ]
+
+
+def decode(record: Mapping[str, Any]) -> list[str]:
+    """Plain speeds beside the peers, speeds with drafts, the cost of wide steps and of exactness."""
+    rows, peers = record["rows"], ("transformers fp32", "llama.cpp")
+    facts: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        facts.setdefault(row["what"], []).append(row)
+
+    def over(row: Mapping[str, Any], who: str) -> str:
+        return protocol.shown(row[f"over {who}"]) if f"over {who}" in row else "-"
+
+    lines = ["| plain | tokens/s | : transformers fp32 | : llama.cpp |", "|---|---|---|---|"]
+    for row in facts.get("plain", []):
+        told = " | ".join(over(row, peer) for peer in peers)
+        lines.append(f"| {row['who']} | {row['tokens_per_second']:.1f} | {told} |")
+    drafts = facts.get("drafts", [])
+    if drafts:
+        kinds = list(drafts[0]["kinds"])
+        lines += [
+            "",
+            "| drafts | tokens/s | : plain | : transformers fp32 | : llama.cpp "
+            f"| tokens a step: {', '.join(kinds)} | flips |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in drafts:
+            told = " | ".join(over(row, who) for who in ("plain", *peers))
+            steps = ", ".join(f"{row['kinds'][kind]['accepted_per_step']:.2f}" for kind in kinds)
+            flips = sum(x["flips"] for x in row["kinds"].values())
+            name = f"{row['precision']} {row['drafter']}"
+            lines.append(f"| {name} | {row['tokens_per_second']:.1f} | {told} | {steps} | {flips} |")
+    curves = facts.get("curve", [])
+    if curves:
+        widths = list(curves[0]["ratios"])
+        lines += ["", "| a step of n tokens : one | " + " | ".join(widths) + " |", "|---" * (len(widths) + 1) + "|"]
+        for row in curves:
+            told = " | ".join("refused" if x is None else f"{x:.2f}" for x in row["ratios"].values())
+            lines.append(f"| {row['precision']}, one {row['milliseconds']['1']:.1f} ms | {told} |")
+    for row in facts.get("bitwise", []):
+        lines += [
+            "",
+            f"exact=bitwise in {row['precision']}: a plain answer takes {protocol.shown(row['cost'])} the time; drafts "
+            f"changed {row['flips default']} of {row['answers']} answers without it, {row['flips bitwise']} with it.",
+        ]
+    size, machine = record["size"], record["machine"]
+    footer = (
+        f"{record['model']}; plain: {size['new_tokens']} new tokens; llama.cpp: {machine.get('llama.cpp', 'absent')}. "
+    )
+    return [*lines, "", footer + _footer("decode", machine)]
 
 
 def loader(record: Mapping[str, Any]) -> list[str]:
@@ -231,6 +281,7 @@ def adapt(record: Mapping[str, Any]) -> list[str]:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
+    "decode": decode,
     "summarization": summarization,
     "loader": loader,
     "positions": positions,

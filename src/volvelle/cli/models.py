@@ -32,9 +32,8 @@ def open_language_model(name: str, precision: Precision = "auto") -> LanguageMod
             hub.fetch(name, report=report)
     dtype, why = choose_dtype(precision)
     device = "cuda" if _cuda() else "cpu"
-    model = load_run(
-        name, dtype=dtype, device=device, merged=True, precision=precision if precision in {"int4", "int8"} else None
-    )
+    bits = precision if precision == "int4" or precision == "int8" else None
+    model = load_run(name, dtype=dtype, device=device, merged=True, precision=bits)
     matrices = (m for m in model.modules() if isinstance(m, WeightOnlyLinear))
     count = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in matrices)
     held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}

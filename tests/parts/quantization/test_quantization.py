@@ -8,6 +8,7 @@ from torch import nn
 
 from volvelle.parts.quantization.grid import dequantize_weight, quantize_weight
 from volvelle.parts.quantization.int4 import Int4Linear, int4_linear
+from volvelle.parts.quantization.int4_packed import PackedInt4
 from volvelle.parts.quantization.int8 import Int8Linear, int8_linear
 from volvelle.parts.quantization.tiles import pack, pack_steps, unpack, unpack_steps
 
@@ -73,6 +74,19 @@ def test_a_layer_computes_with_the_dequantised_matrix(bits, dtype, shape):
     torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(layer(x), function(x, layer.tiles, layer.steps, layer.bias))
     assert layer(x).dtype is dtype
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_kernel_keeps_the_grid(rows, dtype):
+    torch.manual_seed(rows)
+    layer = Int4Linear.from_linear(nn.Linear(96, 48))
+    x = torch.randn(2, rows, 96).to(dtype)[:1] if rows % 2 else torch.randn(rows, 96).to(dtype)
+    expected = x.double() @ layer.dequantized(torch.float64).T + layer.bias.double()
+    found = PackedInt4(layer)(x)
+    assert found.dtype is dtype
+    tolerance = 0.02 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -181,6 +181,18 @@ def test_what_it_cannot_do_is_said_and_done_by_torch(change, says):
     assert model.model.straight is None or model.model.straight.whole is None
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@torch.inference_mode()
+def test_without_it_the_same_steps_run_as_operations(precision, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    model, plain, ids = build(LLAMA, precision, fused=False), build(LLAMA, precision, fused=False), some_ids(1, 24)
+    fuse_projections(model)
+    assert model.model.straight.whole is None
+    tolerance = 1e-4 if precision == "fp32" else 0.1
+    found, expected = steps(model, ids, (12, 1, 1, 4, 6)), plain(ids).logits
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_cache_in_another_dtype_or_a_wide_step_is_left_to_torch():
     model = build(LLAMA)
     with torch.inference_mode():

@@ -30,6 +30,7 @@ BENCHES = (
         "collectives", "our all-reduces beside gloo's; a model of them with its error; which to use when", script=False
     ),
     Bench("language", "decoding beside transformers, a LoRA step beside peft"),
+    Bench("decode", "decoding in fp32 to int4, with and without drafts, beside transformers and llama.cpp"),
     Bench("adapt", "adapting in bf16 beside peft, adapters mixed in one batch"),
     Bench("summarization", "answers of an encoder-decoder beside transformers"),
     Bench("loader", "loader workers beside torch's DataLoader"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from volvelle.parts.attention.sdpa import SDPA
 from volvelle.parts.attention.spec import Shape, Terms
 from volvelle.parts.quantization.int4 import Int4Linear
+from volvelle.parts.quantization.int4_packed import PackedInt4
 from volvelle.parts.quantization.int8 import Int8Linear
 from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 from volvelle.systems.language.components import (
@@ -126,10 +127,10 @@ class Straight:
 
 
 class Watch:
-    """Remembers a module tree: which child and which parameter sits under which name, and that nothing hooks in."""
+    """Remembers a module tree: which child, parameter and buffer sits under which name, and that nothing hooks in."""
 
     def __init__(self, modules: Sequence[nn.Module], joined: Sequence[nn.Parameter]):
-        tables = [table for module in modules for table in (module._modules, module._parameters)]
+        tables = [table for module in modules for table in (module._modules, module._parameters, module._buffers)]
         self.tables = [table for table in tables for _ in table]
         self.names = [name for table in tables for name in table]
         self.held = [held for table in tables for held in table.values()]
@@ -302,10 +303,18 @@ def _rms_norm(module: nn.RMSNorm) -> Norm:
 
 def _linear(layer: nn.Module) -> Linear:
     if isinstance(layer, WeightOnlyLinear):
-        product = native.NativeLinear(layer) if native.fits(layer) and native.library() is not None else layer
+        product = _few_bits(layer)
         return lambda x, row: product(x)
     assert isinstance(layer, nn.Linear)
     return _product(layer.weight, layer.bias)
+
+
+def _few_bits(layer: WeightOnlyLinear) -> Callable[[Tensor], Tensor]:
+    """The fastest product with this layer's matrix here: compiled, torch's own kernel, or dequantised for each call."""
+    if native.fits(layer) and native.library() is not None:
+        return native.NativeLinear(layer)
+    on_cpu = layer.tiles.device.type == "cpu"
+    return PackedInt4(layer) if isinstance(layer, Int4Linear) and on_cpu and layer.group in {32, 64, 128} else layer
 
 
 def _back(layer: nn.Module) -> Branch:

@@ -194,9 +194,9 @@ def _layers(block: nn.Module) -> Sequence[nn.Module]:
 
 
 def _block(block: nn.Module, held: list[object]) -> _Block:
-    gains = [
-        norm.weight.detach().float().contiguous() for norm in (block.input_layernorm, block.post_attention_layernorm)
-    ]
+    assert isinstance(block, PreNormBlock)
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    gains = [norm.get_parameter("weight").detach().float().contiguous() for norm in norms]
     held += gains
     weights = [_weight(layer, held) for layer in _layers(block)]
     return _Block(*(gain.data_ptr() for gain in gains), *weights)
