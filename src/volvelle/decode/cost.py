@@ -22,8 +22,8 @@ class CostCurve:
 
     The estimate is the median of recent samples, without a width's first, in which kernels are prepared. Of widths that
     were not seen twice it hopes a little, so that they are tried: between two known ones they cost the narrower one's
-    time and a quarter of what a straight line adds, beyond all the widest one's. A class that lacks a width takes it from
-    the nearest class, scaled by what both know.
+    time and a quarter of what a straight line adds, beyond all the widest one's. A class that lacks a width takes it
+    from the nearest class, scaled by what both know.
 
     >>> curve = CostCurve()
     >>> for n, seconds in ((1, 9.0), (1, 2.0), (5, 9.0), (5, 3.0)):
