@@ -274,7 +274,15 @@ def test_overflow_is_named_and_leaves_the_cache_usable():
     assert full.length == 4
 
 
-# of any cache with an open step of 2 rows and 3 tokens
+def refuses(cache, call, message):
+    """In a step of 2 rows and 3 tokens the call is an error, and nothing is written."""
+    cache.begin(3)
+    with pytest.raises(ValueError, match=f"{type(cache).__name__}: .*{message}"):
+        call(cache, torch.zeros(2, H_KV, 3, D, dtype=torch.float64))
+    assert cache.length == 0
+
+
+# of any cache, in such a step
 MISTAKES = [
     (lambda c, k: c.commit(torch.tensor([[0]])), r"path must be \(b, m <= 3\) with b = 2"),
     (lambda c, k: c.commit(torch.tensor([[0], [3]])), "offsets from -1 to 2"),
@@ -295,11 +303,7 @@ MISTAKES = [
     ],
 )
 def test_errors(call, message):
-    cache = new_cache(2)
-    cache.begin(3)
-    with pytest.raises(ValueError, match=f"KVCache: .*{message}"):
-        call(cache, torch.zeros(2, H_KV, 3, D, dtype=torch.float64))
-    assert cache.length == 0
+    refuses(new_cache(2), call, message)
 
 
 def test_keys_are_cast_to_the_type_of_the_cache():

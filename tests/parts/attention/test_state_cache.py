@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tests.parts.attention.test_cache import MISTAKES, ancestors, as_path, random_tree, way_to
+from tests.parts.attention.test_cache import MISTAKES, ancestors, as_path, random_tree, refuses, way_to
 
 from volvelle.parts.attention.cache import Cache, KVCache
 from volvelle.parts.attention.linear import LinearState, linear_attention
@@ -213,11 +213,7 @@ def test_long_steps_are_kept_whole_or_not_at_all():
     ],
 )
 def test_errors(call, message):
-    cache = new_cache(2)
-    cache.begin(3)
-    with pytest.raises(ValueError, match=f"StateCache: .*{message}"):
-        call(cache, torch.zeros(2, H_KV, 3, D, dtype=torch.float64))
-    assert cache.length == 0
+    refuses(new_cache(2), call, message)
 
 
 def test_it_is_a_cache_and_16_bits_are_summed_in_32():
