@@ -15,6 +15,7 @@ from volvelle.decode.loop import Help, reader, run, step, tree_mask
 from volvelle.decode.near_ties import is_near, known_error, measure_error
 from volvelle.decode.request import Limits, Request
 from volvelle.decode.speculation import SLACK, cut
+from volvelle.errors import UsageError
 from volvelle.systems.language import config as c
 
 PROMPTS = [[5, 17, 3, 28, 41], [9], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60], [2, 2]]
@@ -289,6 +290,7 @@ def test_near_ties_are_counted_where_the_choice_was_close():
     assert generate(clear, PROMPTS[0], **options, drafter=drafter).near_ties == 0
     assert is_near(torch.tensor([[1.0, 1.0]]), 1e-6).tolist() == [True]
     assert is_near(torch.tensor([[1.0, 1.0]]), 0.0).tolist() == [False]
+    assert is_near(torch.tensor([[9.0, 9.0], [9.0, 8.9]], dtype=torch.bfloat16), 1e-4).tolist() == [True, False]
 
 
 def test_the_width_error_is_measured_once_where_nobody_knows_it():
@@ -345,3 +347,17 @@ def test_a_run_without_drafts_asks_nothing_of_them():
     assert requests[0].drafted == [False] * 8
     assert Help(Guessing([[]])).accept is EXACT
     assert generate(model, PROMPTS[0], max_tokens=4, rules=Rules(min_tokens=2)).proposed == []
+
+
+def test_steps_that_are_all_alike():
+    """exact="bitwise" goes through the same calls, and needs room for its wider steps."""
+    model = decoder().to(torch.bfloat16)
+    plain = generate(model, PROMPTS[0], max_tokens=20, exact="bitwise")
+    drafter = Guessing([plain.tokens], right=0.8)
+    drafted = generate(model, PROMPTS[0], max_tokens=20, exact="bitwise", drafter=drafter, policy=ALWAYS)
+    assert drafted.tokens == plain.tokens
+    assert drafted.steps < plain.steps
+    assert drafted.near_ties == 0
+    assert list(stream(model, PROMPTS[0], max_tokens=20, exact="bitwise"))[-1].id == plain.tokens[-1]
+    with pytest.raises(UsageError, match="one of default, bitwise, got 'bits'"):
+        generate(model, PROMPTS[0], max_tokens=20, exact="bits")  # pyright: ignore[reportArgumentType]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def stream(
     stop string or of a UTF-8 character is never in a Token's text.
     """
     request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules))
-    help = _help(drafter, acceptance, policy)
+    help = _help(drafter, acceptance, policy, exact)
 
     def tokens() -> Generator[Token, None, Generation]:
         events = _events(model, [request], help, exact)
@@ -141,7 +141,7 @@ def generate_batch(
         return []
     ends = limits(max_tokens, stop, eos_ids, rules)
     requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
-    events = _events(model, requests, _help(drafter, acceptance, policy), exact)
+    events = _events(model, requests, _help(drafter, acceptance, policy, exact), exact)
     while True:
         try:
             row, token = next(events)
@@ -151,7 +151,9 @@ def generate_batch(
             on_token(row, token)
 
 
-def _help(drafter: Drafter | None, acceptance: Acceptance, policy: Policy | None) -> Help | None:
+def _help(drafter: Drafter | None, acceptance: Acceptance, policy: Policy | None, exact: Exactness) -> Help | None:
+    if exact not in get_args(Exactness):
+        raise UsageError(f"exact must be one of {', '.join(get_args(Exactness))}, got {exact!r}")
     return None if drafter is None else Help(drafter, acceptance, policy or Adaptive())
 
 

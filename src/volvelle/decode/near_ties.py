@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 _MEASURED: WeakKeyDictionary[nn.Module, dict[Any, float]] = WeakKeyDictionary()
@@ -38,8 +39,9 @@ def measure_error(model: nn.Module, kind: Any, alone: Tensor, beside: Tensor) ->
 def is_near(scores: Tensor, error: float) -> Tensor:
     """Whether the best of scores (r, v) is ahead of the next by less than `error`: (r,) bool.
 
-    >>> import torch
     >>> is_near(torch.tensor([[3.0, 1.0, 2.95], [3.0, 1.0, 2.0]]), 0.1)
     tensor([ True, False])
     """
+    # in 16 bits the difference would be rounded away
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return (scores > scores.amax(-1, keepdim=True) - error).count_nonzero(-1) > 1
