@@ -9,7 +9,7 @@ drafts   greedy answers to 20 prompts with prompt lookup and every --drafter (a 
 curve    the time of a step of n tokens over that of one
 bitwise  what exact="bitwise" costs, and how many answers drafts change without and with it
 Writes results/decode.json as its parts finish; --quick takes one round of little work, and prints only. llama.cpp
-takes part where llama-cpp-python is installed (llama_peer.py says how).
+takes part where llama-cpp-python is installed (support/llama_peer.py says how).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ import torch
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import llama_peer, protocol
-from benchmarks.decode_prompts import PROMPTS
+from benchmarks import protocol
 from benchmarks.language import MODEL, transformers_model
+from benchmarks.support import llama_peer
+from benchmarks.support.decode_prompts import PROMPTS
 from volvelle import decode, hub
 from volvelle.decode.drafters.opening import open_drafter
 from volvelle.decode.drafters.prompt_lookup import PromptLookup
@@ -101,7 +102,7 @@ class Bench:
             return None
         if "llama.cpp" not in self._models:
             code = (
-                "from benchmarks.llama_peer import Llama; import pathlib, sys; "
+                "from benchmarks.support.llama_peer import Llama; import pathlib, sys; "
                 "Llama(pathlib.Path(sys.argv[1]), 1, 64).answer([1, 2, 3], 4, ())"
             )
             root = Path(__file__).resolve().parent.parent

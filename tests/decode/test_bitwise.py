@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch import nn
 
 from volvelle.decode.bitwise import AnyWidth, FixedWidth, bitwise
 from volvelle.decode.contract import Draft, Drafter, Drafting
@@ -29,16 +32,16 @@ PROMPT = [5, 17, 3, 80, 41, 9, 2]
 class Adversary(Drafter):
     """Knows the answer, and draws how much of it to tell before it lies."""
 
-    def __init__(self, answer, seed, width=6):
-        self.answer, self.seed, self.width = answer, seed, width
+    def __init__(self, answer, seed, width=6, high=90):
+        self.answer, self.seed, self.width, self.high = answer, seed, width, high
 
     def begin(self, writer, requests, room):
-        return _Lying(self.answer, torch.Generator().manual_seed(self.seed), self.width)
+        return _Lying(self.answer, torch.Generator().manual_seed(self.seed), self.width, self.high)
 
 
 class _Lying(Drafting):
-    def __init__(self, answer, generator, width):
-        self.answer, self.generator, self.width = answer, generator, width
+    def __init__(self, answer, generator, width, high):
+        self.answer, self.generator, self.width, self.high = answer, generator, width, high
 
     def draw(self, high):
         return int(torch.randint(high, (), generator=self.generator))
@@ -46,7 +49,7 @@ class _Lying(Drafting):
     def propose(self, requests, seen, k):
         at, size, true = len(requests[0].tokens), 1 + self.draw(k), self.draw(k + 1)
         told = [*self.answer[at : at + min(size, true)]]
-        return Draft(torch.tensor([[*told, *(self.draw(90) for _ in range(size - len(told)))]]))
+        return Draft(torch.tensor([[*told, *(self.draw(self.high) for _ in range(size - len(told)))]]))
 
 
 def small(precision):
@@ -75,7 +78,8 @@ def answer(model, drafter=None, prompt=PROMPT, tokens=60, make=bitwise):
             pass
     # a position is scored anew after a rejected draft: the last time counts
     scores = {start + i: row for start, logits in chosen[1:] for i, row in enumerate(logits)}
-    return request.tokens, [scores[len(prompt) + i] for i in range(len(request.tokens) - 1)]
+    start = len(request.prompt)  # an encoder-decoder's is its start token
+    return request.tokens, [scores[start + i] for i in range(len(request.tokens) - 1)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
@@ -92,6 +96,40 @@ def test_drafts_change_no_bit(precision, compiled):
         found, scores = answer(model, Adversary(tokens, seed))
         assert found == tokens
         assert all(torch.equal(a, b) for a, b in zip(scores, logits, strict=True))
+
+
+@torch.no_grad()
+def test_a_head_that_is_not_compiled_or_has_changed_is_noticed():
+    torch.manual_seed(0)
+    model = Decoder(dataclasses.replace(SMALL, vocabulary=93)).eval()  # does not divide by 16
+    fuse_projections(model)
+    request = Request(model, PROMPT, GREEDY, limits(20, (), (), Rules()))
+    assert isinstance(bitwise(model, [request])[0], FixedWidth)
+    tokens, logits = answer(model)
+    found, scores = answer(model, Adversary(tokens, 1))
+    assert found == tokens
+    assert all(torch.equal(a, b) for a, b in zip(scores, logits, strict=True))
+    other = small("fp32")
+    fuse_projections(other)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        hidden = other.hidden(ids)
+        before = other.logits(hidden)
+        other.lm_head = nn.Linear(64, 96)
+        torch.testing.assert_close(other.logits(hidden), other.lm_head(hidden))
+        assert not torch.allclose(before, other.logits(hidden))
+
+
+def test_answers_of_an_encoder_decoder():
+    from tests.systems.language.test_encoder_decoder import make_model
+
+    model = make_model(dtype=torch.float32, context=64)
+    tokens, logits = answer(model, prompt=[5, 7, 9, 11], tokens=20)
+    found, scores = answer(
+        model, Adversary([token % 61 for token in tokens], 2, high=60), prompt=[5, 7, 9, 11], tokens=20
+    )
+    assert found == tokens
+    assert all(torch.equal(a, b) for a, b in zip(scores, logits, strict=True))
 
 
 def test_steps_as_they_come_do_differ():

@@ -46,7 +46,8 @@ def bitwise(model: LanguageModel, requests: Sequence[Request], *, width: int = W
             f"exact=bitwise decodes one text at a time, got {len(requests)}",
             tip="rows of a batch leave holes in each other's slots; call generate for each",
         )
-    if isinstance(model, Decoder) and model.model.straight is not None and model.model.straight.whole is not None:
+    straight = model.model.straight if isinstance(model, Decoder) else None
+    if straight is not None and straight.whole is not None and straight.head is not None:
         return AnyWidth(), 0
     [request] = requests
     reach = len(request.prompt) + request.max_tokens + width

@@ -102,7 +102,8 @@ class Straight:
 
     def logits(self, head: nn.Module, x: Tensor) -> Tensor:
         """Map x (..., width) to (..., vocabulary) by the head, as fast as its weights can be read."""
-        if self.head is not None and (isinstance(head, WeightOnlyLinear) or x[..., 0].numel() <= native.MOST):
+        few = x.numel() // x.shape[-1] <= native.MOST
+        if self.head is not None and self.head.layer is head and (few or isinstance(head, WeightOnlyLinear)):
             return self.head(x)
         return apply_linear(head, x)
 

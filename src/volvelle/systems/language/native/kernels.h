@@ -28,7 +28,8 @@ typedef uint16_t H __attribute__((vector_size(32)));
 typedef uint8_t B __attribute__((vector_size(16)));
 typedef int8_t S __attribute__((vector_size(16)));
 
-constexpr int LANES = 16, GROUP = 32, MOST = 32, BATCH = 3, AHEAD = 3072;  // MOST rows in one call; BATCH groups at a time; bytes to ask for ahead
+constexpr int LANES = 16, GROUP = 32, MOST = 32;  // MOST rows in one call
+constexpr int BATCH = 3, AHEAD = 3072;           // groups at a time; bytes of codes to ask for ahead
 enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 // A matrix (out, in). fp32 and bf16: rows as torch has them. int8: codes (out/16, in/2, 16, 2); int4: the same with the
@@ -59,18 +60,21 @@ INLINE H narrow(F x) {
 }
 INLINE void put(float *p, float x) { *p = x; }
 INLINE void put(half_t *p, float x) { *p = narrow1(x); }
-INLINE float sum(F v) {
-  auto a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+INLINE float sum(F v) {  // halves onto halves
+  typedef float F8 __attribute__((vector_size(32)));
+  typedef float F4 __attribute__((vector_size(16)));
+  F8 a[2];
+  memcpy(a, &v, sizeof v);
+  a[0] += a[1];
+  F4 b[2];
+  memcpy(b, a, sizeof b);
+  b[0] += b[1];
+  return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
-INLINE F fp16s(const half_t *p) {  // 16 numbers
-#ifdef __AVX512F__
-  return (F)_mm512_cvtph_ps(load<__m256i>(p));
-#else
-  typedef _Float16 X __attribute__((vector_size(32)));
-  return __builtin_convertvector(load<X>(p), F);
-#endif
+INLINE F fp16s(const half_t *p) {  // 16 numbers: fp32's exponent begins 112 lower
+  U h = __builtin_convertvector(load<H>(p), U);
+  F size = (F)((h & 0x7fff) << 13) * 0x1p112f;
+  return (F)((U)size | (h & 0x8000) << 16);
 }
 
 // What the kernels read of the rows, made once a product: x (n, in) fp32 as it is, in bf16 as tiles want it, and each
@@ -78,10 +82,11 @@ INLINE F fp16s(const half_t *p) {  // 16 numbers
 struct Rows {
   int n = 0, in = 0;
   std::vector<float> x, sums;
-  std::vector<half_t> flat, pairs;  // bf16: (32 rows, in), (in/2, 32 rows, 2); rows behind n are any, and so are their sums
+  std::vector<half_t> flat, pairs;  // bf16: (32 rows, in) and (in/2, 32 rows, 2); what rows behind n hold is never read
   void size(int rows, int features) {
     n = rows, in = features;
-    if (x.size() < (size_t)MOST * in) x.resize((size_t)MOST * in), flat.resize((size_t)MOST * in), pairs.resize((size_t)MOST * in), sums.resize((size_t)MOST * in / GROUP);
+    const size_t most = (size_t)MOST * in;
+    if (x.size() < most) x.resize(most), flat.resize(most), pairs.resize(most), sums.resize(most / GROUP);
   }
   void finish(int kind, bool tiles) {  // after x is filled
     const size_t groups = in / GROUP;
@@ -90,7 +95,8 @@ struct Rows {
     }
     if (kind >= INT8)
       for (size_t q = 0; q < n * groups; q++)
-        sums[q] = tiles ? sum(wide(&flat[q * GROUP]) + wide(&flat[q * GROUP + LANES])) : sum(wide(&x[q * GROUP]) + wide(&x[q * GROUP + LANES]));
+        sums[q] = tiles ? sum(wide(&flat[q * GROUP]) + wide(&flat[q * GROUP + LANES]))
+                        : sum(wide(&x[q * GROUP]) + wide(&x[q * GROUP + LANES]));
     if (kind == BF16 && tiles)
       for (int i = 0; i < n; i++)
         for (int k = 0; k < in / 2; k++) memcpy(&pairs[((size_t)k * MOST + i) * 2], &flat[(size_t)i * in + 2 * k], 4);
@@ -100,7 +106,9 @@ struct Rows {
 // ---- any processor -----------------------------------------------------------------------------------------------
 
 // Ask for lines of 64 bytes that will be read soon, where the processor does not foresee it.
-INLINE void ask(const void *p, int lines) { for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)p + i * 64); }
+INLINE void ask(const void *p, int lines) {
+  for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)p + i * 64);
+}
 
 template <class W, int R, int C> INLINE void dots(const W *w, const float *x, int in, float *y) {
   F acc[R][C] = {};
@@ -138,7 +146,8 @@ INLINE void codes(const Weight &m, int o, int q, F *w) {  // the 32 x 16 codes o
       w[2 * p] = __builtin_convertvector(b & 15, F), w[2 * p + 1] = __builtin_convertvector(b >> 4, F);
     } else {
       I b = __builtin_convertvector(load<H>((const uint16_t *)m.data + at + p * LANES), I);
-      w[2 * p] = __builtin_convertvector((b << 24) >> 24, F), w[2 * p + 1] = __builtin_convertvector((b << 16) >> 24, F);
+      w[2 * p] = __builtin_convertvector((b << 24) >> 24, F);
+      w[2 * p + 1] = __builtin_convertvector((b << 16) >> 24, F);
     }
   }
 }
@@ -181,9 +190,14 @@ INLINE void grouped(const Weight &m, int o, const Rows &rows, float *y) {
 INLINE void written() { asm volatile("" ::: "memory"); }
 INLINE bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, tile data
 
-struct alignas(64) Config { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; };
+struct alignas(64) Config {
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
 
-INLINE void set_tiles(int n) {  // 0, 1 sums of 16 outputs x 16 rows; 4, 5 operands; 2, 3, 6 sums of rows x 16 outputs; 7 rows
+// Tiles 0 and 1: sums of 16 outputs x 16 rows; 2, 3 and 6: sums of rows x 16 outputs; 7: rows; 4 and 5: 16 of anything.
+INLINE void set_tiles(int n) {
   Config c;
   for (int t = 0; t < 8; t++) c.bytes[t] = 64, c.rows[t] = t < 2 || t == 4 || t == 5 ? 16 : std::min(n, 16);
   _tile_loadconfig(&c);
@@ -213,7 +227,8 @@ INLINE void plain_tiles(const Weight &m, int o, const Rows &rows, float *y) {
   }
 }
 
-INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile) {  // 16 pairs x 16 outputs x 2, as bf16
+// One group's codes as bf16: (16 pairs, 16 outputs, 2).
+INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile) {
   size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
   const int bytes = m.kind == INT4 ? 1 : 2;
   ask((const char *)m.data + at * bytes + AHEAD, 4 * bytes);
@@ -231,7 +246,12 @@ INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile)
 }
 
 // part (rows, 16) = x of one group times its tile of codes
-#define GROUP_SUM(T, x, stride, tile, part) _tile_zero(T); _tile_loadd(4, tile, 64); _tile_loadd(7, x, stride); _tile_dpbf16ps(T, 7, 4); _tile_stored(T, part, 64);
+#define GROUP_SUM(T, x, stride, tile, part) \
+  _tile_zero(T);                            \
+  _tile_loadd(4, tile, 64);                 \
+  _tile_loadd(7, x, stride);                \
+  _tile_dpbf16ps(T, 7, 4);                  \
+  _tile_stored(T, part, 64);
 
 INLINE void grouped_tiles(const Weight &m, int o, const Rows &rows, float *y) {
   alignas(64) half_t table[32], tile[BATCH][GROUP * LANES];

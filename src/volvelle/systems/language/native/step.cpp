@@ -45,7 +45,9 @@ struct Scratch {  // of all threads
 static thread_local Rows mine;        // of each thread
 static thread_local Scratch for_all;  // of the one that calls
 
-INLINE void share(int64_t count, int t, int threads, int64_t &from, int64_t &to) { from = count * t / threads, to = count * (t + 1) / threads; }
+INLINE void share(int64_t count, int t, int threads, int64_t &from, int64_t &to) {
+  from = count * t / threads, to = count * (t + 1) / threads;
+}
 
 static void norm(const float *x, const float *gain, int rows, int width, float eps, Rows &out) {
   out.size(rows, width);
@@ -58,7 +60,10 @@ static void norm(const float *x, const float *gain, int rows, int width, float e
   }
 }
 
-static void rows_of(const float *x, int rows, int width, Rows &out) { out.size(rows, width); memcpy(out.x.data(), x, sizeof(float) * rows * width); }
+static void rows_of(const float *x, int rows, int width, Rows &out) {
+  out.size(rows, width);
+  memcpy(out.x.data(), x, sizeof(float) * rows * width);
+}
 
 template <class T> struct Step {
   const Model &m;
@@ -67,12 +72,16 @@ template <class T> struct Step {
   const bool tiles;
   const int h, g, d, rows, group, lanes, blocks, reach, chunks, inner;
   Step(const Model &model, const Call &call)
-      : m(model), c(call), shared(for_all), tiles(tiles_granted()), h(m.heads), g(m.kv_heads), d(m.head_width), rows(c.b * c.n), group(h / g), lanes(group * c.n),
-        blocks((lanes + LANES - 1) / LANES), reach(c.past + c.n), chunks((reach + CHUNK - 1) / CHUNK), inner((h + 2 * g) * d) {}
+      : m(model), c(call), shared(for_all), tiles(tiles_granted()), h(m.heads), g(m.kv_heads), d(m.head_width),
+        rows(c.b * c.n), group(h / g), lanes(group * c.n), blocks((lanes + LANES - 1) / LANES), reach(c.past + c.n),
+        chunks((reach + CHUNK - 1) / CHUNK), inner((h + 2 * g) * d) {}
 
   void run() {
-    Scratch::fit(shared.stream, (size_t)rows * m.width), Scratch::fit(shared.qkv, (size_t)rows * inner), Scratch::fit(shared.seen, (size_t)rows * h * d);
-    Scratch::fit(shared.act, (size_t)rows * m.mlp_width), Scratch::fit(shared.part, (size_t)c.b * g * chunks * blocks * (d + 2) * LANES);
+    Scratch::fit(shared.stream, (size_t)rows * m.width);
+    Scratch::fit(shared.qkv, (size_t)rows * inner);
+    Scratch::fit(shared.seen, (size_t)rows * h * d);
+    Scratch::fit(shared.act, (size_t)rows * m.mlp_width);
+    Scratch::fit(shared.part, (size_t)c.b * g * chunks * blocks * (d + 2) * LANES);
     Scratch::fit(shared.allowed, (size_t)c.b * blocks * reach);
     const T *x = (const T *)c.x;
     for (size_t i = 0; i < (size_t)rows * m.width; i++) shared.stream[i] = wide1(x[i]);
@@ -135,13 +144,15 @@ template <class T> struct Step {
       product(w.gate, o, mine, tiles, gate), product(w.up, o, mine, tiles, up);
       for (int i = 0; i < rows; i++) {
         F a = wide(gate + i * LANES), e = exponential(a > 0 ? -a : a);  // a sigmoid of a: of -|a|, then the right side
-        store(&shared.act[(size_t)i * m.mlp_width + o * LANES], a * (a > 0 ? splat(1) / (1 + e) : e / (1 + e)) * wide(up + i * LANES));
+        F sigmoid = a > 0 ? splat(1) / (1 + e) : e / (1 + e);
+        store(&shared.act[(size_t)i * m.mlp_width + o * LANES], a * sigmoid * wide(up + i * LANES));
       }
     }
   }
 
   T *slot(int64_t layer, int value, int text, int head, int64_t key) const {
-    return (T *)c.cache + layer * c.layer_stride + value * c.value_stride + text * c.text_stride + head * c.head_stride + key * d;
+    T *layer_slots = (T *)c.cache + layer * c.layer_stride + value * c.value_stride;
+    return layer_slots + text * c.text_stride + head * c.head_stride + key * d;
   }
 
   void turn(int64_t layer, int t, int threads) {  // rotate q in place; k and v into their slots
@@ -152,10 +163,13 @@ template <class T> struct Step {
       float *x = &shared.qkv[(size_t)row * inner + head * d], y[512];
       memcpy(y, x, sizeof(float) * d);
       if (head < h + g && c.rotated) {
-        const float *cos = c.cos + text * c.rotation_stride + token * c.rotated, *sin = c.sin + text * c.rotation_stride + token * c.rotated;
-        int r = c.rotated;
-        if (c.interleaved) for (int k = 0; k < r; k++) y[k] = x[k] * cos[k] + x[k ^ 1] * sin[k];
-        else for (int k = 0; k < r / 2; k++) y[k] = x[k] * cos[k] + x[k + r / 2] * sin[k], y[k + r / 2] = x[k + r / 2] * cos[k + r / 2] + x[k] * sin[k + r / 2];
+        const int64_t at = text * c.rotation_stride + token * c.rotated;
+        const float *cos = c.cos + at, *sin = c.sin + at;
+        const int r = c.rotated;
+        if (c.interleaved)
+          for (int k = 0; k < r; k++) y[k] = x[k] * cos[k] + x[k ^ 1] * sin[k];
+        else
+          for (int k = 0; k < r; k++) y[k] = x[k] * cos[k] + x[k < r / 2 ? k + r / 2 : k - r / 2] * sin[k];
       }
       if (head < h) { memcpy(x, y, sizeof(float) * d); continue; }
       T *to = slot(layer, head >= h + g, text, (head - h) % g, c.past + token);
@@ -163,14 +177,16 @@ template <class T> struct Step {
     }
   }
 
-  void see() {  // which of 16 queries may attend to a key, as bits; the same in every layer and for all heads of a group
+  // Which of 16 queries may attend to a key, as bits: the same in every layer, and for all heads of a group.
+  void see() {
     for (int text = 0; text < c.b; text++)
       for (int l = 0; l < blocks; l++)
         for (int64_t j = 0; j < reach; j++) {
           uint16_t bits = 0;
           for (int lane = 0; lane < LANES && l * LANES + lane < lanes; lane++) {
             int64_t token = (l * LANES + lane) % c.n;
-            bool may = c.mask ? c.mask[text * c.mask_text + token * c.mask_token + j] : !c.causal || j <= c.past + token;
+            const bool in_order = !c.causal || j <= c.past + token;
+            const bool may = c.mask ? c.mask[text * c.mask_text + token * c.mask_token + j] : in_order;
             bits |= (uint16_t)may << lane;
           }
           shared.allowed[((size_t)text * blocks + l) * reach + j] = bits;
@@ -182,11 +198,13 @@ template <class T> struct Step {
     int64_t from, end;
     share((int64_t)c.b * g * chunks, t, threads, from, end);
     for (int64_t u = from; u < end; u++) {
-      int chunk = u % chunks, head = u / chunks % g, text = u / chunks / g, first = chunk * CHUNK, count = std::min(CHUNK, reach - first);
+      int chunk = u % chunks, head = u / chunks % g, text = u / chunks / g;
+      int first = chunk * CHUNK, count = std::min(CHUNK, reach - first);
       alignas(64) float keys[CHUNK * 512 / 4], values[CHUNK * 512 / 4];
       const T *k = slot(layer, 0, text, head, first), *v = slot(layer, 1, text, head, first);
       for (int j = 0; j < count * d; j += LANES) store(keys + j, wide(k + j)), store(values + j, wide(v + j));
-      for (int l = 0; l < blocks; l++) unit(text, head, l, first, count, keys, values, &shared.part[((size_t)u * blocks + l) * (d + 2) * LANES]);
+      float *out = &shared.part[(size_t)u * blocks * (d + 2) * LANES];
+      for (int l = 0; l < blocks; l++) unit(text, head, l, first, count, keys, values, out + (size_t)l * (d + 2) * LANES);
     }
   }
 

@@ -77,7 +77,8 @@ class NativeLinear:
     def __init__(self, layer: nn.Linear | WeightOnlyLinear):
         found = library()
         assert found is not None
-        self._call, self.out, self.held = found.linear, layer.out_features, []
+        self.layer, self.out = layer, layer.out_features
+        self._call, self.held = found.linear, []
         self.weight = _weight(layer, self.held)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""What benchmarks need besides themselves: texts, and peers that are not Python's."""
