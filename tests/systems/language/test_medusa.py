@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.systems.language.test_decoder import GPT2, LLAMA, build
 
 from volvelle.errors import VolvelleError
-from volvelle.systems.language.draft_head import DraftHead
+from volvelle.systems.language.draft_head import DraftHead, DraftHeads
 from volvelle.systems.language.medusa import MedusaHeads
 from volvelle.systems.language.medusa_files import PICKLED, SAFE, read_medusa, write_medusa
 
@@ -71,6 +71,31 @@ def test_rows_of_a_head_with_an_adapter_have_it():
     head = DraftHead(model, SOME)
     assert head.plain is None
     assert torch.equal(head.logits(hidden), model.logits(hidden)[..., SOME])
+
+
+def test_copied_rows_are_kept_until_the_head_changes():
+    model = build()
+    heads = DraftHeads(SOME)
+    first = heads.of(model)
+    assert heads.of(model).rows is first.rows
+    hidden = torch.randn(2, 24)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(heads.of(model).logits(hidden), 2 * first.logits(hidden))
+    assert DraftHeads(None).of(model).tokens is None
+
+
+@pytest.mark.parametrize("count", [32, 5])
+def test_rows_of_a_quantised_head_are_its_own(count):
+    from volvelle.parts.quantization.int8 import Int8Linear
+
+    model = build(dataclasses.replace(LLAMA, vocabulary=64, width=32, embedding_width=32, head_width=8))
+    model.lm_head = Int8Linear.from_linear(model.lm_head)
+    tokens = torch.arange(0, 2 * count, 2)
+    hidden = torch.randn(3, 32)
+    head = DraftHead(model, tokens)
+    assert isinstance(head.rows, Int8Linear) == (count == 32)
+    torch.testing.assert_close(head.logits(hidden), model.logits(hidden)[..., tokens])
 
 
 @pytest.mark.parametrize("pickled", [False, True])

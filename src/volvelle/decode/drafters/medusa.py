@@ -8,6 +8,7 @@ Shapes: b rows, k drafted tokens, K heads, R ranks, r tokens that can be drafted
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,12 +21,16 @@ from volvelle.decode.request import distributions
 from volvelle.decode.trees import RankAcceptance, Tree
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.draft_head import DraftHead
+from volvelle.systems.language.draft_head import DraftHeads
 from volvelle.systems.language.medusa import MedusaHeads
 
 if TYPE_CHECKING:
     from volvelle.decode.contract import Writer
     from volvelle.decode.request import Request
+
+
+MEASURED = 40.0
+"""The observations that the table measured in training counts for."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Medusa(Drafter):
         check_fit("medusa: the heads", self.heads, writer, self.heads.width)
         return MedusaDrafting(self, writer, len(requests))
 
+    @functools.cached_property
+    def projections(self) -> DraftHeads:
+        """The models' projections onto the tokens that are drafted."""
+        return DraftHeads(self.heads.tokens)
+
 
 def check_fit(what: str, module: nn.Module, model: Decoder, width: int) -> None:
     """Raise VolvelleError where a module beside the model is of another width, dtype or device."""
@@ -86,13 +96,14 @@ class MedusaDrafting(Drafting):
 
     def __init__(self, options: Medusa, model: Decoder, rows: int):
         heads = options.heads
-        self.options, self.heads, self.head = options, heads, DraftHead(model, heads.tokens)
+        self.options, self.heads, self.head = options, heads, options.projections.of(model)
         self.ranks = min(options.ranks, self.head.size)
         self.width = options.k if options.tree is None else min(options.k, options.tree.size)
         self.newest = torch.zeros(rows, heads.width, dtype=model.dtype, device=model.device)
         self.known = False
         table = None if heads.acceptance is None else heads.acceptance[:, : self.ranks].tolist()
-        self.acceptance = RankAcceptance(heads.count, self.ranks, table=table)
+        measured = {} if table is None else {"table": table, "weight": MEASURED}
+        self.acceptance = RankAcceptance(heads.count, self.ranks, **measured)
         self.guesses: list[list[list[int]]] = []
 
     @property

@@ -7,6 +7,7 @@ Shapes: b rows, k drafted tokens, m positions seen, v vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from volvelle.decode.request import distributions
 from volvelle.decode.sampling import draw_rows
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.draft_head import DraftHead
+from volvelle.systems.language.draft_head import DraftHead, DraftHeads
 from volvelle.systems.language.mtp import MTP as Modules
 from volvelle.systems.language.mtp import ParallelMTP
 from volvelle.systems.language.mtp_drafts import drafts_of
@@ -65,13 +66,18 @@ class MTP(Drafter):
         check_fit("mtp: the modules", self.mtp, writer, self.mtp.width)
         return MTPDrafting(self, writer, len(requests), room)
 
+    @functools.cached_property
+    def projections(self) -> DraftHeads:
+        """The models' projections onto the tokens that are drafted."""
+        return DraftHeads(self.mtp.tokens)
+
 
 class MTPDrafting(Drafting):
     """The modules in one run."""
 
     def __init__(self, options: MTP, model: Decoder, rows: int, room: int):
         self.width, self.mtp = options.k, options.mtp
-        self.head = DraftHead(model, options.mtp.tokens)
+        self.head = options.projections.of(model)
         self.drafts = drafts_of(options.mtp, model, rows, room + options.k + SLACK, head=self.head)
 
     def read(self, writer: Writer, ids: Tensor, mask: Tensor | None, cache: Cache) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from volvelle.errors import VolvelleError
+from volvelle.parts.quantization.grid import Grid, dequantize_weight
+from volvelle.parts.quantization.tiles import OUTPUTS
+from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.projections import apply_linear
 
@@ -23,7 +27,8 @@ from volvelle.systems.language.projections import apply_linear
 class DraftHead:
     """Maps states to logits (..., r) over the `tokens` (r,) int64 of the model, None: over all of them.
 
-    The rows of the model's matrix are copied once; they are those of the moment.
+    The rows of the model's matrix are copied, in the bits in which it holds them; they are those of the moment. `rows`
+    are copied ones (`DraftHeads`).
 
     >>> from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
     >>> config = LanguageConfig("llama", 100, 48, 2, 4, context=64, norm=RMSNorm(), mlp=GatedMLP(96), position=Rope())
@@ -32,20 +37,14 @@ class DraftHead:
     (torch.Size([2, 3]), tensor([40,  3]), tensor([ 1, -1]))
     """
 
-    def __init__(self, model: Decoder, tokens: Tensor | None = None):
-        self.model = model
+    def __init__(self, model: Decoder, tokens: Tensor | None = None, *, rows: nn.Module | None = None):
+        self.model, self.rows = model, rows
         self.tokens = None if tokens is None else checked_tokens(tokens, model.config.vocabulary).to(model.device)
-        self.rows: nn.Linear | None = None
         self._place: Tensor | None = None
         if self.tokens is not None:
             self._place = torch.full((model.config.vocabulary,), -1, device=model.device)
             self._place[self.tokens] = torch.arange(len(self.tokens), device=model.device)
-        head = model.lm_head
-        # An adapter on the head replaces the linear layer; then its whole result is computed and the rest dropped.
-        if self.tokens is not None and type(head) is nn.Linear:
-            self.rows = nn.Linear(head.in_features, len(self.tokens), bias=head.bias is not None, device="meta")
-            for name, parameter in head.named_parameters():
-                setattr(self.rows, name, nn.Parameter(parameter.detach()[self.tokens], requires_grad=False))
+            self.rows = some_rows(model, self.tokens) if rows is None else rows
 
     def logits(self, states: Tensor) -> Tensor:
         """States (..., width), as the model's own head reads them, to logits (..., r)."""
@@ -60,7 +59,7 @@ class DraftHead:
         model = self.model
         if not model.plain_head or type(model.lm_head) is not nn.Linear:
             return None
-        return model.output_weight if self.rows is None else self.rows.weight
+        return model.output_weight if self.rows is None else self.rows.get_parameter("weight")
 
     @property
     def size(self) -> int:
@@ -85,6 +84,51 @@ class DraftHead:
         wide = logits.new_full((*logits.shape[:-1], self.model.config.vocabulary), -math.inf)
         wide[..., self.tokens] = logits
         return wide
+
+
+class DraftHeads:
+    """The projections of one drafter: the copied rows are kept for each model, while its head is what it was."""
+
+    def __init__(self, tokens: Tensor | None):
+        self.tokens = tokens
+        self._kept: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], nn.Module | None]] = WeakKeyDictionary()
+
+    def of(self, model: Decoder) -> DraftHead:
+        """The projection for this model."""
+        if self.tokens is None:
+            return DraftHead(model)
+        held = (*model.lm_head.parameters(), *model.lm_head.buffers())
+        mark = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        known, rows = self._kept.get(model.lm_head, ([], None))
+        made = DraftHead(model, self.tokens, rows=rows if known == mark else None)
+        self._kept[model.lm_head] = mark, made.rows
+        return made
+
+
+def some_rows(model: Decoder, tokens: Tensor) -> nn.Module | None:
+    """A linear layer of these rows of the model's head; None for a head with an adapter, which must be run as a whole.
+
+    Quantised rows stay what they are; where they do not fill tiles, they are a plain layer of the model's dtype.
+    """
+    head = model.lm_head
+    if isinstance(head, WeightOnlyLinear):
+        bias = None if head.bias is None else head.bias[tokens]
+        codes, *steps = head.grid
+        some = Grid(codes[tokens], *(None if step is None else step[:, tokens].contiguous() for step in steps))  # type: ignore[arg-type]
+        if len(tokens) % OUTPUTS == 0:
+            return type(head)(some, bias)
+        return _linear(dequantize_weight(*some, model.dtype), bias)
+    if type(head) is not nn.Linear:
+        return None
+    return _linear(head.weight.detach()[tokens], None if head.bias is None else head.bias.detach()[tokens])
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def checked_tokens(tokens: Tensor, vocabulary: int) -> Tensor:
