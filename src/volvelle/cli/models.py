@@ -34,8 +34,11 @@ def open_language_model(name: str, precision: Precision = "auto") -> LanguageMod
     device = "cuda" if _cuda() else "cpu"
     bits = precision if precision == "int4" or precision == "int8" else None
     model = load_run(name, dtype=dtype, device=device, merged=True, precision=bits)
-    matrices = (m for m in model.modules() if isinstance(m, WeightOnlyLinear))
-    count = sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in matrices)
+    count = sum(p.numel() for p in model.parameters())
+    tied = "lm_head" if bits and model.config.head.tied else ""  # in few bits a matrix of its own, but no other weights
+    for path, layer in model.named_modules():
+        if isinstance(layer, WeightOnlyLinear) and path != tied:
+            count += layer.in_features * layer.out_features
     held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     say(
         f"{name}: {model.config.family}, {count / 1e6:.1f}M parameters, {sum(held.values()) / 1e6:.0f} MB; "
