@@ -294,7 +294,7 @@ def test_chosen_drafts_give_the_plain_answer_for_the_same_seed(options, rules, t
     drafter = Guessing([answer.tokens for answer in plain], tree=tree)
     drafted = generate_batch(model, prompts, **options, drafter=drafter, policy=ALWAYS)
     assert [answer.tokens for answer in drafted] == [answer.tokens for answer in plain]
-    assert sum(sum(answer.drafted) for answer in drafted) > 5
+    assert sum(sum(answer.drafted) for answer in drafted) > 2
 
 
 @pytest.mark.parametrize(("options", "rules"), RULES)

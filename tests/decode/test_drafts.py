@@ -126,10 +126,12 @@ def test_ends_inside_an_accepted_run():
     model.tokenizer = Pieces()
     free = generate(model, PROMPTS[0], max_tokens=30)
     finishes = []
-    word = "".join(Pieces().push(token) for token in free.tokens[8:10])[1:3]
+    end = late([free.tokens], 9)
+    before = free.tokens[free.tokens.index(end) - 1]
+    word = Pieces().push(before)[1] + Pieces().push(end)  # across two tokens
     for options in (
         {"max_tokens": 10},
-        {"max_tokens": 30, "eos_ids": [free.tokens[9]]},
+        {"max_tokens": 30, "eos_ids": [end]},
         {"max_tokens": 30, "stop": [word]},
     ):
         plain_pieces, pieces = [], []
