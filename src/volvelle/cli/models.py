@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from volvelle.systems.language.models import LanguageModel
 
+Floating = Literal["auto", "fp32", "bf16", "fp16"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 """In what a verb computes. int8 and int4 are the bits of the weights: exactly on a GGUF file's own grid where it has
 one, else rounded; the rest is bf16."""

@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from volvelle.cli.console import result, say
-from volvelle.cli.models import Precision
+from volvelle.cli.models import Floating
 from volvelle.errors import UsageError, VolvelleError
 
 EXAMPLES = (
@@ -29,7 +29,7 @@ class Options:
     adapter: the adapter alone, also where PEFT has no such method (bottleneck adapters)."""
     out: Path | None = None
     """Folder to write; RUN/export-hf and so on when left out. It must not exist yet, or be empty."""
-    precision: Precision = "fp32"
+    precision: Floating = "fp32"
     """Precision of the written weights (hf). fp32 keeps every bit of a dequantised or merged model."""
 
 
