@@ -32,6 +32,8 @@ from volvelle.train.recipes.draft import MANY, PROMPTS, TrainDraft
 from volvelle.train.text_run import held_out_loader, training_loader
 
 ANSWERS = "answers.jsonl"
+PACKAGES = 60
+"""Installed packages, at even distances, whose docstrings prompts are made from."""
 ROWS = 32
 """Prompts answered together."""
 BEGINNING = 32
@@ -45,7 +47,7 @@ def with_prompts(recipe: TrainDraft, run: RunFolder, observer: Observer) -> Trai
     folder = run.path / "data"
     if not (folder / HELD_OUT).is_file():
         made = write_prompts(
-            folder, recipe.examples or MANY, recipe.held_out_size, installed(),
+            folder, recipe.examples or MANY, recipe.held_out_size, spread(installed(), PACKAGES),
             progress=lambda done, total: observer.work("packages", done, total),
         )  # fmt: skip
         observer.say(made)

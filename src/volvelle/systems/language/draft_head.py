@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -110,7 +111,7 @@ def some_rows(model: Decoder, tokens: Tensor) -> nn.Module | None:
 
     Quantised rows stay what they are; where they do not fill tiles, they are a plain layer of the model's dtype.
     """
-    head = model.lm_head
+    head: Any = model.lm_head
     if isinstance(head, WeightOnlyLinear):
         bias = None if head.bias is None else head.bias[tokens]
         codes, *steps = head.grid
