@@ -95,7 +95,7 @@ def open_draft(options: DraftOptions, model: LanguageModel) -> Drafter | None:
     from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
 
     kind, what = parse_draft(options.draft)
-    length = {} if options.draft_length is None else {"k": options.draft_length}
+    length: dict[str, Any] = {} if options.draft_length is None else {"k": options.draft_length}
     if kind == "lookup":
         return PromptLookup(**length, texts=[_tokens(model, Path(what))] if what else ())
     if kind == "skip":
@@ -116,7 +116,8 @@ class Answers:
         from volvelle.decode.accept_typical import Typical
         from volvelle.decode.policy import Adaptive
 
-        self.model, self.stats, self.exact = model, options.stats, options.exact
+        self.model, self.stats = model, options.stats
+        self.exact: Literal["default", "bitwise"] = options.exact
         self.drafter = open_draft(options, model)
         self.acceptance: Acceptance = EXACT if options.acceptance == "exact" else Typical()
         self.policy = Adaptive()

@@ -86,7 +86,7 @@ class CostCurve:
 
     def _beyond(self, n: int, points: Mapping[int, float]) -> float:
         """The guess for a width above all that were seen, of which there is at least one."""
-        return next(reversed(points.values()))
+        return points[max(points)]
 
     def at_most(self, n: int, length: int) -> float | None:
         """The most that such a step can take where n tokens never cost more than the same in narrower steps.
