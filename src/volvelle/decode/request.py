@@ -45,7 +45,7 @@ class Generation:
     that had a token d + 1 places behind the newest one, `accepted[d]` those of which it was kept. `lossless` says
     whether the acceptance rule leaves the distribution of answers as it is without drafts. `near_ties` counts the
     greedily chosen tokens that were ahead of the next best by less than what the width of a step changes in this model
-    (None: not counted); only there can rounding make the answer differ from the one without drafts.
+    (None: not counted): there, above all, rounding may make the answer differ from the one without drafts.
     """
 
     tokens: list[int]
