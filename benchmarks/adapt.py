@@ -161,14 +161,15 @@ def peft_step(folder: Path, config: Any, batch: dict[str, torch.Tensor]) -> Step
 
 
 def _lora(folder: Path, size: Size, *, completions: bool = False) -> dict[str, Callable[[], Step]]:
-    import peft
-
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     batch = _batch(size, completions=completions)
-    return {
-        "ours": lambda: our_step(folder, adapt.LoRA(rank=8, alpha=16), batch),
-        "peft": lambda: peft_step(folder, config, batch),
-    }
+
+    def theirs() -> Step:
+        import peft  # here: the memory of our process is to be without it
+
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return peft_step(folder, config, batch)
+
+    return {"ours": lambda: our_step(folder, adapt.LoRA(rank=8, alpha=16), batch), "peft": theirs}
 
 
 def _completions(folder: Path, size: Size) -> dict[str, Callable[[], Step]]:
@@ -176,15 +177,15 @@ def _completions(folder: Path, size: Size) -> dict[str, Callable[[], Step]]:
 
 
 def _prefix(folder: Path, size: Size) -> dict[str, Callable[[], Step]]:
-    import peft
-
-    config = peft.PrefixTuningConfig(num_virtual_tokens=10, task_type="CAUSAL_LM")
     batch = _batch(size)
-    return {
-        # As peft by default: keys and values themselves are trained.
-        "ours": lambda: our_step(folder, adapt.PrefixTuning(length=10, hidden=None), batch),
-        "peft": lambda: peft_step(folder, config, batch),
-    }
+
+    def theirs() -> Step:
+        import peft
+
+        return peft_step(folder, peft.PrefixTuningConfig(num_virtual_tokens=10, task_type="CAUSAL_LM"), batch)
+
+    # As peft by default: keys and values themselves are trained.
+    return {"ours": lambda: our_step(folder, adapt.PrefixTuning(length=10, hidden=None), batch), "peft": theirs}
 
 
 def _mixed(folder: Path, size: Size) -> dict[str, Callable[[], Step]]:
