@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -163,18 +164,28 @@ def _by_distance(bias: DistanceBias, terms: Terms, q: Tensor, k: Tensor) -> Scor
     wide = torch.promote_types(q.dtype, torch.float32)
     if terms.q_positions is None and terms.k_positions is None:
         numbers = bias.at(torch.arange(1 - q.shape[2], k.shape[2], device=q.device), wide)
-        find, last = _lookup(_on(q, numbers)), _number(k.shape[2] - 1, q.device)
+        find, last = _by_number(_on(q, numbers)), _number(k.shape[2] - 1, q.device)
         return lambda score, b, h, i, j: score + find(h, i - j + last)
     q_positions, k_positions = terms.positions(q, k)
     lowest = int(q_positions.min() - k_positions.max())
     numbers = bias.at(torch.arange(lowest, int(q_positions.max() - k_positions.min()) + 1, device=q.device), wide)
-    find, first = _lookup(_on(q, numbers)), _number(lowest, q.device)
+    find, first = _by_number(_on(q, numbers)), _number(lowest, q.device)
     of_query, of_key = (_lookup(x if x.dim() == 2 else x[None]) for x in (q_positions, k_positions))
     return lambda score, b, h, i, j: score + find(h, of_query(b, i) - of_key(b, j) - first)
 
 
 def _on(q: Tensor, x: Tensor) -> Tensor:
     return x.detach() if q.device.type == "cpu" else x
+
+
+def _by_number(numbers: Tensor) -> Callable[..., Tensor]:
+    """`_lookup` of numbers (h, distances), in a table whose width is a power of two and part of the kernel.
+
+    A width that the kernel reads may get the name of one of its own variables with a digit behind it, which torch's
+    code for CPUs mistakes for that variable; and few widths make few kernels. Nothing reads what is added.
+    """
+    width = numbers.shape[-1]
+    return _lookup(F.pad(numbers, (0, (1 << (width - 1).bit_length()) - width)), static=True)
 
 
 def _mask_mod(terms: Terms, shape: Shape, device: torch.device) -> MaskMod | None:
@@ -203,10 +214,12 @@ def _number(x: int, device: torch.device) -> Tensor:
     return torch.full((), x, device=device)
 
 
-def _lookup(x: Tensor) -> Callable[..., Tensor]:
-    """Return x as a function of its indices; what has size 1 is the same for all."""
+def _lookup(x: Tensor, *, static: bool = False) -> Callable[..., Tensor]:
+    """Return x as a function of its indices; what has size 1 is the same for all. `static`: its sizes make a kernel."""
     used = [axis for axis, size in enumerate(x.shape) if size != 1]
     table = x.squeeze()
+    if static and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static(table)
     if not used:
         return lambda *indices: table
     return lambda *indices: table[tuple(indices[axis] for axis in used)]
