@@ -283,11 +283,7 @@ FACTS: dict[str, Callable[[Path, Size], dict[str, Any]]] = {"mixed": _mixed_fact
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, help="at least 5 for figures to publish")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = protocol.parser(__doc__, VARIANTS)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()

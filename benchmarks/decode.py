@@ -364,11 +364,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--rounds", type=int, help="at least 5 for figures to publish")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = protocol.parser(__doc__, RUNS)
     parser.add_argument(
         "--drafter", nargs="+", type=_named, default=[], help="NAME=PATH of what drafts, besides lookup"
     )

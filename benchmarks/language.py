@@ -273,12 +273,8 @@ def _peft_step(folder: Path, dtype: torch.dtype, ids: torch.Tensor) -> Callable[
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser = protocol.parser(__doc__, RUNS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows decoded together")
-    parser.add_argument("--rounds", type=int, help="at least 5 for figures to publish")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -9,6 +9,7 @@ variant's own steadiness alone, never by the ratio. A lock file keeps two benchm
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import fcntl
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,16 @@ from volvelle.files import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MAX_DRIFT = 0.15
+
+
+def parser(doc: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of benchmarks that have several parts: --quick, --only, --rounds and --threads."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="a smoke run: little work, nothing written")
+    made.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
+    made.add_argument("--rounds", type=int, help="at least 5 for figures to publish")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return made
 
 
 @dataclass

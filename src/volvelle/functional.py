@@ -44,8 +44,7 @@ from volvelle.parts.precision.loss_scale import update_loss_scale as update_loss
 from volvelle.parts.precision.master_weights import master_weight_update as master_weight_update
 from volvelle.parts.quantization.grid import dequantize_weight as dequantize_weight
 from volvelle.parts.quantization.grid import quantize_weight as quantize_weight
-from volvelle.parts.quantization.int4 import int4_linear as int4_linear
-from volvelle.parts.quantization.int8 import int8_linear as int8_linear
+from volvelle.parts.quantization.weight_only import quantized_linear as quantized_linear
 
 __all__ = [
     "alibi_bias",
@@ -66,8 +65,6 @@ __all__ = [
     "dynamic_bias",
     "grid_positions",
     "hierarchical_positions",
-    "int4_linear",
-    "int8_linear",
     "learned_positions",
     "linear_attention",
     "lora_linear",
@@ -77,6 +74,7 @@ __all__ = [
     "position_readout",
     "prefix_states",
     "quantize_weight",
+    "quantized_linear",
     "recurrent_positions",
     "rope_frequencies",
     "rouge_l",

@@ -31,16 +31,13 @@ def lora_linear(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x,), lambda: functional.lora_linear(x, layer.weight, layer.bias, layer.a, layer.b, 2.0))
 
 
-def int4_linear(dtype: torch.dtype) -> Sample:
-    layer = parts.Int4Linear.from_linear(nn.Linear(64, 16, dtype=dtype))
-    x = torch.randn(2, 3, 64, dtype=dtype)
-    return Sample(layer, (x,), lambda: functional.int4_linear(x, layer.tiles, layer.steps, layer.bias))
+def quantized_linear(kind: type) -> Callable[[torch.dtype], Sample]:
+    def sample(dtype: torch.dtype) -> Sample:
+        layer = kind.from_linear(nn.Linear(64, 16, dtype=dtype))
+        x = torch.randn(2, 3, 64, dtype=dtype)
+        return Sample(layer, (x,), lambda: functional.quantized_linear(x, layer.tiles, layer.steps, layer.bias))
 
-
-def int8_linear(dtype: torch.dtype) -> Sample:
-    layer = parts.Int8Linear.from_linear(nn.Linear(64, 16, dtype=dtype))
-    x = torch.randn(2, 3, 64, dtype=dtype)
-    return Sample(layer, (x,), lambda: functional.int8_linear(x, layer.tiles, layer.steps, layer.bias))
+    return sample
 
 
 def bottleneck_adapter(dtype: torch.dtype) -> Sample:
@@ -239,8 +236,8 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.LearnedPositions": learned_positions,
     "nn.LinearAttention": linear_attention,
     "nn.BottleneckAdapter": bottleneck_adapter,
-    "nn.Int4Linear": int4_linear,
-    "nn.Int8Linear": int8_linear,
+    "nn.Int4Linear": quantized_linear(parts.Int4Linear),
+    "nn.Int8Linear": quantized_linear(parts.Int8Linear),
     "nn.LoRALinear": lora_linear,
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,

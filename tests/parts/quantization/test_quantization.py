@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from volvelle.parts.quantization.grid import dequantize_weight, quantize_weight
-from volvelle.parts.quantization.int4 import Int4Linear, int4_linear
+from volvelle.parts.quantization.int4 import Int4Linear
 from volvelle.parts.quantization.int4_packed import PackedInt4
-from volvelle.parts.quantization.int8 import Int8Linear, int8_linear
+from volvelle.parts.quantization.int8 import Int8Linear
 from volvelle.parts.quantization.tiles import pack, pack_steps, unpack, unpack_steps
+from volvelle.parts.quantization.weight_only import quantized_linear
 
-LAYERS = {4: (Int4Linear, int4_linear), 8: (Int8Linear, int8_linear)}
+LAYERS = {4: Int4Linear, 8: Int8Linear}
+STORED = torch.ones(1, 2, 16).byte(), torch.ones(1, 1, 2, 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -65,14 +67,14 @@ def test_storage_holds_neighbours_side_by_side(bits):
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 5, 64)])
 def test_a_layer_computes_with_the_dequantised_matrix(bits, dtype, shape):
     torch.manual_seed(0)
-    kind, function = LAYERS[bits]
+    kind = LAYERS[bits]
     dense = nn.Linear(64, 32)
     layer = kind.from_linear(dense)
     x = torch.randn(shape, dtype=dtype)
     expected = x.double() @ layer.dequantized(torch.float64).T + dense.bias.double()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(layer(x), function(x, layer.tiles, layer.steps, layer.bias))
+    assert torch.equal(layer(x), quantized_linear(x, layer.tiles, layer.steps, layer.bias))
     assert layer(x).dtype is dtype
 
 
@@ -91,7 +93,7 @@ def test_torchs_own_kernel_keeps_the_grid(rows, dtype):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_reach_the_input_and_nothing_else(bits):
-    layer = LAYERS[bits][0].from_linear(nn.Linear(32, 16))
+    layer = LAYERS[bits].from_linear(nn.Linear(32, 16))
     assert not list(layer.parameters())
     x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
     layer(x).sum().backward()
@@ -123,8 +125,8 @@ def test_casts_and_state_dicts_leave_the_grid_as_it_is():
         (lambda: quantize_weight(torch.full((2, 32), torch.nan), 8), "not finite"),
         (lambda: pack(torch.ones(15, 4, dtype=torch.uint8), 4), "multiple of 16"),
         (lambda: dequantize_weight(torch.ones(4, 4), torch.ones(3, 4), None, torch.float32), "in / group, out"),
-        (lambda: int4_linear(torch.ones(3), torch.ones(1, 2, 16).byte(), torch.ones(1, 1, 2, 16)), "int4_linear: "),
-        (lambda: int8_linear(torch.ones(4), torch.ones(1, 2, 8).byte(), torch.ones(1, 1, 1, 16)), "int8_linear: "),
+        (lambda: quantized_linear(torch.ones(3), *STORED), "quantized_linear: "),
+        (lambda: quantized_linear(torch.ones(4), torch.ones(1, 2, 8).byte(), STORED[1]), "quantized_linear: "),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(call, says):

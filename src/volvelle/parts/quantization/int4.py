@@ -10,34 +10,11 @@ Shapes: x (..., in), tiles (out / 16, in / 2, 16) uint8, steps (out / 16, in / g
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from volvelle.export import export
-from volvelle.parts.quantization.tiles import stored
-from volvelle.parts.quantization.weight_only import WeightOnlyLinear
+from volvelle.parts.quantization.weight_only import WeightOnlyLinear, quantized_linear
 
 
-@export("functional.int4_linear")
-def int4_linear(x: Tensor, tiles: Tensor, steps: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + bias for a matrix of 4 bits, dequantised in fp32 and rounded once to x's dtype.
-
-    x (..., in) of any floating dtype; tiles (out / 16, in / 2, 16) uint8 and steps (out / 16, in / group, 2, 16) as
-    `tiles.pack` and `tiles.pack_steps` store codes, scales and offsets. Differentiable with respect to x and bias.
-    Raises ValueError when the shapes do not fit.
-
-    >>> import torch
-    >>> from volvelle.parts.quantization.grid import quantize_weight
-    >>> from volvelle.parts.quantization.tiles import pack, pack_steps
-    >>> codes, scale, offset = quantize_weight(torch.arange(32.0).view(16, 2), 4, group=2)
-    >>> int4_linear(torch.tensor([1.0, 0.0]), pack(codes, 4), pack_steps(scale, offset))[:3]
-    tensor([0., 2., 4.])
-    """
-    weight = stored("int4_linear", x, tiles, steps)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-@export("nn.Int4Linear", twin=int4_linear)
+@export("nn.Int4Linear", twin=quantized_linear)
 class Int4Linear(WeightOnlyLinear):
     """A linear layer with weights of 4 bits; from a `Grid`, or lossily with `from_linear`.
 
@@ -48,7 +25,3 @@ class Int4Linear(WeightOnlyLinear):
     """
 
     bits = 4
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in) to (..., out)."""
-        return int4_linear(x, self.tiles, self.steps, self.bias)

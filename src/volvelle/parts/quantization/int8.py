@@ -10,34 +10,11 @@ Shapes: x (..., in), tiles (out / 16, in / 2, 16, 2) int8, steps (out / 16, in /
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from volvelle.export import export
-from volvelle.parts.quantization.tiles import stored
-from volvelle.parts.quantization.weight_only import WeightOnlyLinear
+from volvelle.parts.quantization.weight_only import WeightOnlyLinear, quantized_linear
 
 
-@export("functional.int8_linear")
-def int8_linear(x: Tensor, tiles: Tensor, steps: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + bias for a matrix of 8 bits, dequantised in fp32 and rounded once to x's dtype.
-
-    x (..., in) of any floating dtype; tiles (out / 16, in / 2, 16, 2) int8 and steps (out / 16, in / group, 1, 16) as
-    `tiles.pack` and `tiles.pack_steps` store codes and scales. Differentiable with respect to x and bias. Raises
-    ValueError when the shapes do not fit.
-
-    >>> import torch
-    >>> from volvelle.parts.quantization.grid import quantize_weight
-    >>> from volvelle.parts.quantization.tiles import pack, pack_steps
-    >>> codes, scale, offset = quantize_weight(torch.eye(16), 8, group=16)
-    >>> int8_linear(torch.arange(16.0), pack(codes, 8), pack_steps(scale, offset))[5]
-    tensor(4.9997)
-    """
-    weight = stored("int8_linear", x, tiles, steps)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-@export("nn.Int8Linear", twin=int8_linear)
+@export("nn.Int8Linear", twin=quantized_linear)
 class Int8Linear(WeightOnlyLinear):
     """A linear layer with weights of 8 bits; from a `Grid`, or lossily with `from_linear`.
 
@@ -48,7 +25,3 @@ class Int8Linear(WeightOnlyLinear):
     """
 
     bits = 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in) to (..., out)."""
-        return int8_linear(x, self.tiles, self.steps, self.bias)

@@ -1,15 +1,40 @@
-"""What linear layers with quantised weights share: their storage, which follows a move and never a cast."""
+"""A linear layer whose weights are codes on a grid, 4 bits each (int4.py) or 8 (int8.py).
+
+    y = x Wᵀ + bias,    w = scale · code + offset
+
+The storage (tiles.py) tells the bits, and follows a move but never a cast.
+
+Shapes: x (..., in); of 4 bits tiles (out / 16, in / 2, 16) uint8, of 8 (out / 16, in / 2, 16, 2) int8; steps
+(out / 16, in / group, 1 or 2, 16) fp16, 1 where there are no offsets; result (..., out).
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from volvelle.export import export
 from volvelle.parts.position.encoding import moved
 from volvelle.parts.quantization.grid import GROUP, Grid, dequantize_weight, quantize_weight
-from volvelle.parts.quantization.tiles import pack, pack_steps, unpack, unpack_steps
+from volvelle.parts.quantization.tiles import pack, pack_steps, stored, unpack, unpack_steps
+
+
+@export("functional.quantized_linear")
+def quantized_linear(x: Tensor, tiles: Tensor, steps: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ + bias for a matrix of 4 or 8 bits, dequantised in fp32 and rounded once to x's dtype.
+
+    x (..., in) of any floating dtype; tiles and steps as `tiles.pack` and `tiles.pack_steps` store codes, scales and
+    offsets. Differentiable with respect to x and bias. Raises ValueError when the shapes do not fit.
+
+    >>> codes, scale, offset = quantize_weight(torch.arange(32.0).view(16, 2), 4, group=2)
+    >>> quantized_linear(torch.tensor([1.0, 0.0]), pack(codes, 4), pack_steps(scale, offset))[:3]
+    tensor([0., 2., 4.])
+    """
+    weight = stored("quantized_linear", x, tiles, steps)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class WeightOnlyLinear(nn.Module):
@@ -49,6 +74,10 @@ class WeightOnlyLinear(nn.Module):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in `dtype`, made anew."""
         return dequantize_weight(*self.grid, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to (..., out)."""
+        return quantized_linear(x, self.tiles, self.steps, self.bias)
 
     def _apply(self, fn, recurse: bool = True):
         # A cast would round the scales, and a grid with other scales is another matrix.
