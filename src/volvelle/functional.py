@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import attention as attention
 from volvelle.parts.attention.linear import linear_attention as linear_attention
+from volvelle.parts.convolution.atrous import atrous_conv1d as atrous_conv1d
+from volvelle.parts.convolution.atrous import atrous_conv2d as atrous_conv2d
+from volvelle.parts.convolution.boundary_refinement import boundary_refinement as boundary_refinement
+from volvelle.parts.convolution.causal import causal_conv1d as causal_conv1d
+from volvelle.parts.convolution.global_convolution import global_convolution as global_convolution
 from volvelle.parts.lowrank.bottleneck import bottleneck_adapter as bottleneck_adapter
 from volvelle.parts.lowrank.dora import dora_linear as dora_linear
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
@@ -52,9 +57,13 @@ __all__ = [
     "apply_axial_rope",
     "apply_mrope",
     "apply_rope",
+    "atrous_conv1d",
+    "atrous_conv2d",
     "attention",
     "axial_positions",
     "bottleneck_adapter",
+    "boundary_refinement",
+    "causal_conv1d",
     "complex_positions",
     "conv_positions",
     "convert_rope_layout",
@@ -63,6 +72,7 @@ __all__ = [
     "disentangled_bias",
     "dora_linear",
     "dynamic_bias",
+    "global_convolution",
     "grid_positions",
     "hierarchical_positions",
     "learned_positions",

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from volvelle.parts.attention.attention import Attention as Attention
 from volvelle.parts.attention.linear import LinearAttention as LinearAttention
+from volvelle.parts.convolution.atrous import AtrousConv1d as AtrousConv1d
+from volvelle.parts.convolution.atrous import AtrousConv2d as AtrousConv2d
+from volvelle.parts.convolution.boundary_refinement import BoundaryRefinement as BoundaryRefinement
+from volvelle.parts.convolution.causal import CausalConv1d as CausalConv1d
+from volvelle.parts.convolution.global_convolution import GlobalConvolution as GlobalConvolution
 from volvelle.parts.lowrank.bottleneck import BottleneckAdapter as BottleneckAdapter
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
 from volvelle.parts.lowrank.prefix import PrefixStates as PrefixStates
@@ -34,14 +39,19 @@ from volvelle.parts.quantization.int8 import Int8Linear as Int8Linear
 
 __all__ = [
     "ALiBi",
+    "AtrousConv1d",
+    "AtrousConv2d",
     "Attention",
     "AxialPositions",
     "AxialRotaryEmbedding",
     "BottleneckAdapter",
+    "BoundaryRefinement",
+    "CausalConv1d",
     "ComplexPositions",
     "ConvPositions",
     "DisentangledBias",
     "DynamicBias",
+    "GlobalConvolution",
     "HierarchicalPositions",
     "Int4Linear",
     "Int8Linear",

@@ -6,10 +6,12 @@ weights that are not at their initial zeros, more than one batch row, and sizes 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import volvelle.functional as functional
@@ -223,15 +225,51 @@ def multimodal_rotary_embedding(dtype: torch.dtype) -> Sample:
     return Sample(layer, (q, k, positions), lambda: functional.apply_mrope(q, k, positions, **options))
 
 
+def convolution(kind: str, axes: int, **options: Any) -> Callable[[torch.dtype], Sample]:
+    """A convolution of three channels to four that has its options both as a Module and as a function."""
+
+    def sample(dtype: torch.dtype) -> Sample:
+        layer = getattr(parts, kind)(3, 4, 3, **options).to(dtype)
+        x = torch.randn(2, 3, *(7, 10)[:axes], dtype=dtype)
+        function = getattr(functional, FUNCTIONS[kind])
+        return Sample(layer, (x,), lambda: function(x, layer.weight, layer.bias, **options))
+
+    return sample
+
+
+FUNCTIONS = {"AtrousConv1d": "atrous_conv1d", "AtrousConv2d": "atrous_conv2d", "CausalConv1d": "causal_conv1d"}
+
+
+def boundary_refinement(dtype: torch.dtype) -> Sample:
+    layer, scores = parts.BoundaryRefinement(3).to(dtype), torch.randn(2, 3, 5, 7, dtype=dtype)
+    convolutions = [functools.partial(F.conv2d, weight=c.weight, bias=c.bias, padding=1) for c in layer.children()]
+    return Sample(layer, (scores,), lambda: functional.boundary_refinement(scores, *convolutions))
+
+
+def global_convolution(dtype: torch.dtype) -> Sample:
+    layer, x = parts.GlobalConvolution(3, 4, 5).to(dtype), torch.randn(2, 3, 6, 7, dtype=dtype)
+    convolutions = [
+        functools.partial(F.conv2d, weight=c.weight, bias=c.bias, padding=c.padding) for c in layer.children()
+    ]
+    return Sample(
+        layer, (x,), lambda: functional.global_convolution(x, tuple(convolutions[:2]), tuple(convolutions[2:]))
+    )
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.ALiBi": alibi,
     "nn.Attention": attention,
+    "nn.AtrousConv1d": convolution("AtrousConv1d", 1, stride=2, dilation=2),
+    "nn.AtrousConv2d": convolution("AtrousConv2d", 2, stride=(1, 2), dilation=2),
     "nn.AxialPositions": axial_positions,
     "nn.AxialRotaryEmbedding": axial_rotary_embedding,
+    "nn.BoundaryRefinement": boundary_refinement,
+    "nn.CausalConv1d": convolution("CausalConv1d", 1, dilation=3),
     "nn.ComplexPositions": complex_positions,
     "nn.ConvPositions": conv_positions,
     "nn.DisentangledBias": disentangled_bias,
     "nn.DynamicBias": dynamic_bias,
+    "nn.GlobalConvolution": global_convolution,
     "nn.HierarchicalPositions": hierarchical_positions,
     "nn.LearnedPositions": learned_positions,
     "nn.LinearAttention": linear_attention,
