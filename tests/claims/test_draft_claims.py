@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_measures_what_it_says(claim, small):
     assert found.verdict in ("held", "not held")
     assert len({finding.what for finding in found.findings}) == len(found.findings)
     assert all(finding.value == finding.value for finding in found.findings)
-    [equal] = [f for f in found.findings if f.what.startswith("fp32 answers that differ")]
+    [equal] = [f for f in found.findings if "answers that differ from plain ones in fp32" in f.what]
     assert equal.value == 0
     assert equal.held
     bounds = [f for f in found.findings if "speed-up" in f.what and f.bound]
@@ -67,9 +69,14 @@ def test_acceptance_is_that_of_tokens_behind_kept_ones():
     found = Compared(
         [1.0, 3.0], [answer([1, 2]), answer([1])], [answer([1, 2], (4, 4), (2, 1)), answer([5], (2,), (1,))]
     )
+    found.drafted[0] = dataclasses.replace(found.drafted[0], near_ties=3)
     assert found.acceptance == pytest.approx((2 + 1 + 1) / (4 + 2 + 2))
-    assert found.kept == pytest.approx(4 / 6)
+    assert found.kept == pytest.approx([3 / 6, 1 / 4])
+    assert found.kept_a_draft == pytest.approx(4 / 6)
     assert found.differing == 1
+    assert found.per_step == pytest.approx(1 / 6)
+    assert found.plain_seconds == pytest.approx(2 * (1.0 - 0.1))
+    assert found.near_ties == 3
     assert found.speed_up == 2.0
     assert found.spread == (1.0, 3.0)
 
@@ -85,9 +92,9 @@ def test_a_drafter_that_changes_answers_is_found(small, monkeypatch):
         return real(*words, drafter=drafter, **options, **({} if drafter is None else {"acceptance": Shifted()}))
 
     drafter = PromptLookup(n=1, k=3)
-    assert small.identical(drafter, 12, ["a", "b"]).held
+    assert small.identical("lookup", drafter, 12, ["a", "b"]).held
     monkeypatch.setattr(decode_runs, "generate", wrong)
-    assert not small.identical(drafter, 12, ["a", "b"]).held
+    assert not small.identical("lookup", drafter, 12, ["a", "b"]).held
 
 
 def test_fixed_lengths_and_their_times():

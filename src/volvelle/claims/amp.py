@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least, at_most
+from volvelle.processor import flags
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,8 @@ CLAIM = Claim(
 )
 
 LENGTH, BATCH = 128, 16
+SIXTEEN_BITS = {"amx_bf16", "amx_fp16", "avx512_bf16", "avx512_fp16"}
+"""Instructions for products in bf16 and fp16."""
 
 
 def measure(budget: Budget) -> Measurement:
@@ -327,7 +330,7 @@ def _speed(rounds: int, rows: int) -> tuple[list[Finding], list[str]]:
             _loss(model, batch, dtype).backward()
             if number:
                 seconds[kind].append(time.perf_counter() - began)
-    has = sixteen_bits()
+    has = flags() & SIXTEEN_BITS
     quiet = os.getloadavg()[0] <= (os.cpu_count() or 1)
     findings = []
     for kind in ("bf16", "fp16"):
@@ -343,16 +346,6 @@ def _speed(rounds: int, rows: int) -> tuple[list[Finding], list[str]]:
     notes = [f"instructions for 16-bit products here: {', '.join(sorted(has)) or 'none'}; bf16 is judged with amx_bf16"]
     notes += [] if quiet else ["the machine was busy: times are reported, not judged"]
     return findings, notes
-
-
-def sixteen_bits() -> set[str]:
-    """The processor's instructions for products in bf16 and fp16 (Linux)."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        return set()
-    return {"amx_bf16", "amx_fp16", "avx512_bf16", "avx512_fp16"} & set(flags)
 
 
 def _formats() -> tuple[list[Finding], str]:

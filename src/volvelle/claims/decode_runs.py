@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 
-from volvelle.claims.amp import sixteen_bits
 from volvelle.claims.claim import Finding, at_most
-from volvelle.claims.draft_runs import step_costs
-from volvelle.decode.contract import Drafted, Drafter, Pacing, Policy
+from volvelle.decode.contract import ALWAYS, Drafted, Drafter, Pacing, Policy
 from volvelle.decode.cost import CostCurve, DraftCost, measured_improvement, walltime_improvement
 from volvelle.decode.generation import generate
-from volvelle.decode.policy import Adaptive
 from volvelle.decode.request import Generation
+from volvelle.processor import bf16_flags
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.load import load_language_model
 
 WIDTHS = (2, 3, 4, 5, 6, 8, 12, 16)
+WARM_UP = 24
+"""Tokens that are written before any is timed: kernels are prepared for the widths of steps here."""
 
 
 class Fixed(Policy, Pacing):
@@ -49,7 +51,7 @@ class Fixed(Policy, Pacing):
 
 @dataclass
 class Compared:
-    """Plain and drafted answers to the same prompts; of each prompt the median ratio of their rates."""
+    """Plain and drafted answers to the same prompts; of each round the ratio of the times that they took."""
 
     ratios: list[float]
     plain: list[Generation]
@@ -57,18 +59,28 @@ class Compared:
 
     @property
     def speed_up(self) -> float:
-        """Mean over the prompts."""
-        return statistics.mean(self.ratios)
+        """The median round's."""
+        return statistics.median(self.ratios)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Least and largest of the prompts."""
+        """Least and largest of the rounds."""
         return min(self.ratios), max(self.ratios)
+
+    @property
+    def plain_seconds(self) -> float:
+        """Seconds a token of plain decoding."""
+        return _writing(self.plain) / sum(len(answer.tokens) - 1 for answer in self.plain)
 
     @property
     def differing(self) -> int:
         """Answers that are not, token for token, those of plain decoding."""
         return sum(ours.tokens != theirs.tokens for ours, theirs in zip(self.drafted, self.plain, strict=True))
+
+    @property
+    def near_ties(self) -> int:
+        """Tokens that were ahead of the next best by less than what the width of a step changes."""
+        return sum(answer.near_ties or 0 for answer in self.drafted)
 
     @property
     def acceptance(self) -> float:
@@ -82,10 +94,91 @@ class Compared:
         return kept / tried if tried else 0.0
 
     @property
-    def kept(self) -> float:
+    def kept(self) -> list[float]:
+        """Of each place behind the newest token the share of its drafts that was kept."""
+        proposed = map(sum, zip_longest(*(answer.proposed for answer in self.drafted), fillvalue=0))
+        accepted = map(sum, zip_longest(*(answer.accepted for answer in self.drafted), fillvalue=0))
+        return [a / p for a, p in zip_longest(accepted, proposed, fillvalue=0) if p]
+
+    @property
+    def kept_a_draft(self) -> float:
         """Draft tokens kept a step that had a draft."""
         steps = sum(answer.proposed[0] for answer in self.drafted if answer.proposed)
         return sum(sum(answer.accepted) for answer in self.drafted) / steps if steps else 0.0
+
+    @property
+    def per_step(self) -> float:
+        """Tokens gained by a step behind the prompt's, with a draft or without."""
+        return sum(len(answer.tokens) - 1 for answer in self.drafted) / sum(answer.steps - 1 for answer in self.drafted)
+
+
+def compare(
+    model: Decoder,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    policy: Policy = ALWAYS,
+    max_tokens: int,
+    rounds: int,
+) -> Compared:
+    """Answer every prompt plainly and with drafts, turn about, `rounds` times, behind a short warm-up.
+
+    Answers end at their length alone; those of the last round are kept.
+    """
+
+    def answer(prompt: Sequence[int], drafter: Drafter | None, tokens: int = max_tokens) -> Generation:
+        return generate(model, prompt, max_tokens=tokens, eos_ids=(), drafter=drafter, policy=policy)
+
+    for helper in (None, drafter):
+        answer(prompts[0], helper, min(max_tokens, WARM_UP))
+    turns = [[(answer(prompt, None), answer(prompt, drafter)) for prompt in prompts] for _ in range(rounds)]
+    ratios = [_writing(plain for plain, _ in turn) / _writing(drafted for _, drafted in turn) for turn in turns]
+    return Compared(ratios, [plain for plain, _ in turns[-1]], [drafted for _, drafted in turns[-1]])
+
+
+def _writing(answers: Iterable[Generation]) -> float:
+    """Seconds behind the prompts."""
+    return sum(answer.seconds - answer.prompt_seconds for answer in answers)
+
+
+@torch.inference_mode()
+def step_costs(model: Decoder, widths: Sequence[int], *, length: int = 96, rounds: int = 7) -> dict[int, float]:
+    """The time of a step of n tokens over that of one, over a cache of `length` tokens: medians of rounds in turn."""
+    cache = model.new_cache(1, length + max(widths))
+    model.hidden(torch.ones(1, length, dtype=torch.long), cache=cache)
+    cache.commit()
+    seconds: dict[int, list[float]] = {n: [] for n in (1, *widths)}
+    for number in range(rounds + 1):
+        for n, found in seconds.items():
+            begun = time.perf_counter()
+            model.logits(model.hidden(torch.ones(1, n, dtype=torch.long), cache=cache)).argmax(-1)
+            if number:
+                found.append(time.perf_counter() - begun)
+    medians = {n: statistics.median(found) for n, found in seconds.items()}
+    return {n: medians[n] / medians[1] for n in widths}
+
+
+def step_cost(n: int, ratio: float) -> Finding:
+    """A point of the cost curve as a figure."""
+    return Finding(f"time of a step of {n} tokens over one of 1", ratio, "x")
+
+
+def decoding_findings(name: str, found: Compared, cost: float, k: int) -> list[Finding]:
+    """Acceptance and speed, beside what a step of k drafted tokens allows, which costs `cost` plain ones."""
+    most = found.per_step / cost
+    return [
+        Finding(f"{name}: tokens gained by a step", found.per_step),
+        *(Finding(f"{name}: drafts kept at place {d}", share) for d, share in enumerate(found.kept[:4], 1)),
+        step_cost(1 + k, cost),
+        Finding(f"{name}: speed-up over plain decoding", found.speed_up, "x", spread=found.spread),
+        Finding(f"{name}: the most that acceptance and step cost allow, if drafts cost nothing", most, "x"),
+    ]
+
+
+def same_answers(name: str, found: Compared, dtype: str) -> Finding:
+    """Greedy answers that differ from those of plain decoding: none may."""
+    what = f"{name}: greedy answers that differ from plain ones in {dtype}, of {len(found.plain)}"
+    return at_most(what, found.differing, 0)
 
 
 @dataclass
@@ -100,23 +193,12 @@ class DraftBench:
 
     def compare(self, drafter: Drafter, policy: Policy, names: Sequence[str] | None = None) -> Compared:
         """Decode the named prompts (default: all) plainly and with drafts, turn about."""
-        found = Compared([], [], [])
-        for name in self.prompts if names is None else names:
-            rates = []
-            for _ in range(self.rounds):
-                plain, drafted = self.answer(name), self.answer(name, drafter, policy)
-                rates.append(drafted.tokens_per_second / plain.tokens_per_second)
-            found.ratios.append(statistics.median(rates))
-            found.plain.append(plain)
-            found.drafted.append(drafted)
-        return found
+        asked = self.named(self.prompts if names is None else names)
+        return compare(self.model, drafter, asked, policy=policy, max_tokens=self.tokens, rounds=self.rounds)
 
-    def answer(self, name: str, drafter: Drafter | None = None, policy: Policy | None = None) -> Generation:
-        """One answer, without an end but its length."""
-        return generate(
-            self.model, self.prompts[name], max_tokens=self.tokens, eos_ids=(), drafter=drafter,
-            policy=Adaptive() if policy is None else policy,
-        )  # fmt: skip
+    def named(self, names: Iterable[str]) -> list[Sequence[int]]:
+        """These prompts."""
+        return [self.prompts[name] for name in names]
 
     @functools.cached_property
     def curve(self) -> dict[int, float]:
@@ -124,21 +206,20 @@ class DraftBench:
         length = max(map(len, self.prompts.values()))
         return {1: 1.0, **step_costs(self.model, WIDTHS, length=length + self.tokens // 2, rounds=2 * self.rounds + 3)}
 
-    def identical(self, drafter: Drafter, tokens: int, names: Sequence[str]) -> Finding:
+    def identical(self, who: str, drafter: Drafter, tokens: int, names: Sequence[str]) -> Finding:
         """How many fp32 answers with drafts are not those of plain decoding."""
-        model = self.model if self.model.dtype == torch.float32 else load_language_model("smollm2", dtype=torch.float32)
-        assert isinstance(model, Decoder)
-        bench = DraftBench(model, self.prompts, tokens, 1)
-        different = bench.compare(drafter, Fixed(6), names).differing
-        return at_most(f"fp32 answers that differ from plain ones, of {len(names)}", different, 0)
+        model = in_fp32(self.model)
+        found = compare(model, drafter, self.named(names), policy=Fixed(6), max_tokens=tokens, rounds=1)
+        return same_answers(who, found, "fp32")
 
-    def judged(self, who: str, found: Compared, k: int, draft: float) -> list[Finding]:
+    def judged(self, who: str, found: Compared, fixed: Fixed) -> list[Finding]:
         """Acceptance, what a draft costs (in plain steps), and the bounds; each by the formula and by the curve."""
-        a = found.acceptance
-        bound = measured_improvement(found.kept, k, self.widths(k), draft)
+        a, k = found.acceptance, fixed.k
+        draft = (fixed.drafts.seconds(k, 1) or 0.0) / found.plain_seconds
+        bound = measured_improvement(found.kept_a_draft, k, self.widths(k), draft)
         return [
             Finding(f"{who}: drafted tokens kept, of those behind kept ones", a, "of 1"),
-            Finding(f"{who}: draft tokens kept a step of k = {k}", found.kept, "tokens"),
+            Finding(f"{who}: draft tokens kept a step of k = {k}", found.kept_a_draft, "tokens"),
             Finding(f"{who}: cost of a draft of {k}", draft, "plain steps"),
             Finding(f"{who}: (1 - a^(k+1)) / ((1 - a)(kc + 1))", walltime_improvement(a, k, draft / k), "x"),
             Finding(f"{who}: the bound with the measured cost curve", bound, "x"),
@@ -154,19 +235,32 @@ class DraftBench:
 
     def curve_findings(self) -> list[Finding]:
         """The cost curve as figures."""
-        return [Finding(f"time of a step of {n} tokens over one of 1", self.curve[n], "x") for n in (2, 4, 8, 16)]
+        return [step_cost(n, self.curve[n]) for n in (2, 4, 8, 16)]
 
 
-def open_bench(prompts: Mapping[str, str], tokens: int, rounds: int) -> DraftBench:
-    """SmolLM2 in bf16 where the processor multiplies it, else fp32, and chat prompts.
+def smollm2(dtype: torch.dtype | None = None) -> Decoder:
+    """SmolLM2; None: in bf16 where the processor multiplies it, else in fp32.
 
-    Raises VolvelleError when the model cannot be had.
+    Raises VolvelleError when it cannot be had.
     """
-    dtype = torch.bfloat16 if sixteen_bits() & {"amx_bf16", "avx512_bf16"} else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if bf16_flags() else torch.float32
     model = load_language_model("smollm2", dtype=dtype)
     assert isinstance(model, Decoder)  # smollm2 is one, with a tokenizer
     assert model.tokenizer is not None
+    return model
+
+
+def in_fp32(model: Decoder) -> Decoder:
+    """SmolLM2 in fp32: `model` itself where it is."""
+    return model if model.dtype == torch.float32 else smollm2(torch.float32)
+
+
+def open_bench(prompts: Mapping[str, str], tokens: int, rounds: int) -> DraftBench:
+    """SmolLM2 and chat prompts; raises VolvelleError when the model cannot be had."""
+    model = smollm2()
+    assert model.tokenizer is not None
     ids = {name: model.tokenizer.chat_ids([{"role": "user", "content": text}]) for name, text in prompts.items()}
-    setting = {"model": "smollm2", "dtype": str(dtype), "tokens": tokens, "prompts": len(prompts), "rounds": rounds,
-               "threads": torch.get_num_threads(), "batch": 1}  # fmt: skip
+    setting = {"model": "smollm2", "dtype": str(model.dtype), "tokens": tokens, "prompts": len(prompts),
+               "rounds": rounds, "threads": torch.get_num_threads(), "batch": 1}  # fmt: skip
     return DraftBench(model, ids, tokens, rounds, setting)

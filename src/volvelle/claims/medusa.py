@@ -44,38 +44,37 @@ def measure(budget: Budget) -> Measurement:
     """Train heads on the model's own answers, and decode with them."""
     import torch
 
-    from volvelle.claims.draft_runs import best_k, decode_in_turn, decoding_findings, same_answers, step_costs
+    from volvelle.claims.decode_runs import compare, decoding_findings, in_fp32, same_answers, smollm2, step_costs
+    from volvelle.decode.cost import measured_improvement
     from volvelle.decode.drafters.medusa import Medusa
     from volvelle.decode.trees import expected_length, grow
     from volvelle.errors import VolvelleError
-    from volvelle.systems.language.load import load_language_model
 
     size = SIZES[budget]
-    bf16 = torch.cpu._is_avx512_bf16_supported()
     try:
-        model: Any = load_language_model("smollm2", dtype=torch.bfloat16 if bf16 else torch.float32)
+        model = smollm2()
         prompts, asked = ask(model, size)
     except VolvelleError as error:
         return Measurement(unmeasurable=f"SmolLM2 or the data cannot be had: {error}")
-    heads, held = train(model, prompts, size, "bf16" if bf16 else "fp32")
+    dtype = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    heads, held = train(model, prompts, size, dtype)
     heads = heads.to(model.dtype)
     assert heads.acceptance is not None
     table = heads.acceptance.tolist()
     costs = step_costs(model, [1 + k for k in NODES])
-    k = best_k({k: expected_length(grow(table, k), table) for k in NODES}, costs)
-    turn = {"max_tokens": size["tokens"], "rounds": size["rounds"]}
-    found = decode_in_turn(model, Medusa(heads, k=k), asked, **turn)
-    wide: Any = load_language_model("smollm2", dtype=torch.float32) if bf16 else model
-    exact = decode_in_turn(wide, Medusa(heads.float(), k=k), asked[:3], max_tokens=size["tokens"], rounds=1)
+    lengths = {k: expected_length(grow(table, k), table) for k in NODES}
+    k = max(NODES, key=lambda k: measured_improvement(lengths[k], k, costs, 0.0))
+    tokens = size["tokens"]
+    found = compare(model, Medusa(heads, k=k), asked, max_tokens=tokens, rounds=size["rounds"])
+    exact = compare(in_fp32(model), Medusa(heads.float(), k=k), asked[:3], max_tokens=tokens, rounds=1)
     findings = [
         *(Finding(f"held-out accuracy of head {i}", held[f"token_{i + 1}_accuracy"]) for i in range(1, HEADS + 1)),
         *decoding_findings("medusa", found, costs[1 + k], k),
         same_answers("medusa", exact, "fp32"),
-        at_least("medusa: speed-up that the paper found", found.speedup, 2.2, "x"),
+        at_least("medusa: speed-up that the paper found", found.speed_up, 2.2, "x"),
     ]
-    dtype = "bf16" if bf16 else "fp32"
     notes = [
-        f"{found.flips} of {found.answers} answers differ in {dtype}, where {found.near_ties} choices were near ties",
+        f"{found.differing} of {len(asked)} answers differ in {dtype}, where {found.near_ties} choices were near ties",
         "the paper's heads are trained for hours on 60,000 conversations, for models of 7B and more",
     ]
     setting = {**size, "heads": HEADS, "tree nodes": k, "dtype": dtype, "threads": torch.get_num_threads(),

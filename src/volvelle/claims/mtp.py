@@ -157,21 +157,21 @@ def decoding(kind: str, both: Any, held: Tensor) -> list[Finding]:
     """Answers to beginnings of held-out text, with drafts by the modules and without."""
     import copy
 
-    from volvelle.claims.draft_runs import decode_in_turn, decoding_findings, same_answers, step_costs
+    from volvelle.claims.decode_runs import compare, decoding_findings, same_answers, step_costs
     from volvelle.decode.drafters.mtp import MTP
 
     model, k = both.model.eval(), both.mtp.depths
     stride = len(held) // (ANSWERS + 1)
     prompts = [held[i * stride : i * stride + PROMPT].tolist() for i in range(1, ANSWERS + 1)]
-    turn = {"max_tokens": LENGTH - PROMPT - k, "rounds": 3}
+    tokens = LENGTH - PROMPT - k
     costs = step_costs(model, [1 + k], length=PROMPT)
-    found = decode_in_turn(model, MTP(both.mtp.eval(), k=k), prompts, **turn)
+    found = compare(model, MTP(both.mtp.eval(), k=k), prompts, max_tokens=tokens, rounds=3)
     wide = copy.deepcopy(both).double()  # where widths make no difference
-    exact = decode_in_turn(wide.model, MTP(wide.mtp, k=k), prompts, max_tokens=turn["max_tokens"], rounds=1)
+    exact = compare(wide.model, MTP(wide.mtp, k=k), prompts, max_tokens=tokens, rounds=1)
     return [
         *decoding_findings(kind, found, costs[1 + k], k),
         same_answers(kind, exact, "fp64"),
-        at_least(f"{kind}: speed-up of decoding", found.speedup, 1.0, "x"),
+        at_least(f"{kind}: speed-up of decoding", found.speed_up, 1.0, "x"),
     ]
 
 

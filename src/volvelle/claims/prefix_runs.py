@@ -20,6 +20,7 @@ from volvelle.data.countries import ATTRIBUTION, Country, country_examples, is_h
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus, Example
 from volvelle.data.tokens import collate, encode_corpus
+from volvelle.processor import bf16_flags
 from volvelle.systems.language.load import load_language_model
 from volvelle.train.language import completion_loss, held_out_loss
 from volvelle.train.precision import Precision
@@ -177,7 +178,7 @@ def open_bench(budget: Budget) -> Bench:
         rates=RATES[:2] if quick else RATES,
         steps=8 if quick else 40,
         held=held,
-        precision="bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32",
+        precision="bf16" if bf16_flags() else "fp32",
     )
 
 

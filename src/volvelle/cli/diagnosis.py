@@ -16,6 +16,7 @@ from typing import Literal
 import volvelle
 from volvelle import hub
 from volvelle.hub.progress import megabytes
+from volvelle.processor import BF16, flags
 
 EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
@@ -77,13 +78,12 @@ def processor() -> Iterator[Check]:
         yield Check("threads", "warn", found, f"half of the machine idles: export OMP_NUM_THREADS={best}")
     else:
         yield Check("threads", "ok", found)
-    flags = cpu_flags()
-    names = [name for flag, name in CPU_FLAGS.items() if flag in flags]
-    if not flags:
+    found = flags()
+    names = [name for flag, name in CPU_FLAGS.items() if flag in found]
+    if not found:
         yield Check("cpu", "ok", f"{platform.machine()}, instruction sets unknown on {platform.system()}")
     else:
-        fast = "amx_bf16" in flags or "avx512_bf16" in flags
-        note = "bf16 in hardware" if fast else "no bf16 in hardware: fp32 is the faster precision here"
+        note = "bf16 in hardware" if found & BF16 else "no bf16 in hardware: fp32 is the faster precision here"
         yield Check("cpu", "ok", f"{platform.machine()}, {' '.join(names) or 'no AVX2'}; {note}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -192,12 +192,3 @@ def free_memory(root: Path = CGROUP) -> int | None:
         return room if available is None else min(available, room)
     except (OSError, ValueError, StopIteration):
         return available
-
-
-def cpu_flags() -> set[str]:
-    """Return the instruction-set flags of the first processor in /proc/cpuinfo; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())

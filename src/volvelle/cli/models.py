@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from volvelle.cli.console import DownloadReport, say
+from volvelle.processor import bf16_flags
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +66,9 @@ def choose_dtype(precision: Precision) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "the GPU multiplies it in hardware"
         return torch.float32, "the GPU has no bf16"
-    from volvelle.cli.diagnosis import cpu_flags
-
-    flags = cpu_flags() & {"amx_bf16", "avx512_bf16"}
-    if flags:
-        return torch.bfloat16, f"the processor has {' and '.join(sorted(flags))}"
+    found = bf16_flags()
+    if found:
+        return torch.bfloat16, f"the processor has {' and '.join(sorted(found))}"
     return torch.float32, "the processor has no bf16 instructions"
 
 

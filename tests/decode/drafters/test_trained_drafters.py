@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from scipy.stats import chisquare
+from tests.decode.helpers import bart
 
 from volvelle.decode import Sampling, generate, generate_batch
 from volvelle.decode.contract import ALWAYS, Drafter
@@ -295,6 +296,9 @@ def test_what_does_not_fit_is_refused(exact_model, model, five):
         generate(model, [1], max_tokens=2, drafter=Medusa(heads))
     with pytest.raises(VolvelleError, match="width 32, the model of 16"):
         generate(five, [1], max_tokens=2, drafter=MTP(modules_of(exact_model, "sequential")))
+    for drafter in (Medusa(heads), MTP(modules_of(exact_model, "sequential"))):
+        with pytest.raises(VolvelleError, match="are for a decoder, not for an encoder-decoder"):
+            generate(bart(), [1], max_tokens=2, drafter=drafter)
     with pytest.raises(UsageError, match="asks for 4 heads"):
         Medusa(heads, tree=chain(4))
     with pytest.raises(UsageError, match="at most as many tokens"):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting, Seen
+from volvelle.decode.drafters.fit import check_fit
 from volvelle.decode.request import distributions
 from volvelle.decode.trees import RankAcceptance, Tree
-from volvelle.errors import UsageError, VolvelleError
+from volvelle.errors import UsageError
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.draft_head import DraftHeads
 from volvelle.systems.language.medusa import MedusaHeads
@@ -65,30 +66,13 @@ class Medusa(Drafter):
 
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> MedusaDrafting:
         """Make ready for one run; raises VolvelleError where the heads do not fit the model."""
-        if not isinstance(writer, Decoder):
-            raise VolvelleError("medusa: the heads are for a decoder, not for an encoder-decoder")
-        check_fit("medusa: the heads", self.heads, writer, self.heads.width)
-        return MedusaDrafting(self, writer, len(requests))
+        model = check_fit("medusa: the heads", self.heads, writer, self.heads.width)
+        return MedusaDrafting(self, model, len(requests))
 
     @functools.cached_property
     def projections(self) -> DraftHeads:
         """The models' projections onto the tokens that are drafted."""
         return DraftHeads(self.heads.tokens)
-
-
-def check_fit(what: str, module: nn.Module, model: Decoder, width: int) -> None:
-    """Raise VolvelleError where a module beside the model is of another width, dtype or device."""
-    first = next(module.parameters())
-    for name, theirs, ours in (
-        ("width", width, model.config.width),
-        ("dtype", first.dtype, model.dtype),
-        ("device", first.device, model.device),
-    ):
-        if theirs != ours:
-            raise VolvelleError(
-                f"{what} are of {name} {theirs}, the model of {ours}",
-                tip="open them for this model: open_drafter(folder, model)",
-            )
 
 
 class MedusaDrafting(Drafting):

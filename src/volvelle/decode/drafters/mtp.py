@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.decode.contract import Draft, Drafter, Drafting, Seen
-from volvelle.decode.drafters.medusa import check_fit
+from volvelle.decode.drafters.fit import check_fit
 from volvelle.decode.request import distributions
 from volvelle.decode.sampling import draw_rows
 from volvelle.errors import UsageError, VolvelleError
@@ -59,12 +59,10 @@ class MTP(Drafter):
 
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> MTPDrafting:
         """Allocate the modules' caches; raises VolvelleError where the modules do not fit the model."""
-        if not isinstance(writer, Decoder):
-            raise VolvelleError("mtp: the modules are for a decoder, not for an encoder-decoder")
-        if writer.before is not None:
+        model = check_fit("mtp: the modules", self.mtp, writer, self.mtp.width)
+        if model.before is not None:
             raise VolvelleError("mtp: the modules do not know the prefix that comes before this model's texts")
-        check_fit("mtp: the modules", self.mtp, writer, self.mtp.width)
-        return MTPDrafting(self, writer, len(requests), room)
+        return MTPDrafting(self, model, len(requests), room)
 
     @functools.cached_property
     def projections(self) -> DraftHeads:

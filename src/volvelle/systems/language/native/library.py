@@ -21,6 +21,7 @@ import torch
 
 from volvelle.files import atomic_path
 from volvelle.hub import home
+from volvelle.processor import flags
 
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
 FOLDER = Path(__file__).parent
@@ -64,11 +65,7 @@ def _built() -> Path:
 
 def _processor() -> str:
     """What the processor can do, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return " ".join(sorted(flags())) or platform.processor()
 
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
