@@ -33,6 +33,7 @@ from benchmarks import protocol
 from benchmarks.language import MODEL, transformers_model
 from benchmarks.support import llama_peer
 from benchmarks.support.decode_prompts import PROMPTS
+from benchmarks.support.draft_race import Raced, Writer, race, tokens_of
 from volvelle import decode, hub
 from volvelle.decode.drafters.opening import open_drafter
 from volvelle.decode.drafters.prompt_lookup import PromptLookup
@@ -61,7 +62,7 @@ class Size:
     repeats: int  # steps a measurement of the cost curve
 
 
-FULL = Size(rounds=5, most=20, new_tokens=64, longest=128, prompts=5, repeats=10)
+FULL = Size(rounds=5, most=20, new_tokens=32, longest=128, prompts=5, repeats=10)
 QUICK = Size(rounds=1, most=1, new_tokens=4, longest=8, prompts=1, repeats=1)
 
 
@@ -185,49 +186,33 @@ def plain_rows(bench: Bench) -> None:
 
 def draft_rows(bench: Bench) -> None:
     """Greedy answers to all prompts, plainly and with every drafter, in turn with the peers."""
-    found: dict[tuple[str, str], list[Generation]] = {}
-    lengths: dict[str, int] = {}
-    variants: dict[str, Callable[[], object]] = {}
     longest, ends = bench.size.longest, bench.ends
-
-    def peer(name: str, answer: Callable[[list[int]], list[int]]) -> None:
-        for kind in PROMPTS:
-            key, prompts = f"{name}|{kind}", bench.prompts(kind)
-            variants[key] = lambda k=key, p=prompts: lengths.update({k: sum(len(answer(ids)) for ids in p)})
+    writers: dict[str, Writer] = {}
 
     def own(precision: str, name: str, drafter: Any) -> None:
-        model, policy = bench.ours(precision), Adaptive()
-        for kind in PROMPTS:
-            key, prompts = f"{precision} {name}|{kind}", bench.prompts(kind)
-
-            def run(key: str = key, kind: str = kind, prompts: list[list[int]] = prompts) -> None:
-                options: dict[str, Any] = {} if drafter is None else {"drafter": drafter, "policy": policy}
-                done = [decode.generate(model, ids, max_tokens=longest, **options) for ids in prompts]
-                found[f"{precision} {name}", kind] = done
-                lengths[key] = sum(len(one.tokens) for one in done)
-
-            variants[key] = run
+        model = bench.ours(precision)
+        options: dict[str, Any] = {} if drafter is None else {"drafter": drafter, "policy": Adaptive()}
+        writers[f"{precision} {name}"] = lambda ids: decode.generate(model, ids, max_tokens=longest, **options)
 
     model, llama = bench.transformers("fp32"), bench.llama()
-    peer("transformers fp32", lambda ids: theirs(model, ids, longest, ends))
+    writers["transformers fp32"] = lambda ids: theirs(model, ids, longest, ends)
     if llama is not None:
-        peer("llama.cpp", lambda ids: llama.answer(ids, longest, ends))
+        writers["llama.cpp"] = lambda ids: llama.answer(ids, longest, ends)
     names = ["plain", "lookup", *(name for name, _ in bench.options.drafter)]
     for precision in bench.options.precisions:
         own(precision, "plain", None)
         own(precision, "lookup", PromptLookup())
         for name, path in bench.options.drafter:
             own(precision, name, open_drafter(path, bench.ours(precision)))
-    series = per_token(bench.race(variants), lengths)
+    steady = [name for name in writers if name.endswith("plain") or " " not in name or name.startswith("transformers")]
+    raced = race(writers, {kind: bench.prompts(kind) for kind in PROMPTS}, steady=steady, most=bench.size.most)
     for precision in bench.options.precisions:
         for name in names:
-            bench.keep(_draft_row(precision, name, series, found))
+            bench.keep(_draft_row(precision, name, raced))
 
 
-def _draft_row(
-    precision: str, name: str, series: Mapping[str, protocol.Series], found: Mapping[tuple[str, str], list[Generation]]
-) -> Row:
-    who, plain = f"{precision} {name}", f"{precision} plain"
+def _draft_row(precision: str, name: str, raced: Raced) -> Row:
+    who, plain, series = f"{precision} {name}", f"{precision} plain", raced.series
     row: Row = {"what": "drafts", "precision": precision, "drafter": name, "seconds_per_token": series[who].summary()}
     row["tokens_per_second"] = 1 / series[who].summary()["wall_median"]
     for peer in ("transformers fp32", "llama.cpp", plain):
@@ -235,11 +220,12 @@ def _draft_row(
             row[f"over {'plain' if peer == plain else peer}"] = protocol.compare(series, who, peer)
     row["kinds"] = {}
     for kind in PROMPTS:
-        done, alone = found[who, kind], found[plain, kind]
+        done = [one for one in raced.answers[who, kind] if isinstance(one, Generation)]
+        alone = [tokens_of(one) for one in raced.answers[plain, kind]]
         row["kinds"][kind] = {
             "accepted_per_step": sum(len(g.tokens) for g in done) / sum(g.steps for g in done),
             "near_ties": sum(g.near_ties or 0 for g in done),
-            "flips": len(done) - same([g.tokens for g in done], [g.tokens for g in alone]),
+            "flips": len(done) - same([g.tokens for g in done], alone),
             "over plain": protocol.compare(series, f"{who}|{kind}", f"{plain}|{kind}") if name != "plain" else None,
             "tokens": sum(len(g.tokens) for g in done),
         }
@@ -251,21 +237,6 @@ def _draft_row(
         flush=True,
     )
     return row
-
-
-def per_token(series: Mapping[str, protocol.Series], lengths: Mapping[str, int]) -> dict[str, protocol.Series]:
-    """Seconds a token of each `who|kind`, and of each `who` over all kinds: answers differ in length between dtypes."""
-    found: dict[str, protocol.Series] = {}
-    for key, one in series.items():
-        found[key] = protocol.Series([x / lengths[key] for x in one.wall], [x / lengths[key] for x in one.cpu])
-    for who in dict.fromkeys(key.partition("|")[0] for key in series):
-        keys = [key for key in series if key.partition("|")[0] == who]
-        total = sum(lengths[key] for key in keys)
-        found[who] = protocol.Series(*(
-            [sum(parts) / total for parts in zip(*(getattr(series[key], clock) for key in keys), strict=True)]
-            for clock in ("wall", "cpu")
-        ))  # fmt: skip
-    return found
 
 
 def curve_rows(bench: Bench) -> None:

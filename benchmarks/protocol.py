@@ -90,7 +90,7 @@ def interleave(
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             gc.collect()
-            wall, cpu = min(_timed(variants[name]) for _ in range(best_of))
+            wall, cpu = min(timed(variants[name]) for _ in range(best_of))
             series[name].wall.append(wall)
             series[name].cpu.append(cpu)
         if number + 1 < rounds:
@@ -103,7 +103,7 @@ def interleave(
     return series
 
 
-def _timed(work: Callable[[], object]) -> tuple[float, float]:
+def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds of one call: wall clock, and CPU time of the process."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
