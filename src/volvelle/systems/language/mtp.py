@@ -36,6 +36,7 @@ from volvelle.systems.language.components import PreNormBlock, Step, build_norm
 from volvelle.systems.language.config import LanguageConfig
 from volvelle.systems.language.decoder import Decoder, draw_weights
 from volvelle.systems.language.draft_head import checked_tokens
+from volvelle.systems.language.projections import Straight, apply_linear, prepare
 
 if TYPE_CHECKING:
     from volvelle.parts.attention.cache import Cache
@@ -55,10 +56,14 @@ class MTPModule(nn.Module):
 
     def forward(self, h: Tensor, embedded: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Map h^{k-1} and Emb(t_{i+k}), both (b, n, width), to h^k and to what the output head reads."""
-        # Autocast would give a residual stream in 16 bits, where the decoder's own begins with its embeddings.
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1)).to(h.dtype)
-        x = self.block(x, step)
+        x = self.block(self.enter(h, embedded), step)
         return x, self.shared_head["norm"](x)
+
+    def enter(self, h: Tensor, embedded: Tensor) -> Tensor:
+        """What the block reads, h' (b, n, width)."""
+        both = torch.cat((self.enorm(embedded), self.hnorm(h)), -1)
+        # Autocast would give a residual stream in 16 bits, where the decoder's own begins with its embeddings.
+        return apply_linear(self.eh_proj, both).to(h.dtype)
 
 
 class MTP(nn.Module):
@@ -81,6 +86,18 @@ class MTP(nn.Module):
         self.layers = nn.ModuleList(self.module(config) for _ in range(depths))
         self.register_buffer("tokens", None if tokens is None else checked_tokens(tokens, config.vocabulary))
         draw_weights(self, config)
+        self._paths: list[Straight | None] = []
+
+    @staticmethod
+    def block(module: nn.Module) -> nn.Module:
+        """The block of one depth's module."""
+        raise NotImplementedError
+
+    def paths(self, model: Decoder) -> list[Straight | None]:
+        """Of each depth the fast path through its block, made when first asked for and when a weight has moved."""
+        if not self._paths or not all(path is not None and path.watch.unchanged() for path in self._paths):
+            self._paths = [prepare(model, [self.block(layer)]) for layer in self.layers]
+        return self._paths
 
     @staticmethod
     def module(config: LanguageConfig) -> nn.Module:
@@ -128,6 +145,12 @@ class SequentialMTP(MTP):
         """A fresh module of one depth."""
         return MTPModule(config)
 
+    @staticmethod
+    def block(module: nn.Module) -> nn.Module:
+        """The block behind norms and projection."""
+        assert isinstance(module, MTPModule)
+        return module.block
+
     def forward(
         self, model: Decoder, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None
     ) -> list[Tensor]:
@@ -163,6 +186,11 @@ class ParallelMTP(MTP):
     def module(config: LanguageConfig) -> nn.Module:
         """A fresh module of one depth."""
         return PreNormBlock(config, 0)
+
+    @staticmethod
+    def block(module: nn.Module) -> nn.Module:
+        """The module itself."""
+        return module
 
     def trunk(
         self,

@@ -46,6 +46,7 @@ class Drafts:
     def __init__(self, mtp: MTP, model: Decoder, batch: int, context: int, *, head: DraftHead | None = None):
         self.mtp, self.model, self.head = mtp, model, head or DraftHead(model, mtp.tokens)
         self.caches = [model.new_cache(batch, context, blocks=1) for _ in range(mtp.depths)]
+        self.paths = [None] * mtp.depths if mtp.training else mtp.paths(model)
         # Of each depth the newest state of every row, and whether the row has one.
         self.newest = [torch.zeros(batch, model.config.width, dtype=model.dtype, device=model.device)] * mtp.depths
         self.known = [torch.zeros(batch, dtype=torch.bool, device=model.device)] * mtp.depths
@@ -107,6 +108,11 @@ class Drafts:
     def _propose(self, k: int, choose: Choose) -> Drafted:
         raise NotImplementedError
 
+    def _run(self, depth: int, x: Tensor, step: Step) -> Tensor:
+        """The block of a depth."""
+        path = self.paths[depth]
+        return self.mtp.block(self.mtp.layers[depth])(x, step) if path is None else path(x, step)
+
     def _open(self, depth: int, states: Tensor, mask: Tensor) -> Step:
         """What the block of a depth needs to know about the next entries of its cache."""
         cache = self.caches[depth]
@@ -137,7 +143,8 @@ class SequentialDrafts(Drafts):
             if not bool(mask.any()):
                 return
             step = self._open(depth, states, mask)
-            h, _ = self.mtp.layers[depth](states, token_embeddings(self.model, tokens), step)
+            module = cast(MTPModule, self.mtp.layers[depth])
+            h = self._run(depth, module.enter(states, token_embeddings(self.model, tokens)), step)
             self._close(depth, mask)
             # The next depth pairs the same token with the state one position earlier.
             states, mask = self._shift(depth, h, mask)
@@ -184,8 +191,8 @@ class ParallelDrafts(Drafts):
     def _take(self, states: Tensor, following: Tensor, mask: Tensor) -> None:
         place = torch.arange(states.shape[1], device=states.device).masked_fill(~mask, -1).max(1).values
         has = place >= 0
-        for depth, layer in enumerate(self.mtp.layers):
-            h = layer(states, self._open(depth, states, mask))
+        for depth in range(self.mtp.depths):
+            h = self._run(depth, states, self._open(depth, states, mask))
             self._close(depth, mask)
             newest = h[torch.arange(len(h), device=h.device), place]
             self.newest[depth] = torch.where(has[:, None], newest, self.newest[depth].to(h.dtype))

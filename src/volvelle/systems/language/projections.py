@@ -160,7 +160,7 @@ def fuse_projections(model: Decoder) -> int:
     """
     trunk = model.model
     if trunk.straight is None or not trunk.straight.watch.unchanged():
-        trunk.straight = _prepare(model)
+        trunk.straight = prepare(model, list(trunk.layers), model.lm_head)
     return 0 if trunk.straight is None else trunk.straight.groups
 
 
@@ -172,25 +172,30 @@ def unfuse_projections(model: Decoder) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _prepare(model: Decoder) -> Straight | None:
-    blocks = list(model.model.layers)
+def prepare(model: Decoder, blocks: Sequence[nn.Module], head: nn.Module | None = None) -> Straight | None:
+    """The path through these blocks, the decoder's own or others like them; None: there is no faster one."""
     if model.device.type == "meta" or model.model.position.bias() is not None:
         return None
     if not all(_is_plain(block) for block in blocks):
+        return None
+    if any(parameter.dtype is not model.dtype for block in blocks for parameter in block.parameters()):
         return None
     groups: list[list[nn.Linear]] = []
     runs = [_block(block, groups) for block in blocks]
     joined = [parameter for layers in groups for layer in layers for parameter in layer.parameters()]
     watched = [module for block in blocks for module in block.modules()]
-    config, whole, head = model.config, None, None
-    if native.why_not(model) is None:
+    config, whole, last = model.config, None, None
+    if native.why_not(model, blocks) is None:
         # pointers to every weight: all of them are watched
-        whole, joined = native.NativeStep(model), [*joined, *(p for block in blocks for p in block.parameters())]
-        if native.fits(model.lm_head):
-            head, watched = native.NativeLinear(model.lm_head), [*watched, model.lm_head]
-            joined += model.lm_head.parameters()
+        whole, joined = (
+            native.NativeStep(model, blocks),
+            [*joined, *(p for block in blocks for p in block.parameters())],
+        )
+        if head is not None and native.fits(head):
+            last, watched = native.NativeLinear(head), [*watched, head]  # type: ignore[arg-type]
+            joined += head.parameters()
     straight = Straight(runs, Watch(watched, joined), (config.heads, config.kv_heads, config.head_width), len(groups))
-    straight.whole, straight.head = whole, head
+    straight.whole, straight.head = whole, last
     return straight
 
 

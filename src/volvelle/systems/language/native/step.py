@@ -91,12 +91,12 @@ class NativeLinear:
 
 
 class NativeStep:
-    """All blocks of a decoder in one call; it holds pointers to their weights, so it is made anew when these move."""
+    """Blocks of a decoder in one call; it holds pointers to their weights, so it is made anew when these move."""
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, blocks: Sequence[nn.Module]):
         found = library()
         assert found is not None
-        config, blocks = model.config, list(model.model.layers)
+        config = model.config
         self.held: list[object] = []
         self.table = (_Block * len(blocks))(*(_block(block, self.held) for block in blocks))
         mlp, norm = config.mlp, config.norm
@@ -149,9 +149,9 @@ class NativeStep:
         return x
 
 
-def why_not(model: Decoder) -> str | None:
-    """Why the compiled step does not serve this decoder; None: it does."""
-    config, blocks = model.config, list(model.model.layers)
+def why_not(model: Decoder, blocks: Sequence[nn.Module] | None = None) -> str | None:
+    """Why the compiled step does not serve this decoder's blocks, or others like them; None: it does."""
+    config, blocks = model.config, list(model.model.layers) if blocks is None else blocks
     mlp = config.mlp
     reasons = {
         "it runs on CPUs": model.device.type != "cpu",
