@@ -11,7 +11,7 @@ from torch import nn
 from volvelle.decode.bitwise import AnyWidth, FixedWidth, bitwise
 from volvelle.decode.contract import Draft, Drafter, Drafting
 from volvelle.decode.generation import GREEDY, limits
-from volvelle.decode.loop import evaluating, run, step
+from volvelle.decode.loop import run, step
 from volvelle.decode.options import Rules
 from volvelle.decode.request import Request
 from volvelle.decode.speculation import Help
@@ -21,6 +21,7 @@ from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.native.library import library
 from volvelle.systems.language.projections import fuse_projections
 from volvelle.systems.language.quantized import quantize_model
+from volvelle.systems.modes import evaluating
 
 SMALL = c.LanguageConfig(
     "llama", vocabulary=96, width=64, depth=2, heads=4, context=160, norm=c.RMSNorm(), mlp=c.GatedMLP(96),

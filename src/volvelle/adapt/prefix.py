@@ -9,8 +9,7 @@ Shapes: b batch, h_kv key/value heads, l positions of a preface, d features a he
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from volvelle.systems.language.config import Complex, Convolutional, LinearAtten
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.encoder_decoder import EncoderDecoder
 from volvelle.systems.language.preface import Prefaced, Site
+from volvelle.systems.modes import evaluating
 
 SLOT = "before"
 COMMON = 5000
@@ -190,7 +190,7 @@ def install_prefix(
     starts: dict[Site, Tensor] = {}
     if method.init == "words":
         ids = _words(model, method, generator)[None]
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             if isinstance(model, EncoderDecoder):
                 starts = model.states_of(ids)
             else:
@@ -313,18 +313,6 @@ def _states_of(model: nn.Module, x: Tensor, ids: Tensor | None = None) -> Tensor
         return graft.states_of(x.to(_dtype(model)))
     finally:
         graft.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _embed(model: nn.Module, ids: Tensor) -> Tensor:

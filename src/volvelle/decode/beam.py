@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.generation import GREEDY, finished, limits
-from volvelle.decode.loop import Accepted, Draft, evaluating, run
+from volvelle.decode.loop import Accepted, Draft, run
 from volvelle.decode.options import Beams, Rules
 from volvelle.decode.request import NO_RULES, Generation, Request
 from volvelle.errors import UsageError
+from volvelle.systems.modes import evaluating
 
 if TYPE_CHECKING:
     from volvelle.systems.language.models import LanguageModel

@@ -12,7 +12,7 @@ from torch import Tensor
 from volvelle.decode.accept_exact import EXACT
 from volvelle.decode.bitwise import bitwise
 from volvelle.decode.contract import Acceptance, Drafter, Policy
-from volvelle.decode.loop import Event, Help, evaluating, run
+from volvelle.decode.loop import Event, Help, run
 from volvelle.decode.options import Rules, Sampling
 from volvelle.decode.policy import Adaptive
 from volvelle.decode.request import NO_RULES, Generation, Limits, Request, Token
@@ -20,6 +20,7 @@ from volvelle.decode.stop import StopText
 from volvelle.errors import UsageError
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.projections import fuse_projections
+from volvelle.systems.modes import evaluating
 
 if TYPE_CHECKING:
     from volvelle.systems.language.models import LanguageModel

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting, Rule, Seen
 from volvelle.decode.request import Request, Token
@@ -189,16 +189,3 @@ def computing(model: LanguageModel) -> Iterator[None]:
     """No gradients, and the model's own dtype: keys and values in the cache do not follow a caller's autocast."""
     with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         yield
-
-
-@contextlib.contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Dropout off in all of `modules`; afterwards every module is in the mode it was in."""
-    training = [module for whole in modules for module in whole.modules() if module.training]
-    for whole in modules:
-        whole.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,8 +11,8 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from volvelle.data.loader import Batch
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
 from volvelle.runs import plain
+from volvelle.systems.modes import evaluating
 from volvelle.train.contracts import Batches, Run
 from volvelle.train.interrupt import Interrupt
 from volvelle.train.isolation import Isolation
@@ -248,7 +249,8 @@ class _Fit:
             for player in self.players:
                 if player.average is not None:
                     averages.enter_context(player.average.inside(player.phase.parameters))
-            with self.ranks.whole(self.isolation.modules), evaluating(self.isolation):
+            parts = self.isolation.modules
+            with self.ranks.whole(parts), evaluating(*parts.values()), untouched_random_state(), torch.no_grad():
                 if self.ranks.leads:
                     found = {name: float(value) for name, value in self.objective.evaluate().items()}
         found = self.ranks.share(found)
@@ -348,20 +350,6 @@ class _Fit:
         self.objective.load_state_dict(state["objective"])
         self.cursor = _Cursor(**state["cursor"])
         set_random_state(state["random"][self.ranks.rank])
-
-
-@contextmanager
-def evaluating(isolation: Isolation) -> Iterator[None]:
-    """Eval mode without gradients; modes and random generators are put back afterwards."""
-    parts = [(part, part.training) for module in isolation.modules.values() for part in module.modules()]
-    with untouched_random_state(), torch.no_grad():
-        for part, _ in parts:
-            part.training = False
-        try:
-            yield
-        finally:
-            for part, mode in parts:
-                part.training = mode
 
 
 def forget_after(run: Run, *, step: int, evaluated: int) -> None:
