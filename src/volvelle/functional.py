@@ -12,10 +12,24 @@ from volvelle.parts.convolution.atrous import atrous_conv2d as atrous_conv2d
 from volvelle.parts.convolution.boundary_refinement import boundary_refinement as boundary_refinement
 from volvelle.parts.convolution.causal import causal_conv1d as causal_conv1d
 from volvelle.parts.convolution.global_convolution import global_convolution as global_convolution
+from volvelle.parts.convolution.gridding import gridding as gridding
+from volvelle.parts.convolution.hybrid_dilation import hybrid_dilation_rates as hybrid_dilation_rates
+from volvelle.parts.convolution.inception import inception_block as inception_block
+from volvelle.parts.convolution.separable import depthwise_separable_conv2d as depthwise_separable_conv2d
+from volvelle.parts.convolution.separable import pointwise_conv2d as pointwise_conv2d
 from volvelle.parts.lowrank.bottleneck import bottleneck_adapter as bottleneck_adapter
 from volvelle.parts.lowrank.dora import dora_linear as dora_linear
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
 from volvelle.parts.lowrank.prefix import prefix_states as prefix_states
+from volvelle.parts.metrics.boundary import boundary_counts as boundary_counts
+from volvelle.parts.metrics.boundary import boundary_iou as boundary_iou
+from volvelle.parts.metrics.confusion import confusion_matrix as confusion_matrix
+from volvelle.parts.metrics.overlap import class_accuracy as class_accuracy
+from volvelle.parts.metrics.overlap import class_iou as class_iou
+from volvelle.parts.metrics.overlap import frequency_weighted_iou as frequency_weighted_iou
+from volvelle.parts.metrics.overlap import mean_iou as mean_iou
+from volvelle.parts.metrics.overlap import mean_pixel_accuracy as mean_pixel_accuracy
+from volvelle.parts.metrics.overlap import pixel_accuracy as pixel_accuracy
 from volvelle.parts.metrics.rouge import rouge_l as rouge_l
 from volvelle.parts.metrics.rouge import rouge_n as rouge_n
 from volvelle.parts.position.alibi import alibi_bias as alibi_bias
@@ -44,9 +58,7 @@ from volvelle.parts.position.t5 import t5_bias as t5_bias
 from volvelle.parts.position.t5 import t5_relative_buckets as t5_relative_buckets
 from volvelle.parts.position.transformer_xl import transformer_xl_bias as transformer_xl_bias
 from volvelle.parts.precision.formats import number_format as number_format
-from volvelle.parts.precision.loss_scale import unscale_gradients as unscale_gradients
 from volvelle.parts.precision.loss_scale import update_loss_scale as update_loss_scale
-from volvelle.parts.precision.master_weights import master_weight_update as master_weight_update
 from volvelle.parts.quantization.grid import dequantize_weight as dequantize_weight
 from volvelle.parts.quantization.grid import quantize_weight as quantize_weight
 from volvelle.parts.quantization.weight_only import quantized_linear as quantized_linear
@@ -62,25 +74,38 @@ __all__ = [
     "attention",
     "axial_positions",
     "bottleneck_adapter",
+    "boundary_counts",
+    "boundary_iou",
     "boundary_refinement",
     "causal_conv1d",
+    "class_accuracy",
+    "class_iou",
     "complex_positions",
+    "confusion_matrix",
     "conv_positions",
     "convert_rope_layout",
     "deberta_log_buckets",
+    "depthwise_separable_conv2d",
     "dequantize_weight",
     "disentangled_bias",
     "dora_linear",
     "dynamic_bias",
+    "frequency_weighted_iou",
     "global_convolution",
     "grid_positions",
+    "gridding",
     "hierarchical_positions",
+    "hybrid_dilation_rates",
+    "inception_block",
     "learned_positions",
     "linear_attention",
     "lora_linear",
-    "master_weight_update",
+    "mean_iou",
+    "mean_pixel_accuracy",
     "multiplicative_positions",
     "number_format",
+    "pixel_accuracy",
+    "pointwise_conv2d",
     "position_readout",
     "prefix_states",
     "quantize_weight",
@@ -95,6 +120,5 @@ __all__ = [
     "t5_bias",
     "t5_relative_buckets",
     "transformer_xl_bias",
-    "unscale_gradients",
     "update_loss_scale",
 ]

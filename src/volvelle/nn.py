@@ -12,9 +12,13 @@ from volvelle.parts.convolution.atrous import AtrousConv2d as AtrousConv2d
 from volvelle.parts.convolution.boundary_refinement import BoundaryRefinement as BoundaryRefinement
 from volvelle.parts.convolution.causal import CausalConv1d as CausalConv1d
 from volvelle.parts.convolution.global_convolution import GlobalConvolution as GlobalConvolution
+from volvelle.parts.convolution.inception import InceptionBlock as InceptionBlock
+from volvelle.parts.convolution.separable import DepthwiseSeparableConv2d as DepthwiseSeparableConv2d
+from volvelle.parts.convolution.separable import PointwiseConv2d as PointwiseConv2d
 from volvelle.parts.lowrank.bottleneck import BottleneckAdapter as BottleneckAdapter
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
 from volvelle.parts.lowrank.prefix import PrefixStates as PrefixStates
+from volvelle.parts.metrics.confusion import ConfusionMatrix as ConfusionMatrix
 from volvelle.parts.position.alibi import ALiBi as ALiBi
 from volvelle.parts.position.axial import AxialPositions as AxialPositions
 from volvelle.parts.position.axial import AxialRotaryEmbedding as AxialRotaryEmbedding
@@ -48,11 +52,14 @@ __all__ = [
     "BoundaryRefinement",
     "CausalConv1d",
     "ComplexPositions",
+    "ConfusionMatrix",
     "ConvPositions",
+    "DepthwiseSeparableConv2d",
     "DisentangledBias",
     "DynamicBias",
     "GlobalConvolution",
     "HierarchicalPositions",
+    "InceptionBlock",
     "Int4Linear",
     "Int8Linear",
     "LearnedPositions",
@@ -62,6 +69,7 @@ __all__ = [
     "MasterWeights",
     "MultimodalRotaryEmbedding",
     "MultiplicativePositions",
+    "PointwiseConv2d",
     "PrefixStates",
     "RecurrentPositions",
     "RotaryEmbedding",

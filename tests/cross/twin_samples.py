@@ -256,6 +256,25 @@ def global_convolution(dtype: torch.dtype) -> Sample:
     )
 
 
+def pointwise_conv2d(dtype: torch.dtype) -> Sample:
+    layer, x = parts.PointwiseConv2d(3, 4).to(dtype), torch.randn(2, 3, 5, 7, dtype=dtype)
+    return Sample(layer, (x,), lambda: functional.pointwise_conv2d(x, layer.weight, layer.bias))
+
+
+def depthwise_separable_conv2d(dtype: torch.dtype) -> Sample:
+    layer = parts.DepthwiseSeparableConv2d(3, 4, 3, stride=2, dilation=2, multiplier=2).to(dtype)
+    x, options = torch.randn(2, 3, 7, 10, dtype=dtype), {"stride": 2, "dilation": 2}
+    weights = (layer.depthwise.weight, layer.pointwise.weight, layer.pointwise.bias)
+    return Sample(layer, (x,), lambda: functional.depthwise_separable_conv2d(x, *weights, **options))
+
+
+def inception_block(dtype: torch.dtype) -> Sample:
+    layer = parts.InceptionBlock(3, 2, 2, 3, 2, 4, 2, factor="stacked").to(dtype)
+    x = torch.randn(2, 3, 5, 7, dtype=dtype)
+    branches = (layer.branch1, layer.branch2, layer.branch3, layer.branch4)
+    return Sample(layer, (x,), lambda: functional.inception_block(x, branches))
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.ALiBi": alibi,
     "nn.Attention": attention,
@@ -267,10 +286,12 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.CausalConv1d": convolution("CausalConv1d", 1, dilation=3),
     "nn.ComplexPositions": complex_positions,
     "nn.ConvPositions": conv_positions,
+    "nn.DepthwiseSeparableConv2d": depthwise_separable_conv2d,
     "nn.DisentangledBias": disentangled_bias,
     "nn.DynamicBias": dynamic_bias,
     "nn.GlobalConvolution": global_convolution,
     "nn.HierarchicalPositions": hierarchical_positions,
+    "nn.InceptionBlock": inception_block,
     "nn.LearnedPositions": learned_positions,
     "nn.LinearAttention": linear_attention,
     "nn.BottleneckAdapter": bottleneck_adapter,
@@ -279,6 +300,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.LoRALinear": lora_linear,
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,
+    "nn.PointwiseConv2d": pointwise_conv2d,
     "nn.PrefixStates": prefix_states,
     "nn.RecurrentPositions": recurrent_positions,
     "nn.RotaryEmbedding": rotary_embedding,
