@@ -58,7 +58,9 @@ from volvelle.parts.position.t5 import t5_bias as t5_bias
 from volvelle.parts.position.t5 import t5_relative_buckets as t5_relative_buckets
 from volvelle.parts.position.transformer_xl import transformer_xl_bias as transformer_xl_bias
 from volvelle.parts.precision.formats import number_format as number_format
+from volvelle.parts.precision.loss_scale import unscale_gradients as unscale_gradients
 from volvelle.parts.precision.loss_scale import update_loss_scale as update_loss_scale
+from volvelle.parts.precision.master_weights import master_weight_update as master_weight_update
 from volvelle.parts.quantization.grid import dequantize_weight as dequantize_weight
 from volvelle.parts.quantization.grid import quantize_weight as quantize_weight
 from volvelle.parts.quantization.weight_only import quantized_linear as quantized_linear
@@ -100,6 +102,7 @@ __all__ = [
     "learned_positions",
     "linear_attention",
     "lora_linear",
+    "master_weight_update",
     "mean_iou",
     "mean_pixel_accuracy",
     "multiplicative_positions",
@@ -120,5 +123,6 @@ __all__ = [
     "t5_bias",
     "t5_relative_buckets",
     "transformer_xl_bias",
+    "unscale_gradients",
     "update_loss_scale",
 ]
