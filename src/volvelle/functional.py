@@ -11,12 +11,15 @@ from volvelle.parts.convolution.atrous import atrous_conv1d as atrous_conv1d
 from volvelle.parts.convolution.atrous import atrous_conv2d as atrous_conv2d
 from volvelle.parts.convolution.boundary_refinement import boundary_refinement as boundary_refinement
 from volvelle.parts.convolution.causal import causal_conv1d as causal_conv1d
+from volvelle.parts.convolution.conv2d_same import conv2d_same as conv2d_same
 from volvelle.parts.convolution.global_convolution import global_convolution as global_convolution
 from volvelle.parts.convolution.gridding import gridding as gridding
 from volvelle.parts.convolution.hybrid_dilation import hybrid_dilation_rates as hybrid_dilation_rates
 from volvelle.parts.convolution.inception import inception_block as inception_block
+from volvelle.parts.convolution.inverted_residual import drop_path as drop_path
 from volvelle.parts.convolution.separable import depthwise_separable_conv2d as depthwise_separable_conv2d
 from volvelle.parts.convolution.separable import pointwise_conv2d as pointwise_conv2d
+from volvelle.parts.convolution.squeeze_excite import squeeze_excite as squeeze_excite
 from volvelle.parts.lowrank.bottleneck import bottleneck_adapter as bottleneck_adapter
 from volvelle.parts.lowrank.dora import dora_linear as dora_linear
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
@@ -24,6 +27,7 @@ from volvelle.parts.lowrank.prefix import prefix_states as prefix_states
 from volvelle.parts.metrics.boundary import boundary_counts as boundary_counts
 from volvelle.parts.metrics.boundary import boundary_iou as boundary_iou
 from volvelle.parts.metrics.confusion import confusion_matrix as confusion_matrix
+from volvelle.parts.metrics.lovasz import lovasz_softmax as lovasz_softmax
 from volvelle.parts.metrics.overlap import class_accuracy as class_accuracy
 from volvelle.parts.metrics.overlap import class_iou as class_iou
 from volvelle.parts.metrics.overlap import frequency_weighted_iou as frequency_weighted_iou
@@ -64,6 +68,13 @@ from volvelle.parts.precision.master_weights import master_weight_update as mast
 from volvelle.parts.quantization.grid import dequantize_weight as dequantize_weight
 from volvelle.parts.quantization.grid import quantize_weight as quantize_weight
 from volvelle.parts.quantization.weight_only import quantized_linear as quantized_linear
+from volvelle.parts.resampling.checkerboard import checkerboard as checkerboard
+from volvelle.parts.resampling.interpolation import resize_bilinear as resize_bilinear
+from volvelle.parts.resampling.interpolation import resize_nearest as resize_nearest
+from volvelle.parts.resampling.pixel_shuffle import icnr_init as icnr_init
+from volvelle.parts.resampling.pixel_shuffle import pixel_shuffle as pixel_shuffle
+from volvelle.parts.resampling.unpooling import max_unpool2d as max_unpool2d
+from volvelle.parts.resampling.upsample import upsample2d as upsample2d
 
 __all__ = [
     "alibi_bias",
@@ -80,10 +91,12 @@ __all__ = [
     "boundary_iou",
     "boundary_refinement",
     "causal_conv1d",
+    "checkerboard",
     "class_accuracy",
     "class_iou",
     "complex_positions",
     "confusion_matrix",
+    "conv2d_same",
     "conv_positions",
     "convert_rope_layout",
     "deberta_log_buckets",
@@ -91,6 +104,7 @@ __all__ = [
     "dequantize_weight",
     "disentangled_bias",
     "dora_linear",
+    "drop_path",
     "dynamic_bias",
     "frequency_weighted_iou",
     "global_convolution",
@@ -98,31 +112,39 @@ __all__ = [
     "gridding",
     "hierarchical_positions",
     "hybrid_dilation_rates",
+    "icnr_init",
     "inception_block",
     "learned_positions",
     "linear_attention",
     "lora_linear",
+    "lovasz_softmax",
     "master_weight_update",
+    "max_unpool2d",
     "mean_iou",
     "mean_pixel_accuracy",
     "multiplicative_positions",
     "number_format",
     "pixel_accuracy",
+    "pixel_shuffle",
     "pointwise_conv2d",
     "position_readout",
     "prefix_states",
     "quantize_weight",
     "quantized_linear",
     "recurrent_positions",
+    "resize_bilinear",
+    "resize_nearest",
     "rope_frequencies",
     "rouge_l",
     "rouge_n",
     "shaw_key_bias",
     "shaw_value_term",
     "sinusoidal_positions",
+    "squeeze_excite",
     "t5_bias",
     "t5_relative_buckets",
     "transformer_xl_bias",
     "unscale_gradients",
     "update_loss_scale",
+    "upsample2d",
 ]

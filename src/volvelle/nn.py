@@ -11,10 +11,13 @@ from volvelle.parts.convolution.atrous import AtrousConv1d as AtrousConv1d
 from volvelle.parts.convolution.atrous import AtrousConv2d as AtrousConv2d
 from volvelle.parts.convolution.boundary_refinement import BoundaryRefinement as BoundaryRefinement
 from volvelle.parts.convolution.causal import CausalConv1d as CausalConv1d
+from volvelle.parts.convolution.conv2d_same import Conv2dSame as Conv2dSame
 from volvelle.parts.convolution.global_convolution import GlobalConvolution as GlobalConvolution
 from volvelle.parts.convolution.inception import InceptionBlock as InceptionBlock
+from volvelle.parts.convolution.inverted_residual import InvertedResidual as InvertedResidual
 from volvelle.parts.convolution.separable import DepthwiseSeparableConv2d as DepthwiseSeparableConv2d
 from volvelle.parts.convolution.separable import PointwiseConv2d as PointwiseConv2d
+from volvelle.parts.convolution.squeeze_excite import SqueezeExcite as SqueezeExcite
 from volvelle.parts.lowrank.bottleneck import BottleneckAdapter as BottleneckAdapter
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
 from volvelle.parts.lowrank.prefix import PrefixStates as PrefixStates
@@ -40,6 +43,7 @@ from volvelle.parts.precision.loss_scale import LossScaler as LossScaler
 from volvelle.parts.precision.master_weights import MasterWeights as MasterWeights
 from volvelle.parts.quantization.int4 import Int4Linear as Int4Linear
 from volvelle.parts.quantization.int8 import Int8Linear as Int8Linear
+from volvelle.parts.resampling.upsample import Upsample2d as Upsample2d
 
 __all__ = [
     "ALiBi",
@@ -53,6 +57,7 @@ __all__ = [
     "CausalConv1d",
     "ComplexPositions",
     "ConfusionMatrix",
+    "Conv2dSame",
     "ConvPositions",
     "DepthwiseSeparableConv2d",
     "DisentangledBias",
@@ -62,6 +67,7 @@ __all__ = [
     "InceptionBlock",
     "Int4Linear",
     "Int8Linear",
+    "InvertedResidual",
     "LearnedPositions",
     "LinearAttention",
     "LoRALinear",
@@ -75,6 +81,8 @@ __all__ = [
     "RotaryEmbedding",
     "ShawBias",
     "SinusoidalPositions",
+    "SqueezeExcite",
     "T5Bias",
     "TransformerXLBias",
+    "Upsample2d",
 ]

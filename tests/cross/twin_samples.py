@@ -52,6 +52,20 @@ def bottleneck_adapter(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x, residual), lambda: functional.bottleneck_adapter(x, *weights, **options))
 
 
+def squeeze_excite(dtype: torch.dtype) -> Sample:
+    layer = parts.SqueezeExcite(6, 3, activation="relu6").to(dtype)
+    x = torch.randn(2, 6, 5, 4, dtype=dtype)
+    first, second = layer.conv_reduce, layer.conv_expand
+    weights = (first.weight, first.bias, second.weight, second.bias)
+    return Sample(layer, (x,), lambda: functional.squeeze_excite(x, *weights, activation="relu6"))
+
+
+def conv2d_same(dtype: torch.dtype) -> Sample:
+    layer = parts.Conv2dSame(4, 6, 3, stride=2, groups=2).to(dtype)
+    x = torch.randn(2, 4, 8, 7, dtype=dtype)
+    return Sample(layer, (x,), lambda: functional.conv2d_same(x, layer.weight, layer.bias, 2, 1, 2))
+
+
 def prefix_states(dtype: torch.dtype) -> Sample:
     layer = parts.PrefixStates(4, layers=2, kv_heads=3, head_width=2, hidden=5, start=torch.randn(4, 24)).to(dtype)
     nn.init.normal_(layer.second.weight)
@@ -295,6 +309,8 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.LearnedPositions": learned_positions,
     "nn.LinearAttention": linear_attention,
     "nn.BottleneckAdapter": bottleneck_adapter,
+    "nn.SqueezeExcite": squeeze_excite,
+    "nn.Conv2dSame": conv2d_same,
     "nn.Int4Linear": quantized_linear(parts.Int4Linear),
     "nn.Int8Linear": quantized_linear(parts.Int8Linear),
     "nn.LoRALinear": lora_linear,

@@ -62,7 +62,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     with _named(path), Image.open(path) as image:
         _refuse_bomb(image, path)
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def to_rgb(image: Image.Image, *, source: str = "image") -> Image.Image:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from volvelle.errors import VolvelleError, did_you_mean
 from volvelle.files import atomic_path, write_atomic
 from volvelle.parts.position.sinusoidal import sinusoidal_positions
+from volvelle.systems.key_map import Binding
 from volvelle.systems.language import bart
 from volvelle.systems.language.config import LanguageConfig
 from volvelle.systems.language.encoder_decoder import EncoderDecoder
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
-from volvelle.systems.language.key_maps import KEY_MAPS, Binding
+from volvelle.systems.language.key_maps import KEY_MAPS
 from volvelle.systems.language.models import LanguageModel, build
 from volvelle.systems.language.mtp_names import left_out
 
