@@ -289,6 +289,12 @@ def inception_block(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x,), lambda: functional.inception_block(x, branches))
 
 
+def upsample2d(dtype: torch.dtype) -> Sample:
+    layer = parts.Upsample2d(3, 2, 3, method="pixel_shuffle").to(dtype)
+    x, options = torch.randn(2, 3, 5, 7, dtype=dtype), {"method": "pixel_shuffle"}
+    return Sample(layer, (x,), lambda: functional.upsample2d(x, layer.weight, layer.bias, 3, **options))
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.ALiBi": alibi,
     "nn.Attention": attention,
@@ -324,4 +330,5 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.SinusoidalPositions": sinusoidal_positions,
     "nn.T5Bias": t5_bias,
     "nn.TransformerXLBias": transformer_xl_bias,
+    "nn.Upsample2d": upsample2d,
 }
