@@ -22,7 +22,8 @@ from volvelle.parts.quantization.grid import Grid, dequantize_weight
 from volvelle.parts.quantization.tiles import OUTPUTS
 from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.projections import apply_linear
+from volvelle.systems.language.native.step import MOST
+from volvelle.systems.language.projections import apply_linear, few_rows
 
 
 class DraftHead:
@@ -46,11 +47,16 @@ class DraftHead:
             self._place = torch.full((model.config.vocabulary,), -1, device=model.device)
             self._place[self.tokens] = torch.arange(len(self.tokens), device=model.device)
             self.rows = some_rows(model, self.tokens) if rows is None else rows
+        self._few = None if self.rows is None else few_rows(self.rows)
 
     def logits(self, states: Tensor) -> Tensor:
         """States (..., width), as the model's own head reads them, to logits (..., r)."""
-        if self.rows is not None:
-            return apply_linear(self.rows, self.model.head_transform(states))
+        if self.rows is not None and self._few is not None:
+            seen = self.model.head_transform(states)
+            few = (
+                seen.dtype is self.model.dtype and seen.numel() <= MOST * seen.shape[-1] and not torch.is_grad_enabled()
+            )
+            return self._few(seen) if few else apply_linear(self.rows, seen)
         logits = self.model.logits(states)
         return logits if self.tokens is None else logits[..., self.tokens]
 

@@ -85,6 +85,15 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return _product(layer.weight, layer.bias)(x.reshape(-1), True).view(*x.shape[:-1], -1)
 
 
+def few_rows(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """layer(x) for a few rows at a time, without gradients, as fast as the matrix can be read where it now is."""
+    if isinstance(layer, WeightOnlyLinear):
+        return _few_bits(layer)
+    if isinstance(layer, nn.Linear) and native.fits(layer) and native.library() is not None:
+        return native.NativeLinear(layer)
+    return lambda x: apply_linear(layer, x)
+
+
 def _unhooked(module: nn.Module) -> bool:
     return not module._forward_hooks and not module._forward_pre_hooks
 

@@ -82,7 +82,9 @@ class NativeLinear:
         self.weight = _weight(layer, self.held)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map x (..., in), fp32 or bf16, to (..., out)."""
+        """Map x (..., in) to (..., out); of other dtypes than fp32 and bf16 by the layer itself."""
+        if x.dtype not in _KINDS:
+            return self.layer(x)
         rows = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.out))
         count, half = rows.numel() // rows.shape[-1], int(x.dtype is torch.bfloat16)
