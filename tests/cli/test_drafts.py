@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from volvelle.cli.drafts import DraftOptions, Marks, Way, cost_line, open_draft, parse_draft
+from volvelle.cli.drafts import DraftOptions, Marks, Way, cost_line, open_draft, parse_draft, parse_drafts
 from volvelle.cli.main import main
 from volvelle.decode.request import Generation
 from volvelle.errors import UsageError
@@ -84,6 +84,15 @@ def test_answers_are_those_without_drafts(in_trained, capsys, draft):
     assert isinstance(found["near_ties"], int)
     assert "plain (the same prompt again, just now)" in out.err
     assert "token for token" in out.err
+
+
+def test_several_ways_stand_side_by_side(tmp_path, monkeypatch):
+    assert parse_drafts("lookup+mtp:owner/name") == [Way("lookup", ""), Way("mtp", "owner/name")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lookup+skip:2").write_text("")
+    assert parse_drafts("lookup+skip:2") == [Way("model", "lookup+skip:2")]
+    with pytest.raises(UsageError, match="no way to draft called skpi"):
+        parse_drafts("lookup+skpi:2")
 
 
 def test_layers_and_lengths_reach_the_drafter():

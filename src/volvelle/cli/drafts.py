@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -30,7 +30,8 @@ class DraftOptions:
 
     draft: str | None = None
     """Who proposes tokens that the model checks several at a time: lookup (what followed the last words before),
-    medusa:RUN, mtp:RUN, skip:N (the model without N of its layers), or a smaller model or a run."""
+    medusa:RUN, mtp:RUN, skip:N (the model without N of its layers), or a smaller model or a run; lookup+mtp:RUN looks
+    for endings of three words or more, and asks the module where it finds none."""
     draft_length: int | None = None
     """The most tokens of a draft; how many are worth it is measured as the answer comes."""
     acceptance: Literal["exact", "typical"] = "exact"
@@ -75,10 +76,22 @@ def parse_draft(text: str) -> Way:
     return Way(kind, what)
 
 
+def parse_drafts(text: str) -> list[Way]:
+    """Read `draft=TEXT` with several ways, the first of them first: `lookup+mtp:RUN`.
+
+    >>> parse_drafts("lookup+skip:12")
+    [Way(kind='lookup', what=''), Way(kind='skip', what='12')]
+    """
+    first, plus, rest = text.partition("+")
+    if not plus or Path(text).exists() or first.partition(":")[0] not in WAYS:
+        return [parse_draft(text)]
+    return [parse_draft(first), *parse_drafts(rest)]
+
+
 def check_drafts(options: DraftOptions) -> None:
     """Raise UsageError for what is wrong with the options, before a model is opened."""
     if options.draft is not None:
-        parse_draft(options.draft)
+        parse_drafts(options.draft)
     elif options.stats:
         raise UsageError("stats=true compares drafts with plain decoding, but nothing drafts", tip="draft=lookup")
     if options.draft_length is not None and options.draft_length < 1:
@@ -89,23 +102,33 @@ def open_draft(options: DraftOptions, model: LanguageModel) -> Drafter | None:
     """The drafter that the options name for this model; None where they name none."""
     if options.draft is None:
         return None
+    from volvelle.decode.drafters.first_of import FirstOf
+
+    ways = parse_drafts(options.draft)
+    length: dict[str, Any] = {} if options.draft_length is None else {"k": options.draft_length}
+    if len(ways) == 1:
+        return _open(ways[0], model, length)
+    return FirstOf(*(_open(way, model, length | ({"least": 3} if way.kind == "lookup" else {})) for way in ways))
+
+
+def _open(way: Way, model: LanguageModel, given: Mapping[str, Any]) -> Drafter:
+    """The drafter of one way, with the options that were given for it."""
     from volvelle.decode.drafters.early_exit import EarlyExit, without
     from volvelle.decode.drafters.opening import kind_of, open_drafter
     from volvelle.decode.drafters.prompt_lookup import PromptLookup
     from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
 
-    kind, what = parse_draft(options.draft)
-    length: dict[str, Any] = {} if options.draft_length is None else {"k": options.draft_length}
+    kind, what = way
     if kind == "lookup":
-        return PromptLookup(**length, texts=[_tokens(model, Path(what))] if what else ())
+        return PromptLookup(**given, texts=[_tokens(model, Path(what))] if what else ())
     if kind == "skip":
         config = model.config.decoder if isinstance(model.config, EncoderDecoderConfig) else model.config
-        return EarlyExit(without(config.depth, int(what)), **length)
+        return EarlyExit(without(config.depth, int(what)), **given)
     folder = hub.resolve(what)
     found = kind_of(folder)
     if kind in ("medusa", "mtp") and found != kind:
-        raise UsageError(f"draft={options.draft}: {folder} holds no {kind}", tip=f"draft={found}:{what}")
-    return open_drafter(folder, model, **length)
+        raise UsageError(f"draft={kind}:{what}: {folder} holds no {kind}", tip=f"draft={found}:{what}")
+    return open_drafter(folder, model, **given)
 
 
 class Answers:

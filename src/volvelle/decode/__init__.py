@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from volvelle.decode.contract import Draft, Drafter, Drafting
     from volvelle.decode.drafters.draft_model import DraftModel
     from volvelle.decode.drafters.early_exit import EarlyExit
+    from volvelle.decode.drafters.first_of import FirstOf
     from volvelle.decode.drafters.medusa import Medusa
     from volvelle.decode.drafters.mtp import MTP
     from volvelle.decode.drafters.opening import open_drafter
@@ -38,6 +39,7 @@ _HOME = {
     **dict.fromkeys(("Draft", "Drafter", "Drafting"), "contract"),
     "DraftModel": "drafters.draft_model",
     "EarlyExit": "drafters.early_exit",
+    "FirstOf": "drafters.first_of",
     **dict.fromkeys(("Generation", "Token"), "request"),
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "Drafting",
     "EarlyExit",
     "Exact",
+    "FirstOf",
     "Generation",
     "Medusa",
     "PromptLookup",
