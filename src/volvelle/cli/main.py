@@ -90,6 +90,8 @@ def choose(words: Sequence[str], *, asks_help: bool = False) -> tuple[Verb | Non
     if len(words) > 1 and pair in rows:
         return rows[pair], list(words[2:])
     seconds = [name.partition(" ")[2] for name in rows if name.startswith(f"{words[0]} ")]
+    if len(words) > 2 and f"{words[0]} {words[2]}" in rows:  # `inspect WHAT rf` as well as `inspect rf WHAT`
+        return rows[f"{words[0]} {words[2]}"], [words[1], *words[3:]]
     if words[0] in rows:
         # `adapt extrct`: a model of nearly that name is less likely.
         close = difflib.get_close_matches(words[1], seconds, n=1, cutoff=0.8) if len(words) > 1 else []
