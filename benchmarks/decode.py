@@ -62,7 +62,7 @@ class Size:
     repeats: int  # steps a measurement of the cost curve
 
 
-FULL = Size(rounds=5, most=20, new_tokens=32, longest=128, prompts=5, repeats=10)
+FULL = Size(rounds=5, most=20, new_tokens=32, longest=64, prompts=5, repeats=10)
 QUICK = Size(rounds=1, most=1, new_tokens=4, longest=8, prompts=1, repeats=1)
 
 
