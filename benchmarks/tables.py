@@ -26,6 +26,8 @@ PAGES = {
     "attention_cuda": "docs/attention.md",
     "amp": "docs/precision.md",
     "adapt": "docs/adapt.md",
+    "metrics": "docs/metrics.md",
+    "segmentation": "docs/segmentation.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -279,6 +281,45 @@ def adapt(record: Mapping[str, Any]) -> list[str]:
     return [*lines, "", *facts, "", f"{record['model']} in bf16, AdamW. " + _footer("adapt", record["machine"])]
 
 
+def metrics(record: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of one confusion matrix and of torchmetrics, and the ratios."""
+    lines = [
+        "| masks | ours | without checks | JaccardIndex | without checks | ours : theirs | both without checks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        who = ("ours", "ours, no checks", "JaccardIndex", "JaccardIndex, no checks")
+        times = " | ".join(f"{row['milliseconds'][one]:.1f} ms" for one in who)
+        pairs = ("ours : JaccardIndex", "ours, no checks : JaccardIndex, no checks")
+        lines.append(
+            f"| {row['title']} | {times} | " + " | ".join(protocol.shown(row["speed"][p]) for p in pairs) + " |"
+        )
+    pair = "ours, an image : MeanIoU"
+    told = [
+        f"{protocol.shown(row['speed'][pair])} for {row['title']}" for row in record["rows"] if pair in row["speed"]
+    ]
+    n, y, x = record["shape"]
+    about = f"{n} masks of {x} x {y} pixels. Means over (image, class) pairs against MeanIoU: {'; '.join(told)}. "
+    return [*lines, "", about + _footer("metrics", record["machine"])]
+
+
+def segmentation(record: Mapping[str, Any]) -> list[str]:
+    """Pictures a second of each way to run one network, and how far its answers move."""
+    lines = [
+        "| batch | how | pictures/s | : baseline | scores move by | classes that change |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        for who, rate in row["images_per_second"].items():
+            told = protocol.shown(row["speed"][who]) if who in row["speed"] else "baseline"
+            moved = row["moved"][who]
+            far = f"{moved['scores']:.1e} | {moved['classes']:.2%}"
+            lines.append(f"| {row['batch']} | {who} | {rate:.1f} | {told} | {far} |")
+    high, wide = record["size"]
+    about = f"GCN on EfficientNet-Lite0, {wide} x {high} pixels. "
+    return [*lines, "", about + _footer("segmentation", record["machine"])]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
     "decode": decode,
@@ -290,6 +331,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "attention_cuda": attention_cuda,
     "amp": amp,
     "adapt": adapt,
+    "metrics": metrics,
+    "segmentation": segmentation,
 }
 
 

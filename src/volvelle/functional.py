@@ -27,6 +27,7 @@ from volvelle.parts.lowrank.prefix import prefix_states as prefix_states
 from volvelle.parts.metrics.boundary import boundary_counts as boundary_counts
 from volvelle.parts.metrics.boundary import boundary_iou as boundary_iou
 from volvelle.parts.metrics.confusion import confusion_matrix as confusion_matrix
+from volvelle.parts.metrics.lovasz import lovasz_softmax as lovasz_softmax
 from volvelle.parts.metrics.overlap import class_accuracy as class_accuracy
 from volvelle.parts.metrics.overlap import class_iou as class_iou
 from volvelle.parts.metrics.overlap import frequency_weighted_iou as frequency_weighted_iou
@@ -116,6 +117,7 @@ __all__ = [
     "learned_positions",
     "linear_attention",
     "lora_linear",
+    "lovasz_softmax",
     "master_weight_update",
     "max_unpool2d",
     "mean_iou",

@@ -5,7 +5,7 @@ import torch
 
 from volvelle.errors import UsageError
 from volvelle.train.options import FitOptions, from_dict, to_dict
-from volvelle.train.schedule import constant, cosine, linear, schedule
+from volvelle.train.schedule import constant, cosine, linear, poly, schedule
 
 
 def test_cosine_is_torchs_behind_the_warmup():
@@ -18,7 +18,7 @@ def test_cosine_is_torchs_behind_the_warmup():
         theirs.step()
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "poly"])
 def test_warms_up_to_one_and_never_exceeds_it(kind):
     factors = [schedule(kind, 40, warmup=0.25)(step) for step in range(45)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -29,7 +29,7 @@ def test_warms_up_to_one_and_never_exceeds_it(kind):
 
 
 def test_ends():
-    assert linear(10)(10) == linear(10)(99) == 0
+    assert linear(10)(10) == linear(10)(99) == poly(10)(10) == poly(10)(99) == 0
     assert cosine(10, floor=0.2)(10) == pytest.approx(0.2)
     assert constant()(10**6) == 1
 

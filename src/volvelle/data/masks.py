@@ -23,6 +23,7 @@ from PIL import Image
 from volvelle.data.images import SUFFIXES, check_images, open_image, read_image, to_rgb
 from volvelle.data.masks_labels import (
     CAMVID_COLOURS,
+    CAMVID_GROUPS,
     CAMVID_NAMES,
     VOC_NAMES,
     VOID,
@@ -189,7 +190,8 @@ def _labels(root: Path, layout: str, classes: tuple[str, ...], void: tuple[int, 
     if table is not None:
         return replace(table, void=void)
     if layout == "camvid":
-        return Labels(CAMVID_NAMES, CAMVID_COLOURS, void=tuple({*void, len(CAMVID_NAMES)}))
+        by_colour = tuple(CAMVID_GROUPS.items())
+        return Labels(CAMVID_NAMES, CAMVID_COLOURS, void=tuple({*void, len(CAMVID_NAMES)}), by_colour=by_colour)
     if layout == "voc":
         return Labels(VOC_NAMES, void=void)
     return None

@@ -11,9 +11,10 @@ A mask becomes an array of class numbers, 0 … k - 1, with `VOID` (255) where n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,7 +54,7 @@ CAMVID_COLOURS: tuple[Colour, ...] = (
     (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
     (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )  # fmt: skip
-_CAMVID_GROUPS: dict[Colour, int] = {
+CAMVID_GROUPS: dict[Colour, int] = {
     (128, 128, 128): 0, (0, 128, 64): 1, (128, 0, 0): 1, (64, 192, 0): 1, (64, 0, 64): 1, (192, 0, 128): 1,
     (192, 192, 128): 2, (0, 0, 64): 2, (128, 64, 128): 3, (128, 0, 192): 3, (192, 0, 64): 3, (0, 0, 192): 4,
     (64, 192, 128): 4, (128, 128, 192): 4, (60, 40, 222): 4, (128, 128, 0): 5, (192, 192, 0): 5, (192, 128, 128): 6,
@@ -104,6 +105,23 @@ class Labels:
         for value in (*self.void, VOID):
             table[value] = VOID
         return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Labels:
+        """Undo `to_json`.
+
+        >>> Labels.from_json(Labels(("a",), ((1, 2, 3),)).to_json()).colour(0)
+        (1, 2, 3)
+        """
+
+        def frozen(value: Any) -> Any:
+            return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+        return cls(**{name: frozen(value) for name, value in values.items()})
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         """Class numbers of file values (y, x). Raises VolvelleError that lists the values that are no class."""
@@ -158,10 +176,16 @@ def _numbers(colours: list[Colour], by_colour: tuple[tuple[Colour, int], ...]) -
         return [r for r, _, _ in colours]
     voc = {voc_colour(number): number for number in range(len(VOC_NAMES))} | {(224, 224, 192): VOID}
     known = dict(by_colour)
-    for table in [known] if known else [voc, _CAMVID_GROUPS]:
-        if all(colour in table for colour in colours):
-            return [table[colour] for colour in colours]
-    best = known or max(voc, _CAMVID_GROUPS, key=lambda table: sum(c in table for c in colours))
+    fitting = [t for t in ([known] if known else [voc, CAMVID_GROUPS]) if all(colour in t for colour in colours)]
+    readings = [[table[colour] for colour in colours] for table in fitting]
+    if len(readings) == 2 and readings[0] != readings[1]:
+        raise VolvelleError(
+            f"is in colours that are VOC's and CamVid's alike: {shortened(colours)}",
+            tip="write the classes into classes.txt, a line each: NAME R G B",
+        )
+    if readings:
+        return readings[0]
+    best = known or max(voc, CAMVID_GROUPS, key=lambda table: sum(c in table for c in colours))
     strange = [c for c in colours if c not in best]
     raise VolvelleError(
         f"has {len(strange)} colours that are no class: {shortened(strange)}",

@@ -161,7 +161,8 @@ def write_scenes(
     the boxes in COCO's format, captions.jsonl the sentences. It is complete once captions.jsonl is there.
     """
     captions, done = [], 0
-    for part, count in (("train", train), ("val", val)):
+    parts: tuple[tuple[Part, int], ...] = (("train", train), ("val", val))
+    for part, count in parts:
         scenes = Scenes(count, size=size, seed=seed, part=part)
         (folder / "images" / part).mkdir(parents=True, exist_ok=True)
         (folder / "masks" / part).mkdir(parents=True, exist_ok=True)

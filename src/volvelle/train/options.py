@@ -29,8 +29,8 @@ class FitOptions:
     """Micro-batches whose gradients are summed before one update."""
     learning_rate: float = 3e-4
     """Peak learning rate, reached after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "poly"] = "cosine"
+    """Shape of the learning rate after the warm-up; poly falls as (1 - t)^0.9."""
     warmup: float = 0.05
     """Warm-up: a share of all steps when below 1, else a number of steps."""
     weight_decay: float = 0.0

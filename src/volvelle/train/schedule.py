@@ -50,7 +50,22 @@ def linear(total: int, *, warmup: int = 0, floor: float = 0.0) -> Schedule:
     return factor
 
 
-def schedule(kind: Literal["cosine", "linear", "constant"], total: int, warmup: float = 0.0) -> Schedule:
+def poly(total: int, *, warmup: int = 0, power: float = 0.9) -> Schedule:
+    """f(s) = (1 - t)^power with t the share of the steps after the warm-up that is done.
+
+    Chen et al. 2018 (DeepLab), section 4.1; usual for segmentation.
+
+    >>> [round(poly(total=4)(step), 3) for step in range(5)]
+    [1.0, 0.772, 0.536, 0.287, 0.0]
+    """
+
+    def factor(step: int) -> float:
+        return _warm(step, warmup) if step < warmup else (1 - _share(step, total, warmup)) ** power
+
+    return factor
+
+
+def schedule(kind: Literal["cosine", "linear", "constant", "poly"], total: int, warmup: float = 0.0) -> Schedule:
     """The schedule that FitOptions describe; `warmup` below 1 is a share of `total`, else a number of steps.
 
     >>> schedule("constant", 100, warmup=0.1)(4)
@@ -61,6 +76,7 @@ def schedule(kind: Literal["cosine", "linear", "constant"], total: int, warmup: 
         "cosine": lambda: cosine(total, warmup=steps),
         "linear": lambda: linear(total, warmup=steps),
         "constant": lambda: constant(steps),
+        "poly": lambda: poly(total, warmup=steps),
     }[kind]()
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from volvelle.cli import classifying, segmenting
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams
@@ -16,6 +17,7 @@ from volvelle.decode.options import Beams
 EXAMPLES = (
     "volvelle eval smollm2 data=dev.jsonl",
     "volvelle eval runs/adapt-smollm2-lora-1 data=dev.jsonl outputs=100",
+    "volvelle eval runs/segment-1 data=camvid scales=0.75,1,1.5 mirror=true",
 )
 
 
@@ -26,7 +28,7 @@ class Options:
     model: Positional[str]
     """A known model, a Hugging Face repo id, a folder, or a run."""
     data: str
-    """A .txt or .jsonl file, as for adapt."""
+    """A .txt or .jsonl file, as for adapt; for a run on pictures a folder as for its training."""
     prompt: str | None = None
     """Template of the prompt; a run's own when left out."""
     completion: str | None = None
@@ -45,10 +47,27 @@ class Options:
     """What to do with lines that are broken, or longer than the context."""
     show: int = 3
     """Answers to print."""
+    split: str | None = None
+    """Segmenters: the part of the folder to measure on (train, val, test); None: val when there is one."""
+    scales: tuple[float, ...] = (1.0,)
+    """Segmenters: magnifications whose probabilities are averaged, such as 0.75,1,1.5."""
+    mirror: bool = False
+    """Segmenters: look at the mirror image too."""
 
 
 def main(options: Options) -> int:
-    """Print loss, perplexity, BLEU and ROUGE, with a few answers beside their references."""
+    """Print loss, perplexity, BLEU and ROUGE, with a few answers beside their references; IoU for a segmenter."""
+    if segmenting.is_segmentation(options.model):
+        return segmenting.evaluate(
+            Path(options.model),
+            options.data,
+            split=options.split,
+            scales=options.scales,
+            mirror=options.mirror,
+            on_bad=options.on_bad,
+        )
+    if classifying.is_classification(options.model):
+        return classifying.evaluate(options.model, options.data, batch=options.batch, on_bad=options.on_bad)
     from volvelle.data.text import read_corpus
 
     templates = _templates(options)

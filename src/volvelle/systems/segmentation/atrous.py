@@ -38,7 +38,7 @@ class ASPPDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor], x: Tensor) -> Tensor:
         """Scores at stride 4, or at the last map's stride without `low`."""
         deep = features[-1]
-        whole = self.mean(deep.mean((2, 3), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
+        whole = like(self.mean(deep.mean((2, 3), keepdim=True)), deep)
         joined = self.join(torch.cat([*(branch(deep) for branch in self.branches), whole], 1))
         if self.low is not None:
             low = self.low(features[0])

@@ -9,9 +9,7 @@ from volvelle.parts.convolution.atrous import AtrousConv2d
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """Resize x (b, c, y, x) bilinearly to the other's height and width."""
-    if x.shape[-2:] == other.shape[-2:]:
-        return x
+    """Resize x (b, c, y, x) bilinearly to the other's height and width; without a branch, so that it can be traced."""
     return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=False)
 
 

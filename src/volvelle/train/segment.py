@@ -1,0 +1,249 @@
+"""The recipe `train segment` from end to end: data, encoder, training, the best moment, figures on other pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from volvelle.data.loader import Loader
+from volvelle.data.masks import MaskFolder, find_pairs, read_masks
+from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_masks, split_in_runs
+from volvelle.data.scenes import write_scenes
+from volvelle.errors import VolvelleError
+from volvelle.files import write_atomic
+from volvelle.runs import RunFolder
+from volvelle.systems.segmentation.inference import Looks
+from volvelle.systems.segmentation.load import segmenter, write_segmenter
+from volvelle.systems.segmentation.model import Segmenter
+from volvelle.train.loop import FitResult, fit
+from volvelle.train.observer import Observer
+from volvelle.train.outcome import Outcome
+from volvelle.train.random_state import seed_all
+from volvelle.train.ranks import Ranks
+from volvelle.train.recipes.segment import SCENES, LookOptions, TrainSegment
+from volvelle.train.segment_measure import Measured, measure
+from volvelle.train.segment_objective import SegmentObjective
+from volvelle.train.segment_report import write_report
+from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Pictures to train on, to choose the best moment by, and to measure the result on; `where` says what the last is.
+
+    None of the three shares a picture with another; `test` is `selection` where there is nothing else.
+    """
+
+    train: MaskFolder
+    selection: MaskFolder
+    test: MaskFolder
+    where: str
+
+
+def train_segment(
+    recipe: TrainSegment,
+    run: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> Outcome:
+    """Train a segmenter and leave its best weights, metrics and a report with pictures in the run folder.
+
+    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
+    """
+    observer, ranks = observer or Observer(), ranks or Ranks()
+    with closing(run):
+        sets = read_sets(recipe, _data(recipe, run, observer, ranks), observer)
+        device, where = choose_device(recipe.device)
+        seed_all(recipe.seed)
+        model = build_model(recipe, sets.train).to(device)
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        subtitle = _first_line(recipe, model, where)
+        observer.say(subtitle)
+        loader = training_loader(recipe, sets.train)
+        objective = SegmentObjective(model, recipe, sets.train.frequency, selection=Whole(sets.selection))
+        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
+        if not ranks.leads:
+            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
+        return _close(recipe, run, objective, sets, result, subtitle, observer)
+
+
+def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets:
+    """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
+
+    def read(root: str | Path, split: str | None, **more: Any) -> MaskFolder:
+        found = read_masks(
+            root,
+            split=split,
+            on_bad=recipe.on_bad,
+            progress=lambda done, total: observer.work(f"checking {root}", done, total),
+            **more,
+        )
+        observer.say(str(found) + (f" ({split})" if split else ""))
+        for line in found.skipped[:5]:
+            observer.say(f"  left out {line}")
+        return found
+
+    splits = find_pairs(folder)[1]
+    train = read(folder, "train" if "train" in splits else None, classes=recipe.classes, void=recipe.void)
+    observer.say(f"classes: {', '.join(train.labels.names)}" + _void(train))
+    if len(train) < 3:
+        raise VolvelleError(f"{folder}: {len(train)} pictures cannot be split", tip="three are the least")
+    kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)
+    other = "val" if "val" in splits else "test"
+    if recipe.held_out is not None:
+        inner = find_pairs(Path(recipe.held_out))[1]
+        held = next((name for name in ("val", "test") if name in inner), None)
+        return Sets(
+            train.part(kept), train.part(chosen), read(recipe.held_out, held, labels=train.labels), recipe.held_out
+        )
+    if other in splits and "train" in splits:
+        test = read(folder, other, labels=train.labels)
+        return Sets(train.part(kept), train.part(chosen), test, f"the {other} part of {folder.name}")
+    kept, rest = split_in_runs(len(train), max(2 / len(train), 2 * recipe.selection_share), recipe.seed)
+    chosen, test = rest[::2], rest[1::2]
+    return Sets(train.part(kept), train.part(chosen), train.part(test), "pictures set aside before training")
+
+
+def build_model(recipe: TrainSegment, train: MaskFolder) -> Segmenter:
+    """The segmenter of the recipe, with the data's classes."""
+    labels = train.labels
+    return segmenter(
+        recipe.model.build(),
+        labels.names,
+        backbone=recipe.backbone,
+        weights=None if recipe.weights == "none" else recipe.weights,
+        output_stride=recipe.output_stride,
+        colours=labels.colours,
+    )
+
+
+def training_loader(recipe: TrainSegment, train: MaskFolder) -> Loader:
+    """Seeded batches of random crops. The last, smaller batch of an epoch is left out when one batch is there."""
+    size = tuple(recipe.crop)
+    if size == (0, 0):
+        image, _ = train[0]
+        size = (image.height, image.width)
+    scale = (recipe.scale[0], recipe.scale[1])
+    augmentation = Augmentation((size[0], size[1]), scale, recipe.mirror, recipe.colour)
+    return Loader(
+        Augmented(train, augmentation),
+        recipe.batch,
+        seed=recipe.seed,
+        collate=collate_masks,
+        drop_last=len(train) >= recipe.batch,
+        workers=recipe.worker_kind,
+        num_workers=recipe.workers,
+    )
+
+
+def looks_of(options: LookOptions) -> Looks:
+    """The looks that the words describe."""
+    window = None if tuple(options.window) == (0, 0) else (options.window[0], options.window[1])
+    return Looks(tuple(options.scales), options.mirror, window)
+
+
+def _data(recipe: TrainSegment, run: RunFolder, observer: Observer, ranks: Ranks) -> Path:
+    """The folder to read; scenes are written into the run folder, once."""
+    if recipe.data != SCENES:
+        return Path(recipe.data)
+    folder = run.path / "data"
+    if ranks.leads and not (folder / "captions.jsonl").is_file():
+        observer.say("no data given: scenes of Fashion-MNIST garments on drawn backgrounds")
+        write_scenes(folder, seed=recipe.seed, progress=lambda done, total: observer.work("scenes", done, total))
+    ranks.share(None)
+    return folder
+
+
+def _void(folder: MaskFolder) -> str:
+    return f"; left out as void: 255{''.join(f', {value}' for value in folder.labels.void)}"
+
+
+def _first_line(recipe: TrainSegment, model: Segmenter, where: str) -> str:
+    """What was decided: device, number format, encoder and decoder, what is trained."""
+    count = sum(p.numel() for p in model.parameters())
+    inside = sum(p.numel() for p in model.encoder.parameters())
+    start = "random weights" if recipe.weights == "none" else f"{recipe.weights} weights"
+    return (
+        f"{where}; {NUMBERS[recipe.precision]}; {recipe.model.head} on {model.config.backbone} ({start}); "
+        f"trains all {count:,} parameters, {count - inside:,} of them in the decoder"
+    )
+
+
+def _close(
+    recipe: TrainSegment,
+    run: RunFolder,
+    objective: SegmentObjective,
+    sets: Sets,
+    result: FitResult,
+    subtitle: str,
+    observer: Observer,
+) -> Outcome:
+    """Save the best weights and measure them on pictures that nothing was chosen by, unless the run was interrupted."""
+    after: dict[str, float] = {}
+    plain: Measured | None = None
+    commands: tuple[str, ...] = (resume_command(run),)
+    if not result.interrupted:
+        objective.use_best()
+        model = objective.model.eval()
+        write_segmenter(model, run.path / "weights")
+        write_atomic(run.path / "weights" / "labels.json", json.dumps(sets.train.labels.to_json()))
+        observer.say(f"saved {run.path / 'weights'}; measuring on {sets.where}")
+        plain, after = measured(model, Whole(sets.test), recipe, observer)
+        commands = (
+            f"volvelle predict {run.path} {sets.test.pairs[0][0]}",
+            f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
+        )
+    report = write_report(
+        run,
+        result,
+        objective.model,
+        sets,
+        found=plain,
+        after=after,
+        samples=recipe.samples,
+        subtitle=subtitle,
+        commands=commands,
+    )
+    run.update_manifest(
+        status="interrupted" if result.interrupted else "finished",
+        step=result.step,
+        steps=result.steps,
+        after=after,
+        best=result.best,
+        measured_on=sets.where,
+    )
+    return Outcome(
+        run=run.path,
+        step=result.step,
+        steps=result.steps,
+        after=after,
+        interrupted=result.interrupted,
+        resume=commands[0] if result.interrupted else None,
+        report=report,
+        seconds=result.seconds,
+        next=commands,
+    )
+
+
+def measured(
+    model: Segmenter, pictures: Whole, recipe: TrainSegment, observer: Observer
+) -> tuple[Measured, dict[str, float]]:
+    """What one plain look finds, and the figures; with more looks also theirs, as `miou_of_looks` and so on."""
+
+    def progress(done: int, total: int) -> None:
+        observer.work("pictures", done, total)
+
+    plain = measure(model, pictures, precision=recipe.precision, outlines=True, progress=progress)
+    figures = dict(plain.metrics)
+    if recipe.looks.many:
+        looks = looks_of(recipe.looks)
+        more = measure(model, pictures, looks=looks, precision=recipe.precision, progress=progress)
+        figures |= {f"{name}_of_looks": more.metrics[name] for name in ("miou", "pixel_accuracy")}
+        return more, figures
+    return plain, figures
