@@ -52,11 +52,27 @@ def _summarize() -> tuple[type, Callable[..., Outcome]]:
     return TrainSummarize, train_summarize
 
 
+def _classify() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.classify import train_classify
+    from volvelle.train.recipes.classify import TrainClassify
+
+    return TrainClassify, train_classify
+
+
+def _segment() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.recipes.segment import TrainSegment
+    from volvelle.train.segment import train_segment
+
+    return TrainSegment, train_segment
+
+
 KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "adapt": _adapt,
+    "classify": _classify,
     "compare": _compare,
     "draft": _draft,
     "language": _language,
+    "segment": _segment,
     "summarize": _summarize,
 }
 """Run kinds and the recipe and function behind each."""
