@@ -130,6 +130,15 @@ def test_too_few_pictures(data, tmp_path):
         read_sets(recipe(tmp_path), tmp_path, Quiet())
 
 
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    for kind, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / kind).mkdir()
+        for i in range(4):
+            Image.new(mode, (40, 40)).save(tmp_path / kind / f"{i}.png")
+    with pytest.raises(VolvelleError, match="its masks hold one class"):
+        read_sets(recipe(tmp_path), tmp_path, Quiet())
+
+
 def test_options_round_trip_and_are_checked():
     options = TrainSegment(data="d", looks=LookOptions(scales=(1.0, 2.0)), crop=(64, 96), void=(3,), classes=("a", "b"))
     assert from_dict(TrainSegment, json.loads(json.dumps(to_dict(options)))) == options

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from volvelle.train.phase import Phase as Phase
     from volvelle.train.resume import resume_run as resume_run
     from volvelle.train.scratch import train_language as train_language
+    from volvelle.train.segment import train_segment as train_segment
     from volvelle.train.summarize import train_summarize as train_summarize
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "resume_run": "resume",
     "train_draft": "draft",
     "train_language": "scratch",
+    "train_segment": "segment",
     "train_summarize": "summarize",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  # pyright: ignore[reportUnsupportedDunderAll]

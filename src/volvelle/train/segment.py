@@ -92,6 +92,11 @@ def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets:
     splits = find_pairs(folder)[1]
     train = read(folder, "train" if "train" in splits else None, classes=recipe.classes, void=recipe.void)
     observer.say(f"classes: {', '.join(train.labels.names)}" + _void(train))
+    if len(train.labels) < 2:
+        raise VolvelleError(
+            f"{folder}: its masks hold one class, so there is nothing to tell apart",
+            tip="give what is not of that class a number of its own, such as 0 for the background",
+        )
     if len(train) < 3:
         raise VolvelleError(f"{folder}: {len(train)} pictures cannot be split", tip="three are the least")
     kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)

@@ -29,6 +29,7 @@ class SegmentObjective(Objective):
     """
 
     best = ("miou", "max")
+    forward_methods = ("scores",)
 
     def __init__(
         self, model: Segmenter, options: TrainSegment, frequency: np.ndarray, *, selection: Whole | None = None

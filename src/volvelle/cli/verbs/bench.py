@@ -38,6 +38,8 @@ BENCHES = (
     Bench("amp", "bf16 autocast beside fp32"),
     Bench("attention", "attention in tiles beside SDPA and the reference"),
     Bench("attention_cuda", "attention in Triton beside SDPA and the card's own rate"),
+    Bench("metrics", "a confusion matrix beside torchmetrics"),
+    Bench("segmentation", "pictures segmented, folded and in bf16, beside eager fp32"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
 
