@@ -13,6 +13,7 @@ from volvelle.cli import classifying, segmenting
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams
+from volvelle.train.recipes.segment import LookOptions
 
 EXAMPLES = (
     "volvelle eval smollm2 data=dev.jsonl",
@@ -53,6 +54,8 @@ class Options:
     """Segmenters: magnifications whose probabilities are averaged, such as 0.75,1,1.5."""
     mirror: bool = False
     """Segmenters: look at the mirror image too."""
+    window: tuple[int, int] = (0, 0)
+    """Segmenters: height and width of windows that slide over larger pictures; 0,0: the whole picture at once."""
 
 
 def main(options: Options) -> int:
@@ -62,8 +65,7 @@ def main(options: Options) -> int:
             Path(options.model),
             options.data,
             split=options.split,
-            scales=options.scales,
-            mirror=options.mirror,
+            looks=LookOptions(scales=options.scales, mirror=options.mirror, window=options.window),
             on_bad=options.on_bad,
         )
     if classifying.is_classification(options.model):

@@ -76,7 +76,7 @@ class Backbone(nn.Module):
 
 
 def initialise(model: nn.Module) -> None:
-    """Convolutions normal with variance 2 / fan-out, norms the identity, linear layers uniform with 1 / √fan-out.
+    """Convolutions normal with variance 2 / fan-out, norms the identity, linear layers uniform with 1 / √fan-in.
 
     He et al. 2015, "Delving Deep into Rectifiers", equation 14; fan-out counts one group's outputs.
     """
@@ -94,7 +94,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def _initialise_linear(layer: nn.Linear) -> None:
-    bound = 1 / math.sqrt(layer.out_features)
+    bound = 1 / math.sqrt(layer.in_features)  # logits of features of size one stay below one
     nn.init.uniform_(layer.weight, -bound, bound)
     nn.init.zeros_(layer.bias)
 
