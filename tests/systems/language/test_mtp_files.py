@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -13,9 +14,12 @@ from tests.systems.language.test_decoder import GPT2, LLAMA, build, some_ids
 from tests.systems.language.test_mtp import pair
 
 from volvelle.errors import VolvelleError
+from volvelle.parts.quantization.weight_only import WeightOnlyLinear
+from volvelle.systems.language.config import GatedMLP
 from volvelle.systems.language.huggingface import read_folder, write_folder
 from volvelle.systems.language.mtp import KINDS
 from volvelle.systems.language.mtp_files import read_mtp, write_mtp
+from volvelle.systems.language.quantized import quantize_model
 from volvelle.train.scratch import POSITIONS
 
 
@@ -93,6 +97,21 @@ def test_one_folder_gives_the_plain_decoder_aloud_and_the_modules(kind, copies, 
     ids = some_ids()
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_modules_for_a_quantised_decoder(copies, tmp_path):
+    model, mtp = made(
+        "sequential", dataclasses.replace(LLAMA, vocabulary=64, width=64, embedding_width=64, mlp=GatedMLP(96))
+    )
+    write_mtp(mtp, model, tmp_path)
+    if copies:
+        name, tensors = "model.layers.2.shared_head.head.weight", load_file(tmp_path / "model.safetensors")
+        save_file(tensors | {name: model.lm_head.weight.detach().clone()}, tmp_path / "model.safetensors")
+    quantised = copy.deepcopy(model)
+    quantize_model(quantised, "int4")
+    assert isinstance(quantised.lm_head, WeightOnlyLinear)
+    assert same(read_mtp(tmp_path, quantised), mtp)
 
 
 def test_layers_that_are_not_announced_are_named(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from volvelle.errors import VolvelleError
 from volvelle.files import atomic_path, write_atomic
+from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import SINGLE, SafetensorsFolder, read_json
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
@@ -92,16 +93,17 @@ def _same_decoder(values: Mapping[str, Any], model: Decoder, source: str) -> Non
 
 def _check_names(tensors: SafetensorsFolder, wanted: set[str], model: Decoder, source: str) -> None:
     """Every tensor must be a module's, a copy of what the decoder shares, or the decoder's own."""
-    shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with torch.device("meta"):  # as files hold it: a quantised one has other tensors
+        shapes = {name: tuple(p.shape) for name, p in Decoder(model.config).named_parameters()}
     key_map = KEY_MAPS[model.config.family]
     own = {binding.theirs for binding in key_map.bind(shapes)} | set(key_map.aliases)
-    shared = dict(zip(COPIES, (model.model.embed_tokens.weight, model.lm_head.weight), strict=True))
+    shared = dict(zip(COPIES, (model.model.embed_tokens, model.lm_head), strict=True))
     unknown = []
     for name in set(tensors) - wanted - own - {MAP}:
-        copied = next((weight for ending, weight in shared.items() if name.endswith(ending)), None)
+        copied = next((layer for ending, layer in shared.items() if name.endswith(ending)), None)
         if copied is None:
             unknown.append(name)
-        elif not _equal(tensors[name], copied):
+        elif not isinstance(copied, WeightOnlyLinear) and not _equal(tensors[name], copied.get_parameter("weight")):
             raise VolvelleError(f"{source}: {name} differs from the decoder's own, which the modules share")
     missing = sorted(wanted - set(tensors))
     if missing or unknown:
