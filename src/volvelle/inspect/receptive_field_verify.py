@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +99,17 @@ def _units(sizes: Sequence[int], order: random.Random) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*fixed, tuple(order.randrange(n) for n in sizes)]))
 
 
-def run_positive(traced: Exported, wanted: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def local_support(field: ReceptiveField, name: str, unit: Sequence[int]) -> tuple[frozenset[int], ...]:
+    """What one element of a node reads by its gradients when all that passes through global operations is cut off."""
+    gates = {node.name for node in field.nodes if node.whole and not any(node.local)}
+    x, values = run_positive(field.traced, {field[name].name}, gates)
+    return gradient_support(values[field[name].name][tuple(unit)], x, field.axes)
+
+
+def run_positive(traced: Exported, wanted: set[str], cut: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the positive copy; the input (all ones, with gradient) and the values of the wanted nodes.
 
-    A node that depends on an operation without a positive form is left out.
+    A node that depends on an operation without a positive form is left out. No gradient passes through those in `cut`.
     """
     generator = torch.Generator().manual_seed(SEED)
     shape = shape_of(traced.input)
@@ -117,9 +124,10 @@ def run_positive(traced: Exported, wanted: set[str]) -> tuple[Tensor, dict[str, 
             values[node.name] = _weight(traced, node, generator)
         elif node.op == "call_function" and all(source.name in values for source in node.all_input_nodes):
             try:
-                values[node.name] = _computed(node, values)
+                value = _computed(node, values)
             except Unsupported:
                 continue
+            values[node.name] = value.detach() if node.name in cut else value
     return x, {name: values[name] for name in wanted if isinstance(values.get(name), Tensor)}
 
 
