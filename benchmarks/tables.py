@@ -28,6 +28,7 @@ PAGES = {
     "adapt": "docs/adapt.md",
     "metrics": "docs/metrics.md",
     "segmentation": "docs/segmentation.md",
+    "backbone": "docs/backbones.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -320,6 +321,21 @@ def segmentation(record: Mapping[str, Any]) -> list[str]:
     return [*lines, "", about + _footer("segmentation", record["machine"])]
 
 
+def backbone(record: Mapping[str, Any]) -> list[str]:
+    """Pictures a second of each way to run one network, and how far its logits move."""
+    lines = [
+        "| network | batch | how | pictures/s | : timm | logits move by | compiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        for who, rate in row["images_per_second"].items():
+            told = protocol.shown(row["speed"][who]) if who in row["speed"] else "baseline"
+            took = f"{row['warmup_seconds'][who]:.0f} s" if who in row["warmup_seconds"] else ""
+            far = f"{row['moved'][who]:.1e}"
+            lines.append(f"| {row['name']} | {row['batch']} | {who} | {rate:.1f} | {told} | {far} | {took} |")
+    return [*lines, "", _footer("backbone", record["machine"])]
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
     "decode": decode,
@@ -333,6 +349,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "adapt": adapt,
     "metrics": metrics,
     "segmentation": segmentation,
+    "backbone": backbone,
 }
 
 

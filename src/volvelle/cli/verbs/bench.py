@@ -39,6 +39,7 @@ BENCHES = (
     Bench("attention", "attention in tiles beside SDPA and the reference"),
     Bench("attention_cuda", "attention in Triton beside SDPA and the card's own rate"),
     Bench("metrics", "a confusion matrix beside torchmetrics"),
+    Bench("backbone", "pictures classified, folded, in bf16 and compiled, beside timm"),
     Bench("segmentation", "pictures segmented, folded and in bf16, beside eager fp32"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
