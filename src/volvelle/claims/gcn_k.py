@@ -48,7 +48,7 @@ def measure(budget: Budget) -> Measurement:
 
     from volvelle.errors import VolvelleError
 
-    kernels, seeds, steps, pictures = ((3, 15), 1, 60, 96) if budget == "quick" else ((3, 7, 11, 15), 3, 400, 400)
+    kernels, seeds, steps, pictures = ((3, 15), 1, 60, 96) if budget == "quick" else ((3, 7, 11, 15), 3, 200, 400)
     before = torch.get_num_threads()
     torch.set_num_threads(min(2, before))
     try:

@@ -53,9 +53,9 @@ def measure(budget: Budget) -> Measurement:
     except VolvelleError as error:
         return Measurement(unmeasurable=f"no garments to draw: {error}")
     nothing = torch.zeros_like(masks)
-    k = int(masks.max()) + 1
-    images = _matrices(nothing, masks, k)
-    whole = images.sum(0)
+    classes = int(masks.max()) + 1
+    whole = _matrices(nothing, masks, classes).sum(0)
+    k = int((whole.sum(1) > 0).sum())
     pa, iou, mean = (float(f(whole)) for f in (pixel_accuracy, mean_iou, mean_pixel_accuracy))
     weighted = float(frequency_weighted_iou(whole))
     findings = [
@@ -66,10 +66,10 @@ def measure(budget: Budget) -> Measurement:
         at_most("|mean IoU - PA / K|: its one IoU is the pixel accuracy", abs(iou - pa / k), 1e-12),
         at_most("|weighted IoU - PA²|: that IoU, weighted by the background's share", abs(weighted - pa**2), 1e-12),
         Finding("mean IoU of background everywhere", iou),
-        Finding("classes K", k),
-        *_averages(masks, k),
+        Finding("classes K that occur", k),
+        *_averages(masks, classes),
     ]
-    peer, versions = _peer(masks, k)
+    peer, versions = _peer(masks, classes)
     return Measurement(
         [*findings, *peer],
         peers=versions,

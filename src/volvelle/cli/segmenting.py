@@ -13,6 +13,7 @@ from volvelle.runs import RunFolder
 if TYPE_CHECKING:
     from volvelle.data.masks_labels import Labels
     from volvelle.systems.segmentation.model import Segmenter
+    from volvelle.train.recipes.segment import LookOptions
 
 KIND = "segment"
 """The kind of runs that this file knows."""
@@ -29,15 +30,17 @@ def evaluate(
     data: str,
     *,
     split: str | None = None,
-    scales: Sequence[float] = (1.0,),
-    mirror: bool = False,
+    looks: LookOptions | None = None,
     on_bad: Literal["stop", "skip"] = "stop",
 ) -> int:
-    """Measure a run's segmenter on a folder of images with masks (its val part, when it has one), and print it."""
+    """Measure a run's segmenter on a folder of images with masks (its val part, when it has one), and print it.
+
+    `looks` says how each picture is looked at; None: once, as it is.
+    """
     from volvelle.cli.training import console
     from volvelle.data.masks import find_pairs, read_masks
     from volvelle.data.masks_augment import Whole
-    from volvelle.systems.segmentation.inference import Looks
+    from volvelle.train.segment import looks_of
     from volvelle.train.segment_measure import measure
 
     model, labels, precision = _open(run)
@@ -54,11 +57,10 @@ def evaluate(
         observer.say(str(pictures) + (f" ({split})" if split else ""))
         for line in pictures.skipped[:5]:
             observer.say(f"  left out {line}")
-        looks = Looks(tuple(scales), mirror)
         found = measure(
             model,
             Whole(pictures),
-            looks=looks,
+            looks=looks_of(looks) if looks else None,
             precision=precision,
             outlines=True,
             progress=lambda done, total: observer.work("pictures", done, total),

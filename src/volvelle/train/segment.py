@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from volvelle.data.loader import Loader
 from volvelle.data.masks import MaskFolder, find_pairs, read_masks
 from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_masks, split_in_runs
@@ -62,7 +60,6 @@ def train_segment(
         device, where = choose_device(recipe.device)
         seed_all(recipe.seed)
         model = build_model(recipe, sets.train).to(device)
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         subtitle = _first_line(recipe, model, where)
         observer.say(subtitle)
         loader = training_loader(recipe, sets.train)

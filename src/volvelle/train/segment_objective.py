@@ -58,6 +58,8 @@ class SegmentObjective(Objective):
         masks = batch["masks"]
         if self.step < self.options.small * self.steps:
             pixels, masks = shrink(pixels, masks, self.options.shrink)
+        # The pictures decide in which order convolutions work. Weights keep plain strides: a moment of the optimiser
+        # comes back from a checkpoint with these, and the fused step takes it for granted that all agree.
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with DepthwiseInFp32():
             scores = self.model.scores(pixels)
