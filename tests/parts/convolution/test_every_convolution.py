@@ -71,3 +71,16 @@ def test_meta_and_placement(name):
     with torch.device("meta"):
         module = case.build()
     assert module(case.input().to("meta")).shape == case.module()(case.input()).shape
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@EACH
+def test_onnx_runtime_computes_the_same(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, x = CASES[name].module().eval(), CASES[name].input()
+    torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x).detach())

@@ -78,3 +78,16 @@ def test_one_graph(name):
     program = torch.export.export(Wrapped(case), (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1)},))
     other = torch.randn(3, *SHAPE[1:])
     torch.testing.assert_close(program.module()(other), case(other))
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@EACH
+def test_onnx_runtime_computes_the_same(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module, x = Wrapped(made(name)).eval(), images()
+    torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x).detach())
