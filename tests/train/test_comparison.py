@@ -80,7 +80,7 @@ def whole(home, tmp_path_factory):
 def test_every_method_is_shown_with_its_best_rate(whole):
     recipe, _, outcome, said = whole
     assert [row.method for row in outcome.rows] == ["base", "full", "lora", "prefix"]
-    assert (outcome.step, outcome.steps, outcome.unit) == (6, 6, "training")
+    assert (outcome.step, outcome.steps, outcome.unit) == (9, 9, "training")
     base, full, lora, prefix = outcome.rows
     for row in (full, lora, prefix):
         assert set(row.tuning) == {"0.0001", "0.01"}
@@ -114,7 +114,7 @@ def test_only_the_chosen_trainings_are_kept_and_open_as_runs(whole):
 
 
 def test_the_rate_is_chosen_beside_the_held_out_data(whole):
-    """The tuning loss is that of the chosen model on examples that were neither trained on nor held out."""
+    """The tuning examples were neither trained on nor held out."""
     recipe, run, outcome, _ = whole
     from volvelle.train.comparison import _Comparison
     from volvelle.train.interrupt import Interrupt
@@ -126,25 +126,38 @@ def test_the_rate_is_chosen_beside_the_held_out_data(whole):
     assert len(comparison.tuning.examples) == 8
     row = next(row for row in outcome.rows if row.method == "lora")
     model = load_run(row.run)
-    for corpus, loss in ((comparison.tuning, min(row.tuning.values())), (comparison.held, row.loss)):
-        assert isinstance(corpus, Corpus)
-        found = held_out_loss(model, comparison._fixed(corpus, model, 200))["loss"]
-        assert found == pytest.approx(loss, rel=1e-6)
+    assert isinstance(comparison.held, Corpus)
+    found = held_out_loss(model, comparison._fixed(comparison.held, model, 200))["loss"]
+    assert found == pytest.approx(row.loss, rel=1e-6)
     assert len(read_corpus(recipe.data, prompt=recipe.prompt, completion=recipe.completion).examples) == 48
 
 
-@pytest.mark.parametrize("stop", [3, 12, 27])
-def test_an_interrupted_comparison_ends_with_the_same_rows(home, whole, tmp_path, stop):
+def test_rates_may_be_compared_at_the_end(home, tmp_path):
+    recipe, run = begin(home, tmp_path, "ends", compare=Comparison(("lora",), (1e-4, 1e-2), tuning=8, look=1.0))
+    ear = Ear()
+    outcome = compare_methods(recipe, run, observer=ear)
+    assert ear.steps == 12
+    row = outcome.rows[1]
+    from volvelle.train.comparison import _Comparison
+    from volvelle.train.interrupt import Interrupt
+
+    comparison, model = _Comparison(recipe, run, Quiet(), Interrupt()), load_run(row.run)
+    found = held_out_loss(model, comparison._fixed(comparison.tuning, model, 200))["loss"]
+    assert found == pytest.approx(min(row.tuning.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("stop", "done"), [(3, 1), (12, 4), (21, 8)])
+def test_an_interrupted_comparison_ends_with_the_same_rows(home, whole, tmp_path, stop, done):
     recipe, run = begin(home, tmp_path, "part")
     ear = Ear(stop)
     first = compare_methods(recipe, run, observer=ear)
     assert first.interrupted == "SIGINT"
-    assert first.step == stop // 6
+    assert first.step == done
     assert first.resume == f"volvelle resume {run.path}"
     ear = Ear()
     again = resume_run(run.path, observer=ear)
     assert again.interrupted is None
-    assert ear.steps == 36 - stop
+    assert ear.steps == 24 - stop
     for ours, theirs in zip(again.rows, whole[2].rows, strict=True):
         assert (ours.loss, ours.tuning, ours.bleu, ours.rate) == (theirs.loss, theirs.tuning, theirs.bleu, theirs.rate)
 

@@ -1,9 +1,10 @@
 """`method=compare`: several methods on the same data under one budget, each with the best of the same learning rates.
 
 One run folder holds the comparison. Below it, in trials/, every training is a run folder of its own, which generate,
-eval and export take too. The learning rate is chosen on a part of the training side, at equal steps; only the chosen
-training of each method is kept, and only it is measured on the held-out data. What is finished is never done again: a
-comparison that was interrupted goes on with the training that was, bit for bit.
+eval and export take too. The learning rate is chosen on a part of the training side, at equal steps: every training
+pauses at a quarter of them, and of each method the best one goes on to the end, is kept, and is measured on the
+held-out data. What is finished is never done again: a comparison that was interrupted goes on with the training that
+was, bit for bit.
 """
 
 from __future__ import annotations
@@ -111,12 +112,13 @@ class _Comparison:
             self._check()
             self.probes[trial.method] = found = probe(trial, self.device, self._loader)
             self.steps = self.steps or min(STEPS, found.batches)
-        seconds = sum(found.seconds for found in self.probes.values()) * len(self.recipe.compare.rates) * self.steps
+        further = (len(self.recipe.compare.rates) - 1) * self.look  # of the learning rates that are not chosen
+        seconds = sum(found.seconds for found in self.probes.values()) * (self.steps + further)
         low, high = (f(found.seconds for found in self.probes.values()) for f in (min, max))
         self.subtitle = (
             f"{self.where}; {self.recipe.precision}; {len(trials)} methods x {len(self.recipe.compare.rates)} learning "
-            f"rates x {self.steps} steps of {self.recipe.batch}, {low:.1f} to {high:.1f} s a step: about "
-            f"{_minutes(seconds)} of training, and the evaluations"
+            f"rates x {self.steps} steps of {self.recipe.batch}, all but the best rate stop after {self.look}, "
+            f"{low:.1f} to {high:.1f} s a step: about {_minutes(seconds)} of training, and the evaluations"
         )
         self.observer.say(self.subtitle)
         self.run.update_manifest(
@@ -143,10 +145,12 @@ class _Comparison:
 
     def _method(self, method: MethodName) -> None:
         """All trainings of a method, and what its best one comes to."""
-        losses: dict[float, float] = {}
-        for rate in self.recipe.compare.rates:
-            losses[rate] = self._trial(method, rate, losses)
+        losses = {rate: self._look_at(method, rate) for rate in self.recipe.compare.rates}
         best = min(losses, key=lambda rate: losses[rate])
+        for rate in self.recipe.compare.rates:
+            if rate != best:
+                _forget(self._folder(method, rate), "checkpoints")
+        self._finish(method, best)
         folder = RunFolder.open(self._folder(method, best))
         model = load_run(folder.path, dtype=self._dtype(method), device=self.device)
         facts = folder.manifest["trial"]
@@ -166,48 +170,58 @@ class _Comparison:
     def _folder(self, method: str, rate: float) -> Path:
         return self.run.path / "trials" / f"{method}-{rate:g}"
 
-    def _trial(self, method: MethodName, rate: float, before: dict[float, float]) -> float:
-        """Train once, or go on with it; its loss on the tuning examples. What was best before gives way to better."""
-        self._check()
+    @property
+    def look(self) -> int:
+        """The step at which the learning rates are compared."""
+        return max(1, round(self.recipe.compare.look * self.steps))
+
+    def _look_at(self, method: MethodName, rate: float) -> float:
+        """Train up to the step at which rates are compared; the loss on the tuning examples there."""
         trial, path = self._recipe(method, rate), self._folder(method, rate)
         known = (path / "manifest.json").is_file()
         sub = RunFolder.open(path) if known else RunFolder.create(
             path.name, root=path.parent, kind="adapt", config=to_dict(trial)
         )  # fmt: skip
+        if "tuning" not in sub.manifest:
+            self.observer.say(f"{method}, learning rate {rate:g}")
+            model, _ = self._trained(trial, sub, self.look, resume=known)
+            fixed = self._fixed(self.tuning, model, self.recipe.compare.tuning)
+            loss = held_out_loss(model, fixed, trial.precision)["loss"]
+            sub.update_manifest(status="interrupted", step=self.look, steps=self.steps, tuning=loss)
+            self.observer.say(f"  loss on the tuning examples {loss:.4f} after {self.look} steps")
+        return float(sub.manifest["tuning"])
+
+    def _finish(self, method: MethodName, rate: float) -> None:
+        """Train to the end, and keep what was trained."""
+        trial, sub = self._recipe(method, rate), RunFolder.open(self._folder(method, rate))
         if "trial" in sub.manifest:
-            return float(sub.manifest["trial"]["tuning"])
-        self.observer.say(f"{method}, learning rate {rate:g}")
-        model = open_base(trial.model, stored_as(trial, self.device), self.device)
-        adapted = adapt_base(model, trial)
-        objective = LanguageObjective(model, trial)
-        result = fit(
-            objective, self._loader(model, trial), options=trial, run=sub, observer=self.observer, resume=known
-        )
-        if result.interrupted:
-            sub.update_manifest(status="interrupted", step=result.step, steps=result.steps)
-            raise Stopped(result.interrupted)
-        model.eval()
-        tuning = held_out_loss(model, self._fixed(self.tuning, model, self.recipe.compare.tuning), trial.precision)
-        loss = tuning["loss"]
-        if not before or loss < min(before.values()):
-            saved = save_adapted(model, trial, sub)
-            stored = adapted.total_count if trial.adaptation.trains_base else _stored(saved)
-            for other in before:
-                _forget(self._folder(method, other), "weights", "adapter")
-        else:
-            stored = 0
+            return
+        self.observer.say(f"{method}, learning rate {rate:g}: chosen")
+        model, adapted = self._trained(trial, sub, self.steps, resume=True)
+        saved = save_adapted(model, trial, sub)
+        stored = adapted.total_count if trial.adaptation.trains_base else _stored(saved)
         seconds = sorted(r["seconds"] for r in sub.metrics() if r.get("event") == "train")
         own = adapted.total_count - (0 if trial.adaptation.trains_base else adapted.trainable_count)
         facts = {
-            "tuning": loss,
             "seconds": seconds[len(seconds) // 2],
             "trained": adapted.trainable_count / own,
             "stored": stored / own,
         }
-        _forget(path, "checkpoints")
-        sub.update_manifest(status="finished", step=result.step, steps=result.steps, trial=facts)
-        self.observer.say(f"  loss on the tuning examples {loss:.4f}, {facts['seconds']:.2f} s a step")
-        return loss
+        _forget(sub.path, "checkpoints")
+        sub.update_manifest(status="finished", step=self.steps, steps=self.steps, trial=facts)
+
+    def _trained(self, trial: AdaptLanguage, sub: RunFolder, until: int, *, resume: bool) -> tuple[Any, Any]:
+        """The model, and what was done to it, trained up to a step."""
+        self._check()
+        model = open_base(trial.model, stored_as(trial, self.device), self.device)
+        adapted = adapt_base(model, trial)
+        objective, loader = LanguageObjective(model, trial), self._loader(model, trial)
+        result = fit(objective, loader, options=trial, run=sub, observer=self.observer, resume=resume, until=until)
+        if result.interrupted:
+            sub.update_manifest(status="interrupted", step=result.step, steps=result.steps)
+            raise Stopped(result.interrupted)
+        model.eval()
+        return model, adapted
 
     def _measure(self, method: str, model: Any, row: Row) -> None:
         """Held-out loss and answers of a model, as a finished row."""
@@ -241,9 +255,10 @@ class _Comparison:
 
     def _close(self, stopped: str | None) -> Compared:
         recipe, rows = self.recipe, with_gains(self.rows)
-        total = len(recipe.compare.methods) * len(recipe.compare.rates)
-        done = sum("trial" in RunFolder.open(path.parent).manifest
-                   for path in self.run.path.glob("trials/*/manifest.json"))  # fmt: skip
+        # Every training up to the look, and the chosen ones to their end.
+        total = len(recipe.compare.methods) * (len(recipe.compare.rates) + 1)
+        manifests = [RunFolder.open(path.parent).manifest for path in self.run.path.glob("trials/*/manifest.json")]
+        done = sum(("tuning" in each) + ("trial" in each) for each in manifests)
         best = min((row for row in rows if row.run), key=lambda row: row.loss, default=None)
         commands = (resume_command(self.run),)
         if not stopped and best is not None and best.run:

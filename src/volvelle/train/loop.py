@@ -73,8 +73,11 @@ def fit(
     observer: Observer | None = None,
     resume: bool = False,
     ranks: Ranks | None = None,
+    until: int | None = None,
 ) -> FitResult:
     """Train the objective for `options.steps` steps (or `options.epochs` passes over the loader).
+
+    `until` is a step to pause at: the run is saved there, and goes on with `resume=True` as if it had not paused.
 
     With a `run`, metrics go to its metrics.jsonl and checkpoints to its folder `checkpoints`; `resume=True` continues
     from the newest sound one (or starts when there is none). SIGINT and SIGTERM finish the step, save, and return a
@@ -82,7 +85,7 @@ def fit(
     samples and where it began, or is left out (`options.on_nan`). With `options.average` the averaged weights are
     evaluated, and are in the modules when a run has finished; an interrupted run leaves its own.
     """
-    return _Fit(objective, loader, options, run, observer or Observer(), ranks or Ranks()).run_all(resume)
+    return _Fit(objective, loader, options, run, observer or Observer(), ranks or Ranks()).run_all(resume, until)
 
 
 class _Fit:
@@ -121,17 +124,17 @@ class _Fit:
         self.pace: deque[tuple[float, float]] = deque(maxlen=20)
         self.unit = "batches"
 
-    def run_all(self, resume: bool) -> FitResult:
+    def run_all(self, resume: bool, until: int | None = None) -> FitResult:
         with self.ranks.guard(self._kept):
-            return self._run_all(resume)
+            return self._run_all(resume, self.steps if until is None else min(until, self.steps))
 
-    def _run_all(self, resume: bool) -> FitResult:
+    def _run_all(self, resume: bool, until: int) -> FitResult:
         began = time.monotonic()
         resumed = self._resume() if resume else None
         training = [(part, part.training) for module in self.isolation.modules.values() for part in module.modules()]
         try:
             with Interrupt() as interrupt:
-                heard = self._loop(interrupt)
+                heard = self._loop(interrupt, until)
         finally:
             # Ends the loader's workers; what they have read ahead is read again after a resume.
             self.stream.close()
@@ -159,8 +162,8 @@ class _Fit:
             skipped={p.phase.name: p.skipped.overflow + p.skipped.nan for p in self.players},
         )
 
-    def _loop(self, interrupt: Interrupt) -> str | None:
-        """Step until the end, or until a signal is heard, by any rank; gives its name."""
+    def _loop(self, interrupt: Interrupt, until: int) -> str | None:
+        """Step until there, or until a signal is heard, by any rank; gives its name."""
         options, cursor = self.options, self.cursor
         self.objective.train_mode()
         if cursor.evaluated < cursor.step and self._evaluation_due() and self._evaluate():
@@ -168,7 +171,7 @@ class _Fit:
             self.saved = None
             self._save()
         heard = self.ranks.heard(interrupt.name)
-        while cursor.step < self.steps and not heard:
+        while cursor.step < until and not heard:
             self._step()
             heard = self.ranks.heard(interrupt.name)
             # Who interrupts does not want to wait for an evaluation; the resumed run makes up for it. At the last
@@ -180,8 +183,9 @@ class _Fit:
                 self._save()
             if evaluated:
                 heard = self.ranks.heard(interrupt.name)
-        if heard and cursor.step < self.steps:
-            self.observer.say(f"{heard}: stopped after step {cursor.step} of {self.steps}")
+        if cursor.step < self.steps:
+            if heard:
+                self.observer.say(f"{heard}: stopped after step {cursor.step} of {self.steps}")
             self._save()
         return heard
 

@@ -16,7 +16,7 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared. Every method is trained once with every learning rate, for as many steps."""
+    """What is compared. Every method begins once with every learning rate, and goes on with the best."""
 
     methods: tuple[MethodName, ...] = ("full", "lora", "dora", "adapter", "prefix")
     """The methods, in the order of the table."""
@@ -24,6 +24,9 @@ class Comparison:
     """Peak learning rates; each method is shown with the one that is best on the tuning examples."""
     tuning: int = 64
     """Examples set aside of the training data (never of the held-out data) to choose the learning rate on."""
+    look: float = 0.25
+    """The share of the steps after which the learning rates are compared: the best one's training goes on to the end,
+    the others stop there. 1: all are trained to the end."""
 
     def __post_init__(self) -> None:
         for name in ("methods", "rates"):
@@ -32,6 +35,8 @@ class Comparison:
                 raise UsageError(f"compare.{name}: needs one or more, each once, got {list(values)}")
         if min(self.rates) <= 0:
             raise UsageError(f"compare.rates: must be above 0, got {min(self.rates)}")
+        if not 0 < self.look <= 1:
+            raise UsageError(f"compare.look: must be above 0 and at most 1, got {self.look}")
         if self.tuning < 1:
             raise UsageError(f"compare.tuning: must be at least 1, got {self.tuning}")
 
