@@ -93,9 +93,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(kind, tmp_path
 def test_a_pause_leaves_no_trace(kind, tmp_path):
     whole, run, part = kind(), Folder(tmp_path / "whole"), Folder(tmp_path / "part")
     fit(whole, loader(), options=OPTIONS, run=run, observer=Quiet())
-    for until, reached, seed in ((5, 5, 0), (5, 5, 77), (11, 11, 78), (99, 17, 79)):
-        objective = kind(seed=seed)
-        found = fit(objective, loader(), options=OPTIONS, run=part, observer=Quiet(), resume=seed > 0, until=until)
+    for until, reached, objective in (
+        (5, 5, kind()),
+        (5, 5, kind(seed=77)),
+        (11, 11, kind(seed=78)),
+        (99, 17, kind(seed=79)),
+    ):
+        known = part.path.joinpath("checkpoints").is_dir()
+        found = fit(objective, loader(), options=OPTIONS, run=part, observer=Quiet(), resume=known, until=until)
         assert (found.step, found.steps, found.interrupted) == (reached, 17, None)
     same(state(whole), state(objective))
     assert history(part) == history(run)
