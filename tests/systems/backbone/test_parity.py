@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.vision_peers import timm as import_timm
 from torch import nn
 
-from tests.vision_peers import timm as import_timm
 from volvelle.systems.backbone import CONFIGS, backbone, read_backbone, write_backbone
 from volvelle.systems.backbone.files import to_tensors, write_tensors
 from volvelle.systems.backbone.key_maps import EFFICIENTNET_PYTORCH, TRANSFORMERS
