@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from volvelle.train.adaptation import adapt_language as adapt_language
+    from volvelle.train.classify import train_classify as train_classify
     from volvelle.train.draft import train_draft as train_draft
     from volvelle.train.evaluate import evaluate_language as evaluate_language
     from volvelle.train.language import LanguageObjective as LanguageObjective
@@ -36,6 +37,7 @@ _HOMES = {
     "evaluate_language": "evaluate",
     "fit": "loop",
     "resume_run": "resume",
+    "train_classify": "classify",
     "train_draft": "draft",
     "train_language": "scratch",
     "train_segment": "segment",
