@@ -81,7 +81,10 @@ def test_features_have_the_promised_shapes(name):
     assert net(x).shape == (2, 1000)
 
 
-@pytest.mark.parametrize("name", ["mobilenet-v2", "resnet-18", "resnet-50", "shufflenet-v2-x0.5", "inception-v1"])
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet-v2", "resnet-18", pytest.param("resnet-50", marks=pytest.mark.slow), "snet49", "inception-v1"],
+)
 @pytest.mark.parametrize("stride", [8, 16])
 @torch.no_grad()
 def test_a_dilated_network_computes_what_the_strided_one_did_and_more(name, stride):

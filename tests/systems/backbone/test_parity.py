@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.vision_peers import timm as import_timm
@@ -46,11 +48,11 @@ def pictures(size: int) -> torch.Tensor:
     return torch.randn(2, 3, size, size + 6, generator=torch.Generator().manual_seed(1))
 
 
-CASES = [
-    ("efficientnet-b0", 64), ("tf-efficientnet-b0", 75), ("efficientnet-lite0", 64), ("mobilenet-v2", 65),
-    ("resnet-18", 64),
+CASES = [("efficientnet-b0", 64), ("efficientnet-lite0", 75), ("resnet-18", 64)]
+SLOW = [
+    ("tf-efficientnet-b0", 75), ("mobilenet-v2", 65), ("efficientnet-b4", 96), ("tf-efficientnet-b4", 97),
+    ("resnet-50", 64), ("efficientnet-lite4", 65),
 ]  # fmt: skip
-SLOW = [("efficientnet-b4", 96), ("tf-efficientnet-b4", 97), ("resnet-50", 64), ("efficientnet-lite4", 65)]
 
 
 @pytest.mark.parametrize(("name", "size"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
@@ -74,8 +76,15 @@ def test_timm_with_the_same_weights(timm, tmp_path, name, size):
     assert torch.equal(again(x), theirs(x))
 
 
-@pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-b0", "resnet-18"])
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [
+        ("efficientnet-lite0", 8),
+        ("resnet-18", 16),
+        pytest.param("efficientnet-b0", 8, marks=pytest.mark.slow),
+        pytest.param("efficientnet-b0", 16, marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_timm_with_an_output_stride(timm, name, stride):
     config = CONFIGS[name]
@@ -85,7 +94,7 @@ def test_timm_with_an_output_stride(timm, name, stride):
     assert_same(ours(pictures(65)), theirs(pictures(65)))
 
 
-@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite0"])
+@pytest.mark.parametrize("name", ["efficientnet-lite0", pytest.param("efficientnet-b0", marks=pytest.mark.slow)])
 def test_running_statistics_move_as_timm_s(timm, name):
     config = CONFIGS[name]
     theirs = shake(timm.create_model(config.timm, pretrained=False, drop_path_rate=0.0, drop_rate=0.0)).train()
@@ -116,15 +125,16 @@ def peer_of_transformers(variant: str, size: int):
     from volvelle.systems.backbone.native_config import to_transformers
 
     config = CONFIGS[f"tf-efficientnet-{variant}"]
-    from dataclasses import replace
-
     config = replace(config, preprocessing=replace(config.preprocessing, size=size))
     values = to_transformers(config, tuple(f"class {i}" for i in range(1000)))
     peer = transformers.EfficientNetForImageClassification(transformers.EfficientNetConfig(**values))
     return shake(peer).eval()
 
 
-@pytest.mark.parametrize(("variant", "size"), [("b0", 64), ("b0", 76), pytest.param("b4", 380, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("b0", 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("b0", 76), ("b4", 380)))],
+)
 @torch.no_grad()
 def test_transformers_with_the_same_weights(tmp_path, variant, size):
     theirs = peer_of_transformers(variant, size)
