@@ -23,6 +23,7 @@ from torch.nn import functional as F
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import protocol, tables
+from benchmarks.support.timm_peer import load_timm
 from volvelle.systems.segmentation import GCN, Segmenter, segmenter
 from volvelle.systems.segmentation.inference import ready
 
@@ -96,17 +97,16 @@ class _Peer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores in full size."""
-        return F.interpolate(self.decoder(self.encoder(x)[1:], x), size=x.shape[-2:], mode="bilinear")
+        return F.interpolate(self.decoder(self.encoder(x), x), size=x.shape[-2:], mode="bilinear")
 
 
 def _timm(model: Segmenter) -> nn.Module | None:
-    """The same network with timm's layers; None where timm cannot be imported."""
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        print(f"timm is left out: {error}")
+    """The same network with timm's layers; None where timm is not installed."""
+    if not find_spec("timm"):
         return None
-    encoder = timm.create_model("tf_efficientnet_lite0", features_only=True, pretrained=False)
+    encoder = load_timm().create_model(
+        "tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4), pretrained=False
+    )
     ours, theirs = model.encoder.state_dict(), encoder.state_dict()
     encoder.load_state_dict({name: ours[name] for name in theirs})
     return _Peer(encoder, model.decoder).eval()
