@@ -372,3 +372,9 @@ def test_the_effective_field_of_equal_weights_is_the_binomial():
     assert float(found.energy.sum()) == pytest.approx(1)
     with pytest.raises(UsageError, match="does not lie in space"):
         effective_field(nn.Sequential(net, nn.Flatten()), (1, 1, 41, 41), at="1")
+
+
+def test_an_input_too_small_to_go_on_says_so():
+    net = nn.Sequential(nn.ConvTranspose2d(1, 1, 3, 4, 1), nn.Conv2d(1, 1, 3, padding=1))
+    assert "cut at a border" in (receptive_field(net, (1, 1, 1, 1)).output.note or "")
+    assert receptive_field(net, (1, 1, 4, 4)).output.note is None

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from volvelle.inspect.memory_plan import MemoryPlan as MemoryPlan
     from volvelle.inspect.memory_plan import plan_memory as plan_memory
     from volvelle.inspect.memory_plan import plan_program as plan_program
+    from volvelle.inspect.receptive_field_effective import EffectiveField as EffectiveField
+    from volvelle.inspect.receptive_field_effective import effective_field as effective_field
     from volvelle.inspect.receptive_fields import NodeField as NodeField
     from volvelle.inspect.receptive_fields import ReceptiveField as ReceptiveField
     from volvelle.inspect.receptive_fields import chain_field as chain_field
     from volvelle.inspect.receptive_fields import receptive_field as receptive_field
-    from volvelle.inspect.receptive_field_effective import EffectiveField as EffectiveField
-    from volvelle.inspect.receptive_field_effective import effective_field as effective_field
     from volvelle.inspect.threads import LiveThread as LiveThread
     from volvelle.inspect.threads import ThreadReport as ThreadReport
     from volvelle.inspect.threads import live_threads as live_threads

@@ -39,6 +39,8 @@ class Reach:
     whole: Ints
     steps: tuple[Step, ...]
     bounded: bool
+    cut: bool = False
+    """Whether something outside was asked for that the period does not tell, the tensor being shorter than it."""
 
     @classmethod
     def identity(cls, shape: Sequence[int], dim: int, *, bounded: bool) -> Reach:
@@ -88,7 +90,8 @@ class Reach:
             part = full._take(dim, taps[:, k], known[:, k])
             found = part if found is None else found._join(part)
         assert found is not None
-        return replace(found, shape=shape, steps=steps)
+        outside = bool(((taps != NOWHERE) & ~known).any()) and not self.bounded
+        return replace(found, shape=shape, steps=steps, cut=found.cut or outside)
 
     def _take(self, dim: int, index: Ints, known: Ints) -> Reach:
         period, move, _ = self.steps[dim]
@@ -121,7 +124,7 @@ class Reach:
         a, b = np.where(ours, other.low, self.low), np.where(theirs, self.low, other.low)
         low = np.minimum(a, b)
         mask = (self.mask << (a - low).astype(object)) | (other.mask << (b - low).astype(object))
-        return replace(self, low=low, mask=mask, whole=self.whole | other.whole)
+        return replace(self, low=low, mask=mask, whole=self.whole | other.whole, cut=self.cut or other.cut)
 
     def union(self, other: Reach, shape: Sequence[int]) -> Reach:
         """Element by element after broadcasting both to `shape`; equal regularity is kept."""
@@ -258,7 +261,8 @@ class Reach:
                 steps[i] = _agreed(steps[i], part.steps[i], shape[i])
         travelled = sum(part.shape[dim] * part.steps[dim][1] / part.steps[dim][0] for part in parts)
         steps[dim] = (n, round(travelled), any(part.carries(dim) for part in parts))
-        return replace(self, shape=shape, low=low, mask=mask, whole=whole, steps=tuple(steps))._observed()
+        cut = any(part.cut for part in parts)
+        return replace(self, shape=shape, low=low, mask=mask, whole=whole, steps=tuple(steps), cut=cut)._observed()
 
     def compact(self) -> Reach:
         """Length 1 along every dimension in which nothing changes."""

@@ -101,7 +101,7 @@ def _units(sizes: Sequence[int], order: random.Random) -> list[tuple[int, ...]]:
 
 def local_support(field: ReceptiveField, name: str, unit: Sequence[int]) -> tuple[frozenset[int], ...]:
     """What one element of a node reads by its gradients when all that passes through global operations is cut off."""
-    gates = {node.name for node in field.nodes if node.whole and not any(node.local)}
+    gates = {node.name for node in field.nodes if any(a.size == "whole" and not a.local for a in node.axes)}
     x, values = run_positive(field.traced, {field[name].name}, gates)
     return gradient_support(values[field[name].name][tuple(unit)], x, field.axes)
 

@@ -28,7 +28,7 @@ from volvelle.inspect.receptive_field_walk import Walk, walk
 if TYPE_CHECKING:
     from volvelle.inspect.receptive_field_verify import Check
 
-NAMES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}
+CUT = "cut at a border: the input is too small to tell how the field goes on"
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class ReceptiveField:
         rows: list[NodeField] = []
         for node in self.nodes:
             before = rows[-1] if rows else None
-            if before is None or node.note or (node.axes, node.whole) != (before.axes, before.whole):
+            noted = node.note is not None and (before is None or node.note != before.note)
+            if before is None or noted or node.axes != before.axes:
                 rows.append(node)
         return rows if rows[-1] is self.output else [*rows, self.output]
 
@@ -286,7 +287,10 @@ def _node(node: torch.fx.Node, walked: Walk) -> NodeField:
     path, kind = home(node)
     axes = tuple(_axis(i, reaches) for i in range(len(reaches)))
     op = "input" if node.op == "placeholder" else operation(node)
-    return NodeField(node.name, op, path, kind, shape_of(node) or (), axes, walked.notes.get(node.name))
+    notes = [walked.notes[node.name]] if node.name in walked.notes else []
+    if any(reach.cut for reach in reaches):
+        notes.append(CUT)
+    return NodeField(node.name, op, path, kind, shape_of(node) or (), axes, "; ".join(notes) or None)
 
 
 def _axis(number: int, reaches: Sequence[Reach]) -> AxisField:
