@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
+from benchmarks.support.comparison_table import comparison
 from volvelle.parts.attention.capabilities import table as capability_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ PAGES = {
     "attention_cuda": "docs/attention.md",
     "amp": "docs/precision.md",
     "adapt": "docs/adapt.md",
+    "comparison": "docs/adapt.md",
     "metrics": "docs/metrics.md",
     "segmentation": "docs/segmentation.md",
     "backbone": "docs/backbones.md",
@@ -347,6 +349,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "attention_cuda": attention_cuda,
     "amp": amp,
     "adapt": adapt,
+    "comparison": comparison,
     "metrics": metrics,
     "segmentation": segmentation,
     "backbone": backbone,

@@ -32,6 +32,7 @@ BENCHES = (
     Bench("language", "decoding beside transformers, a LoRA step beside peft"),
     Bench("decode", "decoding in fp32 to int4, with and without drafts, beside transformers and llama.cpp"),
     Bench("adapt", "adapting in bf16 beside peft, adapters mixed in one batch"),
+    Bench("comparison", "full fine-tuning, LoRA, DoRA, adapter and prefix under one budget, on WebNLG"),
     Bench("summarization", "answers of an encoder-decoder beside transformers"),
     Bench("loader", "loader workers beside torch's DataLoader"),
     Bench("planner", "planned memory beside the profiler's"),
