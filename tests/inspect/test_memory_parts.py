@@ -386,10 +386,16 @@ class TestReport:
 class TestIsolated:
     def test_a_plan_crosses_the_border(self):
         build, x = lambda: nn.Linear(64, 64), torch.zeros(8, 64)
-        inside = plan_memory(build, x, loss=loss_of)
-        outside = isolated(lambda: plan_memory(build, x, loss=loss_of))
+        inside = plan_memory(build, x, loss=loss_of, threads=2)
+        outside = isolated(lambda: plan_memory(build, x, loss=loss_of, threads=2))
         assert outside.peak == inside.peak
         assert outside.timeline == inside.timeline
+
+    def test_real_work_on_many_numbers_does_not_wait_for_threads_that_are_not_there(self):
+        numbers = torch.arange(1_000_000.0)
+        expected = float(numbers.cos().sum())  # with this process's threads
+        assert isolated(lambda: float(numbers.cos().sum())) == pytest.approx(expected, rel=1e-4, abs=1.0)
+        assert isolated(torch.get_num_threads) == 1
 
     def test_errors_cross_the_border(self):
         with pytest.raises(VolvelleError, match="without a loss"):

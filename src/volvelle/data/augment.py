@@ -53,7 +53,7 @@ def crop_box(
     """(left, top, right, bottom) of a random rectangle of that share of the area, of RATIOS where it fits.
 
     >>> crop_box((100, 50), (1.0, 1.0), random.Random(0))
-    (0.0, 0.0, 100.0, 50.0)
+    (0.0, 0.0, 100, 50)
     """
     width, height = size
     share = generator.uniform(*area)

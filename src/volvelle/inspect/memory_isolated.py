@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,8 +16,9 @@ T = TypeVar("T")
 def isolated(work: Callable[[], T]) -> T:
     """Run `work()` in a forked process and return its result, which must be picklable; its exception is raised here.
 
-    Where a system cannot fork, the work runs here. Raises VolvelleError when the process dies, with the signal that
-    ended it.
+    The process computes with one thread: those of this one are not in it, and a parallel region would wait for them for
+    ever. Where a system cannot fork, the work runs here. Raises VolvelleError when the process dies, with the signal
+    that ended it.
 
     >>> isolated(lambda: 6 * 7)
     42
@@ -46,6 +48,8 @@ def isolated(work: Callable[[], T]) -> T:
 
 def _answer(work: Callable[[], Any], sender: Any) -> None:
     try:
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
         message = ("result", work())
     except Exception as error:  # noqa: BLE001 - it is raised again in the caller
         message = ("error", error)

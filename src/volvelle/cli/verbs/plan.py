@@ -86,6 +86,8 @@ def _length(options: Options, found: Found) -> int:
 
 
 def _plan(options: Options, found: Found, length: int, cards: Cards | None) -> MemoryPlan:
+    import torch
+
     from volvelle.inspect.memory_isolated import isolated
     from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
     from volvelle.train.estimate import plan_language, whole_windows
@@ -95,6 +97,7 @@ def _plan(options: Options, found: Found, length: int, cards: Cards | None) -> M
         "precision": options.precision,
         "checkpointing": options.checkpointing,
         "optimizer": options.optimizer,
+        "threads": torch.get_num_threads(),  # of the training, not of the process that plans it
     }
     if cards is not None:
         planning |= {"gpus": cards, "shard": options.shard, "search": options.advise}

@@ -180,7 +180,7 @@ def odd_blocks(config: MobileConfig, size: int) -> list[int]:
     """The blocks that halve an odd side of pictures of this size, which transformers wants to be told.
 
     >>> odd_blocks(B0, 224), odd_blocks(B0, 300)
-    ([], [3])
+    ([], [3, 11])
     """
     side, number, found = -(-size // 2), 0, []
     for stage in config.stages:
