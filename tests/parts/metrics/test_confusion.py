@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from volvelle.functional import confusion_matrix
@@ -34,6 +34,8 @@ def maps(k, shape, seed=0, void=0.0, ignored=255):
 
 
 @settings(max_examples=60, deadline=None)
+@example(k=128, dtype=torch.int8, ignored=-1, seed=0, shape=(2, 9, 5))
+@example(k=256, dtype=torch.uint8, ignored=None, seed=1, shape=(2, 9, 5))
 @given(
     k=st.sampled_from([1, 2, 11, 14, 15, 16, 17, 100, 127, 128, 180, 181, 200, 300]),
     dtype=st.sampled_from(DTYPES),

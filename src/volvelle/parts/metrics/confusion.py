@@ -198,7 +198,12 @@ def _fill(t: Tensor, ignored: int, value: int) -> Tensor:
         t = t.to(torch.uint8)
     # torch compares with a number that the dtype cannot hold by wrapping it: uint8 255 would be "equal" to -1.
     limits = torch.iinfo(t.dtype)
-    return t.masked_fill(t == ignored, value) if limits.min <= ignored <= limits.max else t
+    if not limits.min <= ignored <= limits.max:
+        return t
+    where = t == ignored
+    if value > limits.max:  # int8 holds the classes of k = 128, not k
+        t = t.to(torch.int16)
+    return t.masked_fill(where, value)
 
 
 def _pairs(p: Tensor, t: Tensor, k: int, ignored: int | None) -> Tensor:
