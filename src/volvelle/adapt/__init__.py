@@ -5,8 +5,9 @@ Names are resolved on first use, so importing the torch-free `volvelle.adapt.met
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from volvelle.lazy import lazy
 
 if TYPE_CHECKING:
     from volvelle.adapt.extract import extract_lora
@@ -49,12 +50,4 @@ __all__ = [
     "using",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _HOME)

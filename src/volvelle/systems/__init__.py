@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from volvelle.lazy import lazy
 
 if TYPE_CHECKING:
     from volvelle.systems.backbone.load import efficientnet as efficientnet
@@ -12,12 +13,4 @@ if TYPE_CHECKING:
 
 _HOMES = {"efficientnet": "backbone.load", "gcn": "segmentation.load", "load_language_model": "language.load"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOMES)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

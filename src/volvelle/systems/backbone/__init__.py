@@ -5,8 +5,9 @@ Importing this package, or its `config` and `names`, does not import torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from volvelle.lazy import lazy
 
 if TYPE_CHECKING:
     from volvelle.systems.backbone.folding import fold as fold
@@ -33,12 +34,4 @@ _HOMES = {
     "CONFIGS": "names",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOMES)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -5,8 +5,9 @@ Importing this package, or its `config`, does not import torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from volvelle.lazy import lazy
 
 if TYPE_CHECKING:
     from volvelle.systems.language.config import LanguageConfig as LanguageConfig
@@ -49,12 +50,4 @@ _HOMES = {
     "quantize_model": "quantized",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOMES)
+__getattr__, __dir__ = lazy(__name__, _HOMES)
