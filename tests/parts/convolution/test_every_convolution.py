@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.onnx_runtime import same_in_onnx_runtime
 from tests.parts.convolution.cases import CASES
 
 QUICK = {"AtrousConv2d", "DepthwiseSeparableConv2d", "InceptionBlock"}
@@ -77,10 +78,4 @@ def test_meta_and_placement(name):
 @pytest.mark.peer
 @EACH
 def test_onnx_runtime_computes_the_same(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, x = CASES[name].module().eval(), CASES[name].input()
-    torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), module(x).detach())
+    same_in_onnx_runtime(CASES[name].module().eval(), CASES[name].input(), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.onnx_runtime import same_in_onnx_runtime
 from tests.parts.resampling.cases import CASES, SHAPE, images
 from torch import nn
 
@@ -84,10 +85,4 @@ def test_one_graph(name):
 @pytest.mark.peer
 @EACH
 def test_onnx_runtime_computes_the_same(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    module, x = Wrapped(made(name)).eval(), images()
-    torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), module(x).detach())
+    same_in_onnx_runtime(Wrapped(made(name)).eval(), images(), tmp_path)

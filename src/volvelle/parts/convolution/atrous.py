@@ -64,6 +64,22 @@ def check_channels(call: str, input: Tensor, weight: Tensor, groups: int, axes: 
         )
 
 
+def padded_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    zeros: Sequence[tuple[int, int]],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolve as torch does, with zeros before and behind each axis that may differ: then they are copied in."""
+    (top, bottom), (left, right) = zeros
+    if (top, left) == (bottom, right):
+        return F.conv2d(input, weight, bias, stride, (top, left), dilation, groups)
+    return F.conv2d(F.pad(input, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
+
+
 @export("functional.atrous_conv2d")
 def atrous_conv2d(
     input: Tensor,
@@ -85,12 +101,8 @@ def atrous_conv2d(
     """
     check_sizes("atrous_conv2d", 2, {"stride": stride, "dilation": dilation})
     check_channels("atrous_conv2d", input, weight, groups, 2)
-    rate = per_axis(dilation, 2)
-    (top, bottom), (left, right) = same_padding(weight.shape[2:], rate)
-    if (top, left) == (bottom, right):
-        return F.conv2d(input, weight, bias, per_axis(stride, 2), (top, left), rate, groups)
-    padded = F.pad(input, (left, right, top, bottom))
-    return F.conv2d(padded, weight, bias, per_axis(stride, 2), 0, rate, groups)
+    steps, rate = per_axis(stride, 2), per_axis(dilation, 2)
+    return padded_conv2d(input, weight, bias, same_padding(weight.shape[2:], rate), steps, rate, groups)
 
 
 @export("functional.atrous_conv1d")

@@ -13,11 +13,10 @@ Shapes: input (b, c, y, x), weight (d, c / groups, K, K), bias (d).
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volvelle.export import export
-from volvelle.parts.convolution.atrous import Size, check_channels, check_sizes, per_axis
+from volvelle.parts.convolution.atrous import Size, check_channels, check_sizes, padded_conv2d, per_axis
 
 
 @export("functional.conv2d_same")
@@ -35,15 +34,10 @@ def conv2d_same(
     """
     check_sizes("conv2d_same", 2, {"stride": stride, "dilation": dilation})
     check_channels("conv2d_same", input, weight, groups, 2)
-    (top, bottom), (left, right) = (
-        same_zeros(n, k, s, r)
-        for n, k, s, r in zip(
-            input.shape[2:], weight.shape[2:], per_axis(stride, 2), per_axis(dilation, 2), strict=True
-        )
-    )
-    if (top, left) == (bottom, right):
-        return F.conv2d(input, weight, bias, stride, (top, left), dilation, groups)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return F.conv2d(F.pad(input, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    steps, rate = per_axis(stride, 2), per_axis(dilation, 2)
+    axes = zip(input.shape[2:], weight.shape[2:], steps, rate, strict=True)
+    zeros = [same_zeros(n, k, s, r) for n, k, s, r in axes]
+    return padded_conv2d(input, weight, bias, zeros, steps, rate, groups)
 
 
 def same_zeros(n: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
