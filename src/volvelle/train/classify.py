@@ -21,7 +21,7 @@ from volvelle.train.classify_objective import ClassifyObjective, Measured, measu
 from volvelle.train.classify_report import Page, write_report
 from volvelle.train.loop import FitResult, fit
 from volvelle.train.observer import Observer
-from volvelle.train.outcome import Outcome
+from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.classify import TrainClassify
@@ -189,24 +189,5 @@ def _close(
     assert isinstance(dataset, Prepared)
     page = Page(model.classes, dataset.pictures, found, before, recipe.samples)
     report = write_report(run, result, page, subtitle=subtitle, commands=commands)
-    run.update_manifest(
-        status="interrupted" if result.interrupted else "finished",
-        step=result.step,
-        steps=result.steps,
-        before=before,
-        after=after,
-        best=result.best,
-        measured_on=sets.where,
-    )
-    return Outcome(
-        run=run.path,
-        step=result.step,
-        steps=result.steps,
-        before=before,
-        after=after,
-        interrupted=result.interrupted,
-        resume=commands[0] if result.interrupted else None,
-        report=report,
-        seconds=result.seconds,
-        next=commands,
-    )
+    facts = {"measured_on": sets.where}
+    return settled(run, result, before=before, after=after, report=report, commands=commands, facts=facts)

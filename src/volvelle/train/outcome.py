@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from volvelle.runs import RunFolder
+    from volvelle.train.loop import FitResult
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,43 @@ class Outcome:
             "samples": [vars(sample) for sample in self.samples],
             "next": list(self.next),
         }
+
+
+def settled(
+    run: RunFolder,
+    result: FitResult,
+    *,
+    before: dict[str, float],
+    after: dict[str, float],
+    report: Path,
+    commands: tuple[str, ...],
+    samples: list[Sample] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Outcome:
+    """Write the manifest's last words, `facts` among them, and give the outcome of a run.
+
+    `commands` are what to try next; of an interrupted run the first one continues it.
+    """
+    stopped = result.interrupted
+    run.update_manifest(
+        status="interrupted" if stopped else "finished",
+        step=result.step,
+        steps=result.steps,
+        before=before,
+        after=after,
+        best=result.best,
+        **facts or {},
+    )
+    return Outcome(
+        run=run.path,
+        step=result.step,
+        steps=result.steps,
+        before=before,
+        after=after,
+        samples=samples or [],
+        interrupted=stopped,
+        resume=commands[0] if stopped else None,
+        report=report,
+        seconds=result.seconds,
+        next=commands,
+    )

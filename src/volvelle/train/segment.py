@@ -19,7 +19,7 @@ from volvelle.systems.segmentation.load import segmenter, write_segmenter
 from volvelle.systems.segmentation.model import Segmenter
 from volvelle.train.loop import FitResult, fit
 from volvelle.train.observer import Observer
-from volvelle.train.outcome import Outcome
+from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.segment import SCENES, LookOptions, TrainSegment
@@ -212,25 +212,8 @@ def _close(
         subtitle=subtitle,
         commands=commands,
     )
-    run.update_manifest(
-        status="interrupted" if result.interrupted else "finished",
-        step=result.step,
-        steps=result.steps,
-        after=after,
-        best=result.best,
-        measured_on=sets.where,
-    )
-    return Outcome(
-        run=run.path,
-        step=result.step,
-        steps=result.steps,
-        after=after,
-        interrupted=result.interrupted,
-        resume=commands[0] if result.interrupted else None,
-        report=report,
-        seconds=result.seconds,
-        next=commands,
-    )
+    facts = {"measured_on": sets.where}
+    return settled(run, result, before={}, after=after, report=report, commands=commands, facts=facts)
 
 
 def measured(

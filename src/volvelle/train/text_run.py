@@ -29,7 +29,7 @@ from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.loop import FitResult
 from volvelle.train.mtp import TOKEN_HEADER, token_rows
 from volvelle.train.observer import Observer
-from volvelle.train.outcome import Outcome, Sample
+from volvelle.train.outcome import Outcome, Sample, settled
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.text import TextOptions
 from volvelle.train.report import Report, training_curves
@@ -277,30 +277,9 @@ def finish(
     next_commands: tuple[str, ...],
 ) -> Outcome:
     """Write the report and the manifest's last words."""
-    stopped = result.interrupted
-    commands = (resume_command(run),) if stopped else next_commands
-    outcome = Outcome(
-        run=run.path,
-        step=result.step,
-        steps=result.steps,
-        before=before,
-        after=after,
-        samples=samples,
-        interrupted=stopped,
-        resume=commands[0] if stopped else None,
-        report=_report(run, result, before, after, samples, subtitle, commands),
-        seconds=result.seconds,
-        next=commands,
-    )
-    run.update_manifest(
-        status="interrupted" if stopped else "finished",
-        step=result.step,
-        steps=result.steps,
-        before=before,
-        after=after,
-        best=result.best,
-    )
-    return outcome
+    commands = (resume_command(run),) if result.interrupted else next_commands
+    report = _report(run, result, before, after, samples, subtitle, commands)
+    return settled(run, result, before=before, after=after, samples=samples, report=report, commands=commands)
 
 
 def _report(
