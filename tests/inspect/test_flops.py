@@ -4,23 +4,13 @@ import json
 
 import pytest
 import torch
+from tests.inspect.nets import Net
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.inspect import count_flops, flops_rules
-
-
-class Net(nn.Module):
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def by_torch(net, shape):

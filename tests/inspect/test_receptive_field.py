@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tests.inspect.nets import Net
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,19 +17,6 @@ from volvelle.inspect import receptive_field_mix as mix
 from volvelle.inspect import receptive_field_space as space
 from volvelle.inspect.receptive_field_call import RULES
 from volvelle.inspect.receptive_field_verify import verified
-
-
-class Net(nn.Module):
-    """Layers by name, and a function of the module and its input."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.run = forward
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def checked(net, shape, **options):
