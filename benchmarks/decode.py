@@ -56,14 +56,15 @@ class Size:
 
     rounds: int
     most: int  # rounds until as many in a row as `rounds` were calm
+    passes: int  # of a round through all variants
     new_tokens: int  # of plain answers
     longest: int  # of answers with drafts, which end where they end
     prompts: int  # of each kind
     repeats: int  # steps a measurement of the cost curve
 
 
-FULL = Size(rounds=5, most=20, new_tokens=32, longest=64, prompts=5, repeats=10)
-QUICK = Size(rounds=1, most=1, new_tokens=4, longest=8, prompts=1, repeats=1)
+FULL = Size(rounds=5, most=12, passes=3, new_tokens=32, longest=64, prompts=5, repeats=10)
+QUICK = Size(rounds=1, most=1, passes=1, new_tokens=4, longest=8, prompts=1, repeats=1)
 
 
 class Bench:
@@ -129,7 +130,8 @@ class Bench:
 
     def race(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, protocol.Series]:
         """Rounds in turn."""
-        return protocol.interleave(variants, rounds=self.size.rounds, most=self.size.most)
+        size = self.size
+        return protocol.interleave(variants, rounds=size.rounds, most=size.most, passes=size.passes)
 
     def keep(self, row: Row) -> None:
         """Store a row as it comes; one whose ratio was refused does not replace a good one."""

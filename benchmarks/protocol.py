@@ -72,9 +72,18 @@ class Series:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1, most: int = 0, best_of: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    most: int = 0,
+    best_of: int = 1,
+    passes: int = 1,
 ) -> dict[str, Series]:
     """Run every variant `warmup` times, then once a round in turning order; returns the seconds of each.
+
+    With `passes` above 1 a round goes through all variants that often, in turn, and counts the mean seconds of each:
+    disturbances shorter than a round then fall on all variants alike.
 
     With `best_of` above 1 a variant runs that often in each round and its fastest run counts: what a passing
     disturbance does to one run of some seconds is left out, for all variants alike.
@@ -87,12 +96,16 @@ def interleave(
             variants[name]()
     series = {name: Series() for name in names}
     for number in range(max(rounds, most)):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            gc.collect()
-            wall, cpu = min(timed(variants[name]) for _ in range(best_of))
-            series[name].wall.append(wall)
-            series[name].cpu.append(cpu)
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for cycle in range(number * passes, (number + 1) * passes):
+            turn = cycle % len(names)
+            for name in names[turn:] + names[:turn]:
+                gc.collect()
+                taken[name].append(min(timed(variants[name]) for _ in range(best_of)))
+        for name, one in series.items():
+            wall, cpu = zip(*taken[name], strict=True)
+            one.wall.append(statistics.fmean(wall))
+            one.cpu.append(statistics.fmean(cpu))
         if number + 1 < rounds:
             continue
         for one in series.values():

@@ -26,6 +26,21 @@ def test_rounds_are_interleaved_in_turning_order(protocol):
     assert len(series["a"].wall) == len(series["b"].cpu) == 3
 
 
+def test_a_round_of_several_passes_counts_their_mean(protocol, monkeypatch):
+    taken, now, calls = {"a": iter([1.0, 3.0, 2.0, 6.0]), "b": iter([5.0, 5.0, 7.0, 7.0])}, [0.0], []
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+
+    def work(name):
+        calls.append(name)
+        now[0] += next(taken[name])
+
+    variants = {"a": lambda: work("a"), "b": lambda: work("b")}
+    series = protocol.interleave(variants, rounds=2, warmup=0, passes=2)
+    assert "".join(calls) == "ab" + "ba" + "ab" + "ba"
+    assert series["a"].wall == pytest.approx([2.0, 4.0])
+    assert series["b"].wall == pytest.approx([5.0, 7.0])
+
+
 def test_ratios(protocol):
     series = {"ours": protocol.Series([1.0, 2.0, 1.0], []), "theirs": protocol.Series([3.0, 3.0, 3.3], [])}
     result = protocol.compare(series, "ours", "theirs")
