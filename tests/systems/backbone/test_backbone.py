@@ -45,10 +45,11 @@ needs_lite0 = pytest.mark.skipif(
 
 @needs_lite0
 @pytest.mark.parametrize(
-    ("picture", "named", "share"), [("chelsea", "Egyptian cat", 0.38), ("coffee", "espresso", 0.94)]
+    ("picture", "right"),
+    [("chelsea", ("tabby, tabby cat", "tiger cat", "Egyptian cat")), ("coffee", ("espresso", "cup", "coffee mug"))],
 )
 @torch.no_grad()
-def test_real_weights_name_the_cat_and_the_coffee(picture, named, share):
+def test_real_weights_name_the_cat_and_the_coffee(picture, right):
     package = find_spec("skimage")
     if package is None or package.origin is None:
         pytest.skip("scikit-image, whose pictures these are, is not installed")
@@ -56,8 +57,9 @@ def test_real_weights_name_the_cat_and_the_coffee(picture, named, share):
     image = read_image(Path(package.origin).parent / "data" / f"{picture}.png")
     pixels = net.preprocessing.normalise(net.preprocessing.prepare(image)[None])
     shares = net(pixels).softmax(1)[0]
-    assert net.classes[int(shares.argmax())] == named
-    assert float(shares.max()) == pytest.approx(share, abs=0.01)
+    assert set(right) <= set(net.classes)
+    assert net.classes[int(shares.argmax())] in right
+    assert float(sum(shares[net.classes.index(name)] for name in right)) > 0.8
 
 
 @needs_lite0

@@ -123,6 +123,15 @@ def test_lite_keeps_its_ends():
     assert [lite_config(v).preprocessing.size for v in LITE] == [224, 240, 260, 280, 300]
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "efficientnet" in name])
+def test_pictures_keep_what_the_published_evaluation_keeps(name):
+    """A border of 16 pixels is cut off (the reference's CROP_PADDING); at 224 pixels 0.875 of the side remain."""
+    how = find_config(name).preprocessing
+    assert how.resized == how.size + 32
+    assert how.interpolation == "bicubic"
+    assert how.mean == ((0.5, 0.5, 0.5) if "lite" in name else (0.485, 0.456, 0.406))
+
+
 def test_names():
     assert efficientnet("b0").config is CONFIGS["efficientnet-b0"]
     assert find_config("tf_efficientnet_b4").name == "tf-efficientnet-b4"

@@ -138,9 +138,8 @@ def lite_config(variant: str) -> MobileConfig:
     plain = tuple(replace(stage, squeeze=0.0) for stage in B0.stages)
     base = replace(B0, stages=plain, activation="relu6")
     config = from_tensorflow(scale(base, LITE[variant], fixed_ends=True))
-    # More of the picture than the 0.875 of the training's own evaluation: what people photograph fills the frame.
     half = (0.5, 0.5, 0.5)
-    pictures = Preprocessing(config.preprocessing.size, mean=half, std=half, crop=0.95)
+    pictures = replace(config.preprocessing, mean=half, std=half)
     return replace(config, preprocessing=pictures, name=f"efficientnet-{variant}", timm=f"tf_efficientnet_{variant}")
 
 
