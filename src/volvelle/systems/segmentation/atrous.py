@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.parts.convolution.atrous import AtrousConv2d
+from volvelle.systems.blocks import conv_norm, like
 from volvelle.systems.segmentation import config as c
-from volvelle.systems.segmentation.blocks import conv_norm, like
 
 
 class ASPPDecoder(nn.Module):

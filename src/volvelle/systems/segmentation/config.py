@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
 from volvelle.systems.backbone.config import OutputStride
+from volvelle.systems.native_folder import build
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,4 @@ class SegmenterConfig:
         kind = head.pop("type", None)
         if kind not in HEADS:
             raise VolvelleError(f"{source}: unknown head {kind!r}", tip=did_you_mean(str(kind), HEADS))
-        return _build(cls, {**given, "head": _build(HEADS[kind], head, source)}, source)
-
-
-def _build(kind: Any, values: dict[str, Any], source: str) -> Any:
-    known = {field.name for field in fields(kind)}
-    strange = sorted(set(values) - known)
-    if strange:
-        raise VolvelleError(f"{source}: unknown field {strange[0]}", tip=f"it has: {', '.join(sorted(known))}")
-    try:
-        return kind(**{name: _frozen(value) for name, value in values.items()})
-    except TypeError as error:
-        raise VolvelleError(f"{source}: {error}") from error
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+        return build(cls, {**given, "head": build(HEADS[kind], head, source)}, source)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from volvelle.errors import UsageError
 from volvelle.parts.convolution.atrous import AtrousConv2d
-from volvelle.systems.segmentation.blocks import like
+from volvelle.systems.blocks import like
 from volvelle.systems.segmentation.config import FCN
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from volvelle.parts.convolution.atrous import AtrousConv2d
 from volvelle.parts.convolution.boundary_refinement import BoundaryRefinement
 from volvelle.parts.convolution.global_convolution import GlobalConvolution
-from volvelle.systems.segmentation.blocks import conv_norm, like
+from volvelle.systems.blocks import conv_norm, like
 from volvelle.systems.segmentation.config import GCN
 
 Context = Callable[[int, int], nn.Module]

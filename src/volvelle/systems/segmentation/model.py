@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from volvelle.data.images_prepare import Preprocessing
 from volvelle.systems.backbone.load import build
 from volvelle.systems.backbone.model import Backbone
 from volvelle.systems.backbone.names import find_config
+from volvelle.systems.backbone.trim import without_classifier
 from volvelle.systems.segmentation.atrous import ASPPDecoder, ContextDecoder
 from volvelle.systems.segmentation.config import ASPP, FCN, GCN, Context, Head, SegmenterConfig
 from volvelle.systems.segmentation.fcn import FCNDecoder
@@ -63,26 +63,3 @@ def build_decoder(head: Head, channels: Sequence[int], classes: int) -> nn.Modul
     if isinstance(head, FCN):
         return FCNDecoder(head, channels, classes)
     return UNetDecoder(head, channels, classes)
-
-
-def without_classifier(encoder: Backbone) -> Backbone:
-    """Take away the layers that features do not pass through, so that nothing is stored or trained in vain."""
-    used = set[str]()
-    hooks = [
-        child.register_forward_pre_hook(lambda _, __, name=name: used.add(name.split(".")[0]))
-        for name, child in encoder.named_modules()
-        if name
-    ]
-    training = encoder.training
-    try:
-        with torch.no_grad():
-            parameter = next(encoder.parameters())
-            encoder.eval().features(torch.zeros(1, 3, 64, 64, dtype=parameter.dtype, device=parameter.device))
-    finally:
-        encoder.train(training)
-        for hook in hooks:
-            hook.remove()
-    for name, child in list(encoder.named_children()):
-        if name not in used and any(True for _ in child.parameters()):
-            delattr(encoder, name)
-    return encoder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.parts.convolution.atrous import AtrousConv2d
-from volvelle.systems.segmentation.blocks import conv_norm, like
+from volvelle.systems.blocks import conv_norm, like
 from volvelle.systems.segmentation.config import UNet
 
 

@@ -1,4 +1,4 @@
-"""What the decoders share."""
+"""What the systems for dense vision share."""
 
 from __future__ import annotations
 
