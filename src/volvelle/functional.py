@@ -24,6 +24,8 @@ from volvelle.parts.lowrank.bottleneck import bottleneck_adapter as bottleneck_a
 from volvelle.parts.lowrank.dora import dora_linear as dora_linear
 from volvelle.parts.lowrank.lora import lora_linear as lora_linear
 from volvelle.parts.lowrank.prefix import prefix_states as prefix_states
+from volvelle.parts.metrics.average_precision import average_precision as average_precision
+from volvelle.parts.metrics.average_precision import precision_recall as precision_recall
 from volvelle.parts.metrics.boundary import boundary_counts as boundary_counts
 from volvelle.parts.metrics.boundary import boundary_iou as boundary_iou
 from volvelle.parts.metrics.confusion import confusion_matrix as confusion_matrix
@@ -85,6 +87,7 @@ __all__ = [
     "atrous_conv1d",
     "atrous_conv2d",
     "attention",
+    "average_precision",
     "axial_positions",
     "bottleneck_adapter",
     "boundary_counts",
@@ -128,6 +131,7 @@ __all__ = [
     "pixel_shuffle",
     "pointwise_conv2d",
     "position_readout",
+    "precision_recall",
     "prefix_states",
     "quantize_weight",
     "quantized_linear",

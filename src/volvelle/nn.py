@@ -22,6 +22,7 @@ from volvelle.parts.lowrank.bottleneck import BottleneckAdapter as BottleneckAda
 from volvelle.parts.lowrank.lora import LoRALinear as LoRALinear
 from volvelle.parts.lowrank.prefix import PrefixStates as PrefixStates
 from volvelle.parts.metrics.confusion import ConfusionMatrix as ConfusionMatrix
+from volvelle.parts.metrics.mean_average_precision import MeanAveragePrecision as MeanAveragePrecision
 from volvelle.parts.position.alibi import ALiBi as ALiBi
 from volvelle.parts.position.axial import AxialPositions as AxialPositions
 from volvelle.parts.position.axial import AxialRotaryEmbedding as AxialRotaryEmbedding
@@ -73,6 +74,7 @@ __all__ = [
     "LoRALinear",
     "LossScaler",
     "MasterWeights",
+    "MeanAveragePrecision",
     "MultimodalRotaryEmbedding",
     "MultiplicativePositions",
     "PointwiseConv2d",
