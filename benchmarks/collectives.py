@@ -102,13 +102,13 @@ def _row(p: int, case: Case, ours: Rounds, gloo: Rounds) -> dict[str, Any]:
         "gloo_seconds": statistics.median(gloo.wall),
         "cpu_seconds": statistics.median(ours.cpu),
         "gloo_cpu_seconds": statistics.median(gloo.cpu),
-        "time_ratio": ratio if drift <= protocol.MAX_DRIFT else None,
+        "time_ratio": ratio if drift <= collectives.RESTLESS else None,
         "range": [min(ratios), max(ratios)],
         "unfiltered_ratio": ratio,
         "gloo_drift": drift,
         "sent": ours.sent,
         "target": target,
-        "met": None if target is None or drift > protocol.MAX_DRIFT else ratio <= target,
+        "met": None if target is None or drift > collectives.RESTLESS else ratio <= target,
     }
 
 

@@ -68,7 +68,7 @@ def race(
         print(f"round {number + 1}, tokens/s: {told}", flush=True)
         if number + 1 >= rounds:
             raced.keep(rounds)
-            if all(raced.series[name].drift <= protocol.MAX_DRIFT for name in steady):
+            if all(raced.series[name].jump <= protocol.MAX_JUMP for name in steady):
                 break
     return raced
 

@@ -53,7 +53,15 @@ def test_a_restless_baseline_gives_no_ratio(protocol):
     series = {"ours": protocol.Series([1.0, 1.0], []), "theirs": protocol.Series([1.0, 1.2], [])}
     result = protocol.compare(series, "ours", "theirs")
     assert result["ratio"] is None
-    assert protocol.shown(result) == "no ratio: theirs drifted by 20% between rounds (limit 15 %)"
+    assert protocol.shown(result) == "no ratio: theirs changed by 20% from one round to the next (limit 15%)"
+
+
+def test_a_slow_drift_divides_out_and_is_said(protocol):
+    wall = [1.0, 1.1, 1.2, 1.3]
+    series = {"ours": protocol.Series([x / 2 for x in wall], []), "theirs": protocol.Series(wall, [])}
+    result = protocol.compare(series, "ours", "theirs")
+    assert result["ratio"] == result["range"][0] == result["range"][1] == 2.0
+    assert protocol.shown(result) == "2.00x (2.00 to 2.00; the peer drifted by 30%)"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
