@@ -20,7 +20,7 @@ import dataclasses
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,12 @@ class Bench:
         assert tokenizer is not None
         return tuple(tokenizer.eos_ids)
 
-    def race(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, protocol.Series]:
-        """Rounds in turn."""
+    def race(
+        self, variants: Mapping[str, Callable[[], object]], steady: Collection[str] | None = None
+    ) -> dict[str, protocol.Series]:
+        """Rounds in turn, until the baselines `steady` (all, when absent) were calm."""
         size = self.size
-        return protocol.interleave(variants, rounds=size.rounds, most=size.most, passes=size.passes)
+        return protocol.interleave(variants, rounds=size.rounds, most=size.most, passes=size.passes, steady=steady)
 
     def keep(self, row: Row) -> None:
         """Store a row as it comes; one whose ratio was refused does not replace a good one."""
@@ -173,7 +175,7 @@ def plain_rows(bench: Bench) -> None:
     for precision in PRECISIONS:
         model = bench.ours(precision)
         add(precision, lambda p, m=model: decode.generate(m, p, max_tokens=count, eos_ids=()).tokens)
-    series = bench.race(variants)
+    series = bench.race(variants, [name for name in variants if name not in PRECISIONS])
     for name in variants:
         row: Row = {"what": "plain", "who": name, "seconds": series[name].summary()}
         row["tokens_per_second"] = len(prompts) * count / series[name].summary()["wall_median"]

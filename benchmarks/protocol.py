@@ -5,8 +5,8 @@ ratio is baseline / ours in the same round; its median and range are published. 
 than 15 % from one round to the next, the ratio is refused: what changes that fast does not fall on all variants alike.
 A slow drift over many rounds does, and divides out; it is stored, and said where it is above the limit. On a machine
 that other people's work slows down now and then, rounds are added until that many in a row were calm for the baseline
-and for us alike; which rounds count is decided by each variant's own steadiness alone, never by the ratio. A lock file
-keeps two benchmarks from running together.
+and mostly for us alike; which rounds count is decided by their own steadiness, never by the ratio. A lock file keeps
+two benchmarks from running together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Series:
         return {
             "wall_median": statistics.median(self.wall),
             "wall_range": [min(self.wall), max(self.wall)],
+            "wall_rounds": self.wall,
             "cpu_median": statistics.median(self.cpu),
             "rounds": len(self.wall),
             "drift": self.drift,
@@ -89,6 +90,7 @@ def interleave(
     most: int = 0,
     best_of: int = 1,
     passes: int = 1,
+    steady: Collection[str] | None = None,
 ) -> dict[str, Series]:
     """Run every variant `warmup` times, then once a round in turning order; returns the seconds of each.
 
@@ -98,7 +100,8 @@ def interleave(
     With `best_of` above 1 a variant runs that often in each round and its fastest run counts: what a passing
     disturbance does to one run of some seconds is left out, for all variants alike.
     With `most` above `rounds`, rounds are added, up to `most`, until in the last `rounds` no variant changed
-    by more than the limit from one round to the next; the earlier ones are kept as `dropped`.
+    by more than the limit from one round to the next (no variant of `steady`, the baselines, where it is given); the
+    earlier ones are kept as `dropped`.
     """
     names = list(variants)
     for _ in range(warmup):
@@ -121,7 +124,7 @@ def interleave(
         for one in series.values():
             one.dropped += one.wall[:-rounds]
             one.wall, one.cpu = one.wall[-rounds:], one.cpu[-rounds:]
-        if all(one.jump <= MAX_JUMP for one in series.values()):
+        if all(series[name].jump <= MAX_JUMP for name in (names if steady is None else steady)):
             break
     return series
 

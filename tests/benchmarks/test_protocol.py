@@ -89,6 +89,19 @@ def test_rounds_are_added_until_enough_in_a_row_were_calm(protocol, monkeypatch)
     assert series["theirs"].wall == pytest.approx([2.1, 2.0])
     assert series["ours"].dropped == pytest.approx([1.0, 1.0, 3.0])
     assert series["theirs"].summary()["dropped"] == pytest.approx([2.0, 4.0, 2.0])
+    assert series["theirs"].summary()["wall_rounds"] == pytest.approx([2.1, 2.0])
+
+
+def test_only_the_steady_decide_when_rounds_end(protocol, monkeypatch):
+    taken, now = {"ours": iter([1.0, 3.0, 1.0]), "theirs": iter([2.0, 2.0, 2.0])}, [0.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+
+    def work(name):
+        now[0] += next(taken[name])
+
+    variants = {"ours": lambda: work("ours"), "theirs": lambda: work("theirs")}
+    series = protocol.interleave(variants, rounds=2, warmup=0, most=3, steady=["theirs"])
+    assert series["ours"].wall == pytest.approx([1.0, 3.0])
 
 
 def test_a_machine_that_never_calms_down_ends_and_gives_no_ratio(protocol, monkeypatch):
