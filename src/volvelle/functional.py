@@ -70,6 +70,17 @@ from volvelle.parts.precision.master_weights import master_weight_update as mast
 from volvelle.parts.quantization.grid import dequantize_weight as dequantize_weight
 from volvelle.parts.quantization.grid import quantize_weight as quantize_weight
 from volvelle.parts.quantization.weight_only import quantized_linear as quantized_linear
+from volvelle.parts.regions.boxes import clip_boxes as clip_boxes
+from volvelle.parts.regions.boxes import decode_boxes as decode_boxes
+from volvelle.parts.regions.boxes import encode_boxes as encode_boxes
+from volvelle.parts.regions.iou import box_iou as box_iou
+from volvelle.parts.regions.iou import distance_box_iou as diou
+from volvelle.parts.regions.iou import distance_box_iou as distance_box_iou
+from volvelle.parts.regions.iou import generalized_box_iou as generalized_box_iou
+from volvelle.parts.regions.iou import generalized_box_iou as giou
+from volvelle.parts.regions.nms import batched_nms as batched_nms
+from volvelle.parts.regions.nms import nms as nms
+from volvelle.parts.regions.soft_nms import soft_nms as soft_nms
 from volvelle.parts.resampling.checkerboard import checkerboard as checkerboard
 from volvelle.parts.resampling.interpolation import resize_bilinear as resize_bilinear
 from volvelle.parts.resampling.interpolation import resize_nearest as resize_nearest
@@ -89,27 +100,36 @@ __all__ = [
     "attention",
     "average_precision",
     "axial_positions",
+    "batched_nms",
     "bottleneck_adapter",
     "boundary_counts",
     "boundary_iou",
     "boundary_refinement",
+    "box_iou",
     "causal_conv1d",
     "checkerboard",
     "class_accuracy",
     "class_iou",
+    "clip_boxes",
     "complex_positions",
     "confusion_matrix",
     "conv2d_same",
     "conv_positions",
     "convert_rope_layout",
     "deberta_log_buckets",
+    "decode_boxes",
     "depthwise_separable_conv2d",
     "dequantize_weight",
+    "diou",
     "disentangled_bias",
+    "distance_box_iou",
     "dora_linear",
     "drop_path",
     "dynamic_bias",
+    "encode_boxes",
     "frequency_weighted_iou",
+    "generalized_box_iou",
+    "giou",
     "global_convolution",
     "grid_positions",
     "gridding",
@@ -126,6 +146,7 @@ __all__ = [
     "mean_iou",
     "mean_pixel_accuracy",
     "multiplicative_positions",
+    "nms",
     "number_format",
     "pixel_accuracy",
     "pixel_shuffle",
@@ -144,6 +165,7 @@ __all__ = [
     "shaw_key_bias",
     "shaw_value_term",
     "sinusoidal_positions",
+    "soft_nms",
     "squeeze_excite",
     "t5_bias",
     "t5_relative_buckets",

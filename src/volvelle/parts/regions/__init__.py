@@ -1,0 +1,1 @@
+"""Regions of images: boxes, their overlap and suppression, and pooling inside them; one file a technique."""
