@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from volvelle.data.boxes_coco import coco_document
+from volvelle.data.boxes_notes import Object
 from volvelle.data.idx import FASHION_MNIST, read_idx_folder
 from volvelle.data.masks_labels import Labels
 from volvelle.errors import UsageError
@@ -183,22 +185,9 @@ def write_scenes(
 
 
 def _coco(scenes: Sequence[tuple[str, Scene]], size: int) -> dict:
-    """Boxes as COCO writes them: x, y, width, height; categories are the garments."""
-    images = [{"id": i, "file_name": name, "width": size, "height": size} for i, (name, _) in enumerate(scenes, 1)]
-    garments = [(i, garment) for i, (_, scene) in enumerate(scenes, 1) for garment in scene.garments]
-    notes = [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": g.label,
-            "bbox": [g.box[0], g.box[1], g.box[2] - g.box[0], g.box[3] - g.box[1]],
-            "area": g.area,
-            "iscrowd": 0,
-        }
-        for number, (image, g) in enumerate(garments, 1)
-    ]
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES) if i]
-    return {"images": images, "annotations": notes, "categories": categories}
+    """Boxes as COCO writes them; categories are the garments."""
+    objects = [[Object(CLASSES[g.label], g.box, "", area=g.area) for g in scene.garments] for _, scene in scenes]
+    return coco_document([(name, (size, size)) for name, _ in scenes], objects, CLASSES[1:])
 
 
 def _seen(region: np.ndarray, label: int, colour: str) -> Garment:
