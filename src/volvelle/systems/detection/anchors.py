@@ -32,12 +32,6 @@ def centred_within(boxes: Tensor, sizes: Tensor) -> Tensor:
     return (centres < sizes.flip(1).unsqueeze(1)).all(-1)
 
 
-def clip_to(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (b, n, 4), each moved inside its own picture; sizes (b, 2) are y and x."""
-    limit = sizes.flip(1).repeat(1, 2).unsqueeze(1).to(boxes.dtype)
-    return torch.minimum(boxes.clamp(min=0), limit)
-
-
 def mean_within(features: Tensor, sizes: Tensor, image: Sequence[int]) -> Tensor:
     """The mean (b, c, 1, 1) of features (b, c, y, x) over those places that lie on each picture.
 

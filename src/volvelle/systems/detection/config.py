@@ -16,6 +16,9 @@ from volvelle.systems.native_folder import build
 
 Shape = tuple[float, float]
 """Width and height in pixels."""
+Reduce = Literal["mean", "max"]
+Convention = Literal["torchvision", "rfcn", "thundernet"]
+"""Where samples lie; see `volvelle.functional.ps_roi_align`."""
 
 
 def anchor_shapes(scales: Sequence[float], ratios: Sequence[float]) -> tuple[Shape, ...]:
@@ -105,7 +108,7 @@ class Post:
 class ThunderNet:
     """Qin et al. 2019, "ThunderNet: Towards Real-time Generic Object Detection", figure 2.
 
-    Context enhancement joins `maps` of the backbone with the picture's mean, 2: strides 16 and 32, the paper; 3: stride 8
+    Context enhancement joins `maps` of the backbone with the picture's mean, 2: strides 16 and 32 (paper); 3: stride 8
     too, which is then where everything happens. `attention` re-weights that map for the head by what the proposer saw.
     Position-sensitive pooling gives `alpha` channels of `bins` x `bins`, `hidden` are the head's layers.
     """
@@ -116,8 +119,8 @@ class ThunderNet:
     proposer: int = 256
     attention: bool = True
     hidden: tuple[int, ...] = (1024,)
-    reduce: Literal["mean", "max"] = "mean"
-    convention: Literal["torchvision", "rfcn", "thundernet"] = "torchvision"
+    reduce: Reduce = "mean"
+    convention: Convention = "torchvision"
 
     def __post_init__(self) -> None:
         if self.maps not in (2, 3):
