@@ -96,7 +96,7 @@ def predict(run: Path, images: Sequence[Path], out: Path) -> list[dict[str, Any]
     records = []
     for path, picture in pictures:
         seen = labels_of(model, to_tensor(picture)[None])[0].numpy()
-        files = {kind: _free(out, path, kind, records) for kind in ("mask", "overlay")}
+        files = {kind: free_name(out, path, kind, records) for kind in ("mask", "overlay")}
         mask = Image.fromarray(seen)
         mask.putpalette([channel for colour in colours for channel in colour])
         files["mask"].write_bytes(png(mask))
@@ -124,7 +124,7 @@ def _open(run: Path) -> tuple[Segmenter, Labels, Any]:
     return read_segmenter(weights), labels, folder.config().get("precision", "fp32")
 
 
-def _free(out: Path, image: Path, kind: str, records: Sequence[dict[str, Any]]) -> Path:
+def free_name(out: Path, image: Path, kind: str, records: Sequence[dict[str, Any]]) -> Path:
     """A name that no picture of this call has taken: two folders may hold pictures of one name."""
     taken = {record[kind] for record in records}
     name, number = out / f"{image.stem}-{kind}.png", 2

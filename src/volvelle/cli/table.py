@@ -45,6 +45,7 @@ VERBS = (
     Verb("train summarize", "train an encoder-decoder from scratch to summarise", "train_summarize", "train and adapt"),
     Verb("train classify", "train an image classifier on folders of pictures", "train_classify", "train and adapt"),
     Verb("train segment", "train a segmenter on images with masks", "train_segment", "train and adapt"),
+    Verb("train detect", "train a detector on pictures with boxes", "train_detect", "train and adapt"),
     Verb("adapt", "adapt a model to your data (LoRA, DoRA, adapters, prefixes)", "adapt", "train and adapt"),
     Verb("adapt extract", "turn a full fine-tune into a LoRA", "adapt_extract", "train and adapt"),
     Verb("draft", "train what drafts for a model (Medusa, MTP, a small model)", "draft", "train and adapt"),

@@ -160,9 +160,11 @@ def write_coco(folder: BoxFolder, path: Path) -> Path:
 
 
 def _objects(boxes: Boxes, classes: Sequence[str]) -> list[Object]:
-    names = [classes[label] for label in boxes.labels.tolist()]
-    rows = zip(names, boxes.corners.tolist(), boxes.ignored.tolist(), boxes.areas.tolist(), strict=True)
-    return [Object(name, (x1, y1, x2, y2), "", ignored, area) for name, (x1, y1, x2, y2), ignored, area in rows]
+    objects = []
+    for number, (x1, y1, x2, y2) in enumerate(boxes.corners.tolist()):
+        name, ignored, area = classes[int(boxes.labels[number])], bool(boxes.ignored[number]), boxes.areas[number]
+        objects.append(Object(name, (x1, y1, x2, y2), "", ignored, float(area)))
+    return objects
 
 
 def _classes(splits: Mapping[str, Notes]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from volvelle.lazy import lazy
 if TYPE_CHECKING:
     from volvelle.train.adaptation import adapt_language as adapt_language
     from volvelle.train.classify import train_classify as train_classify
+    from volvelle.train.detect import train_detect as train_detect
     from volvelle.train.draft import train_draft as train_draft
     from volvelle.train.evaluate import evaluate_language as evaluate_language
     from volvelle.train.language import LanguageObjective as LanguageObjective
@@ -39,6 +40,7 @@ _HOMES = {
     "fit": "loop",
     "resume_run": "resume",
     "train_classify": "classify",
+    "train_detect": "detect",
     "train_draft": "draft",
     "train_language": "scratch",
     "train_segment": "segment",

@@ -108,18 +108,26 @@ class Objective:
         """Undo `state_dict`."""
 
 
-def adamw(options: FitOptions) -> OptimizerFactory:
+def adamw(options: FitOptions, *, share: Callable[[str], float] = lambda name: 1.0) -> OptimizerFactory:
     """AdamW (Loshchilov & Hutter 2019) at the options' peak rate, with decay on matrices only.
 
-    Biases, norms' gains and other vectors are not decayed: pulling a gain towards zero only fights the loss.
+    Biases, norms' gains and other vectors are not decayed: pulling a gain towards zero only fights the loss. `share`
+    says of each weight, by its name, what share of the rate it learns at; the largest is the one that is logged.
     """
 
     def build(parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        matrices = [p for p in parameters.values() if p.ndim >= 2]
-        vectors = [p for p in parameters.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        kept = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(kept, lr=options.learning_rate, fused=_fusable(parameters.values()))
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, p in parameters.items():
+            groups.setdefault((-share(name), p.ndim < 2), []).append(p)
+        chosen = [
+            {
+                "params": members,
+                "lr": -rate * options.learning_rate,
+                "weight_decay": 0.0 if vectors else options.weight_decay,
+            }
+            for (rate, vectors), members in sorted(groups.items(), key=lambda item: item[0])
+        ]
+        return torch.optim.AdamW(chosen, lr=options.learning_rate, fused=_fusable(parameters.values()))
 
     return build
 

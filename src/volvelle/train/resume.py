@@ -66,10 +66,18 @@ def _segment() -> tuple[type, Callable[..., Outcome]]:
     return TrainSegment, train_segment
 
 
+def _detect() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.detect import train_detect
+    from volvelle.train.recipes.detect import TrainDetect
+
+    return TrainDetect, train_detect
+
+
 KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "adapt": _adapt,
     "classify": _classify,
     "compare": _compare,
+    "detect": _detect,
     "draft": _draft,
     "language": _language,
     "segment": _segment,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from volvelle.cli import classifying, segmenting
+from volvelle.cli import classifying, detecting, segmenting
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams
@@ -19,6 +19,7 @@ EXAMPLES = (
     "volvelle eval smollm2 data=dev.jsonl",
     "volvelle eval runs/adapt-smollm2-lora-1 data=dev.jsonl outputs=100",
     "volvelle eval runs/segment-1 data=camvid scales=0.75,1,1.5 mirror=true",
+    "volvelle eval runs/detect-1 data=bccd",
 )
 
 
@@ -49,7 +50,7 @@ class Options:
     show: int = 3
     """Answers to print."""
     split: str | None = None
-    """Segmenters: the part of the folder to measure on (train, val, test); None: val when there is one."""
+    """Segmenters, detectors: the part of the folder to measure on (train, val, test); None: val when there is one."""
     scales: tuple[float, ...] = (1.0,)
     """Segmenters: magnifications whose probabilities are averaged, such as 0.75,1,1.5."""
     mirror: bool = False
@@ -59,7 +60,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Print loss, perplexity, BLEU and ROUGE, with a few answers beside their references; IoU for a segmenter."""
+    """Print loss, perplexity, BLEU and ROUGE, with a few answers; IoU for a segmenter, mAP for a detector."""
     if segmenting.is_segmentation(options.model):
         return segmenting.evaluate(
             Path(options.model),
@@ -68,6 +69,8 @@ def main(options: Options) -> int:
             looks=LookOptions(scales=options.scales, mirror=options.mirror, window=options.window),
             on_bad=options.on_bad,
         )
+    if detecting.is_detection(options.model):
+        return detecting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
     if classifying.is_classification(options.model):
         return classifying.evaluate(options.model, options.data, batch=options.batch, on_bad=options.on_bad)
     from volvelle.data.text import read_corpus

@@ -65,6 +65,11 @@ class MeanAveragePrecision(nn.Module):
         """Pictures so far."""
         return len(self._pictures)
 
+    @property
+    def pictures(self) -> Sequence[Picture]:
+        """What was taken in, picture by picture."""
+        return tuple(self._pictures)
+
     @torch.no_grad()
     def update(self, preds: Sequence[Mapping[str, Tensor]], target: Sequence[Mapping[str, Tensor]]) -> None:
         """Take in pictures. Raises ValueError for shapes that do not fit and NaN among the scores."""

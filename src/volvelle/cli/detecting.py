@@ -1,0 +1,123 @@
+"""What `eval` and `predict` do with a run that trained a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from volvelle.cli.console import result, say, table
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.runs import RunFolder
+
+if TYPE_CHECKING:
+    from volvelle.data.boxes_augment import Fit
+    from volvelle.systems.detection.model import Detector
+
+KIND = "detect"
+"""The kind of runs that this file knows."""
+
+
+def is_detection(path: str | Path) -> bool:
+    """Whether the path is a run folder of `train detect`."""
+    folder = Path(path)
+    return (folder / "manifest.json").is_file() and RunFolder.open(folder).manifest.get("kind") == KIND
+
+
+def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal["stop", "skip"] = "stop") -> int:
+    """Measure a run's detector on pictures with boxes (their val part, when there is one), and print it."""
+    from dataclasses import replace
+
+    from volvelle.cli.training import console
+    from volvelle.data.boxes_augment import Fitted
+    from volvelle.train.detect import read_parts
+    from volvelle.train.detect_measure import measure
+    from volvelle.train.recipes.detect import TrainDetect
+
+    model, view = _open(run)
+    folder = RunFolder.open(run)
+    with console() as observer:
+        parts = read_parts(Path(data), replace(TrainDetect(), classes=model.classes, on_bad=on_bad), observer)
+        chosen = split or next((name for name in ("val", "test") if name in parts), next(iter(parts)))
+        if chosen not in parts:
+            raise UsageError(
+                f"{data}: has no {split} part", tip=f"it has: {', '.join(filter(None, parts)) or 'no parts'}"
+            )
+        pictures = parts[chosen]
+        found = measure(
+            model,
+            Fitted(pictures, view),
+            precision=folder.config().get("precision", "fp32"),
+            progress=lambda done, total: observer.work("pictures", done, total),
+        )
+    rows = found.rows(model.classes)
+    headers = ("class", "boxes", "AP", "AP at 0.5", "recall of 100")
+    table(headers, [(name, f"{boxes:,}", *map(_percent, values)) for name, boxes, *values in rows])
+    worst = [pictures.source(index) for index in found.worst(3, _trusted(folder))]
+    say("", *(f"worst    {name}" for name in worst), "")
+    for name, value in found.metrics.items():
+        say(f"{name:<12} {_percent(value)}")
+    keys = ("boxes", "ap", "ap_50", "recall_100")
+    classes = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
+    result({"run": str(run), "data": data, **found.metrics, "classes": classes, "worst": worst})
+    return 0
+
+
+def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None = None) -> list[dict[str, Any]]:
+    """Find objects in pictures with a run; write STEM-boxes.png into `out`, and say what was found.
+
+    Boxes of less than `score` are left out; None: the score that was best on the pictures the run set aside. Each
+    record names the file and lists boxes in the picture's pixels, surest first.
+    """
+    from volvelle.cli.segmenting import free_name
+    from volvelle.data.images import read_image
+    from volvelle.systems.detection.inference import detect
+    from volvelle.train.detect_pictures import Drawn, draw_boxes
+    from volvelle.train.segment_pictures import colours_of, png
+
+    model, view = _open(run)
+    least = _trusted(RunFolder.open(run)) if score is None else score
+    colours = colours_of(model.classes, ())
+    pictures = [(path, read_image(path)) for path in images]  # all before any is written
+    out.mkdir(parents=True, exist_ok=True)
+    records = list[dict[str, Any]]()
+    for path, picture in pictures:
+        found = detect(model, view.prepare(picture)[None])
+        sure = found.mask[0] & (found.scores[0] >= least)
+        corners = view.back(found.boxes[0][sure], *picture.size).tolist()
+        labels, scores = found.labels[0][sure].tolist(), found.scores[0][sure].tolist()
+        rows = list(zip(corners, labels, scores, strict=True))
+        drawn = [Drawn((*box,), colours[label], f"{model.classes[label]} {sure:.2f}") for box, label, sure in rows]
+        file = free_name(out, path, "boxes", records)
+        file.write_bytes(png(draw_boxes(picture, drawn)))
+        counts = {name: labels.count(number) for number, name in enumerate(model.classes) if number in labels}
+        shown = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+        say(f"{path}: {shown} (score {least:.2f} or more)", f"  boxes    {file}")
+        boxes = [
+            {"class": model.classes[label], "score": round(sure, 4), "box": [round(value, 1) for value in box]}
+            for box, label, sure in rows
+        ]
+        records.append({"image": str(path), "boxes": str(file), "objects": boxes})
+    return records
+
+
+def _open(run: Path) -> tuple[Detector, Fit]:
+    """The run's model, and how it wants its pictures."""
+    from volvelle.data.boxes_augment import Fit
+    from volvelle.systems.detection.load import is_detector, read_detector
+
+    folder = RunFolder.open(run)
+    weights = folder.path / "weights"
+    if not is_detector(weights):
+        raise VolvelleError(f"{run}: has no weights yet ({folder.status})", tip=f"volvelle resume {run}")
+    model = read_detector(weights)
+    return model, Fit(model.config.size, bool(folder.config().get("stretch", True)))
+
+
+def _trusted(folder: RunFolder) -> float:
+    """The least score that is worth showing."""
+    return float(folder.manifest.get("trusted", 0.5))
+
+
+def _percent(value: float) -> str:
+    return "none" if value < 0 else f"{100 * value:.2f} %"

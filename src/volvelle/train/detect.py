@@ -1,0 +1,198 @@
+"""The recipe `train detect` from end to end: data, anchors, detector, training, figures on other pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from volvelle.data.boxes import BoxFolder, read_boxes
+from volvelle.data.boxes_anchors import best_overlap, suggest_anchors
+from volvelle.data.boxes_augment import BoxAugmentation, Fit, Fitted, Views, collate_views
+from volvelle.data.loader import Loader
+from volvelle.data.masks_augment import split_in_runs
+from volvelle.errors import VolvelleError
+from volvelle.runs import RunFolder
+from volvelle.systems.detection.load import detector, write_detector
+from volvelle.systems.detection.model import Detector
+from volvelle.systems.detection.names import named
+from volvelle.train.detect_measure import UNSURE, Measured, measure
+from volvelle.train.detect_objective import DetectObjective
+from volvelle.train.detect_report import Page, write_report
+from volvelle.train.loop import FitResult, fit
+from volvelle.train.observer import Observer
+from volvelle.train.outcome import Outcome, settled
+from volvelle.train.random_state import seed_all
+from volvelle.train.ranks import Ranks
+from volvelle.train.recipes.detect import TrainDetect
+from volvelle.train.scenes import data_path
+from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
+
+SHOWN = 5
+"""Lines of remarks and of what was left out that are printed."""
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Pictures to train on, to watch the run by (perhaps none), and to measure the result on; `where` names the last.
+
+    None of the three shares a picture with another.
+    """
+
+    train: BoxFolder
+    selection: BoxFolder | None
+    test: BoxFolder
+    where: str
+
+
+def train_detect(
+    recipe: TrainDetect,
+    run: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> Outcome:
+    """Train a detector and leave its weights, metrics and a report with pictures in the run folder.
+
+    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
+    """
+    observer, ranks = observer or Observer(), ranks or Ranks()
+    with closing(run):
+        sets = read_sets(recipe, data_path(recipe.data, run, observer, ranks, seed=recipe.seed), observer)
+        device, where = choose_device(recipe.device)
+        seed_all(recipe.seed)
+        model = build_model(recipe, sets.train, observer).to(device)
+        subtitle = _first_line(recipe, model, where)
+        observer.say(subtitle)
+        selection = Fitted(sets.selection, fit_of(recipe)) if sets.selection else None
+        objective = DetectObjective(model, recipe, selection=selection)
+        loader = training_loader(recipe, sets.train)
+        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
+        if not ranks.leads:
+            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
+        return _close(recipe, run, objective, sets, result, subtitle, observer)
+
+
+def read_sets(recipe: TrainDetect, path: Path, observer: Observer) -> Sets:
+    """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
+    splits = read_parts(path, recipe, observer)
+    train = splits.get("train") or next(iter(splits.values()))
+    counts = ", ".join(f"{name} {count:,}" for name, count in zip(train.classes, train.counts, strict=True))
+    observer.say(f"boxes to learn from: {counts}")
+    if not sum(train.counts):
+        raise VolvelleError(f"{path}: the pictures to train on have no box, so there is nothing to learn")
+    if len(train) < 3:
+        raise VolvelleError(f"{path}: {len(train)} pictures cannot be split", tip="three are the least")
+    other = next((name for name in ("val", "test") if name in splits), None)
+    if recipe.held_out is not None:
+        held = read_parts(Path(recipe.held_out), replace(recipe, classes=train.classes), observer)
+        test = next((held[name] for name in ("val", "test", "") if name in held), next(iter(held.values())))
+        return Sets(*_set_aside(train, recipe), test, recipe.held_out)
+    if other is not None and "train" in splits:
+        return Sets(*_set_aside(train, recipe), splits[other], f"the {other} part of {path.name}")
+    kept, rest = split_in_runs(len(train), max(2 / len(train), 0.1, 2 * recipe.selection_share), recipe.seed)
+    if not recipe.selection_share:
+        return Sets(train.part(kept), None, train.part(rest), "pictures set aside before training")
+    return Sets(train.part(kept), train.part(rest[::2]), train.part(rest[1::2]), "pictures set aside before training")
+
+
+def read_parts(path: Path, recipe: TrainDetect, observer: Observer) -> dict[str, BoxFolder]:
+    """The splits of a folder or file, with what there is to say of them."""
+    splits = read_boxes(
+        path,
+        classes=recipe.classes,
+        on_bad=recipe.on_bad,
+        progress=lambda done, total: observer.work(f"checking {path}", done, total),
+    )
+    for split, found in splits.items():
+        observer.say(str(found) + (f" ({split})" if split else ""))
+        for lines, word in ((found.skipped, "left out "), (found.remarks, "")):
+            for line in lines[:SHOWN]:
+                observer.say(f"  {word}{line}")
+            if len(lines) > SHOWN:
+                observer.say(f"  and {len(lines) - SHOWN:,} more")
+    return splits
+
+
+def build_model(recipe: TrainDetect, train: BoxFolder, observer: Observer) -> Detector:
+    """The detector of the recipe, for the data's classes, with anchors from its boxes."""
+    config = replace(named(recipe.model, train.classes), size=recipe.size, deformable=recipe.deformable)
+    if recipe.anchors:
+        view = fit_of(recipe)
+        shapes = suggest_anchors(train, view, recipe.anchors, seed=recipe.seed)
+        words = " ".join(f"{width:.0f}x{height:.0f}" for width, height in shapes.tolist())
+        overlap = best_overlap(train, view, shapes)
+        observer.say(f"anchors from the boxes: {words}; the best one of each box has a mean IoU of {overlap:.2f}")
+        config = config.with_anchors([(width, height) for width, height in shapes.tolist()])
+    return detector(config, weights=None if recipe.weights == "none" else recipe.weights)
+
+
+def fit_of(recipe: TrainDetect) -> Fit:
+    """How the recipe brings pictures to the detector's size."""
+    return Fit(recipe.size, recipe.stretch)
+
+
+def training_loader(recipe: TrainDetect, train: BoxFolder) -> Loader:
+    """Seeded batches of random views. The last, smaller batch of an epoch is left out when one batch is there."""
+    crop = (recipe.crop[0], recipe.crop[1])
+    augmentation = BoxAugmentation(crop, recipe.mirror, recipe.upside_down, recipe.colour)
+    return Loader(
+        Views(train, fit_of(recipe), augmentation),
+        recipe.batch,
+        seed=recipe.seed,
+        collate=collate_views,
+        drop_last=len(train) >= recipe.batch,
+        workers=recipe.worker_kind,
+        num_workers=recipe.workers,
+    )
+
+
+def _set_aside(train: BoxFolder, recipe: TrainDetect) -> tuple[BoxFolder, BoxFolder | None]:
+    """Pictures to train on, and those to watch the run by."""
+    if not recipe.selection_share:
+        return train, None
+    kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)
+    return train.part(kept), train.part(chosen)
+
+
+def _first_line(recipe: TrainDetect, model: Detector, where: str) -> str:
+    """What was decided: device, number format, detector and where it begins, what is trained."""
+    count = sum(p.numel() for p in model.parameters())
+    start = "random weights" if recipe.weights == "none" else f"{recipe.weights} weights"
+    shape = f"{recipe.size} x {recipe.size} px" if recipe.stretch else f"longer side {recipe.size} px"
+    return f"{where}; {NUMBERS[recipe.precision]}; {recipe.model} at {shape} ({start}); trains all {count:,} parameters"
+
+
+def _close(
+    recipe: TrainDetect,
+    run: RunFolder,
+    objective: DetectObjective,
+    sets: Sets,
+    result: FitResult,
+    subtitle: str,
+    observer: Observer,
+) -> Outcome:
+    """Save the weights and measure them on pictures that nothing was chosen by, unless the run was interrupted."""
+    found: Measured | None = None
+    trusted = UNSURE
+    commands: tuple[str, ...] = (resume_command(run),)
+    if not result.interrupted:
+        objective.use_best()
+        model, view = objective.model.eval(), fit_of(recipe)
+        write_detector(model, run.path / "weights")
+        observer.say(f"saved {run.path / 'weights'}; measuring on {sets.where}")
+        if sets.selection is not None:
+            trusted = measure(model, Fitted(sets.selection, view), precision=recipe.precision).trusted
+        found = measure(
+            model,
+            Fitted(sets.test, view),
+            precision=recipe.precision,
+            progress=lambda done, total: observer.work("pictures", done, total),
+        )
+        data = run.path / "data" if (run.path / "data").is_dir() else recipe.held_out or recipe.data
+        commands = (f"volvelle predict {run.path} {sets.test.files[0]}", f"volvelle eval {run.path} data={data}")
+    page = Page(objective.model.classes, sets.test, sets.where, found, trusted, recipe.samples)
+    report = write_report(run, result, page, subtitle=subtitle, commands=commands)
+    facts = {"measured_on": sets.where, "trusted": trusted}
+    after = found.metrics if found else {}
+    return settled(run, result, before={}, after=after, report=report, commands=commands, facts=facts)

@@ -1,0 +1,103 @@
+"""Detection as an objective: the detector's four losses on views of one size, the best moment kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from volvelle.data.boxes_augment import Fitted
+from volvelle.parts.precision.depthwise import DepthwiseInFp32
+from volvelle.systems.detection.model import Detector
+from volvelle.systems.detection.targets import Targets, collate
+from volvelle.train.detect_measure import measure
+from volvelle.train.phase import Loss, Objective, Phase, adamw, trainable
+from volvelle.train.recipes.detect import TrainDetect
+from volvelle.train.schedule import schedule
+
+
+class DetectObjective(Objective):
+    """Train all of a detector on batches of `collate_views`.
+
+    Evaluations measure `selection`, whole pictures; with `keep="best"` a copy of the best weights is kept, and travels
+    in the checkpoints: `use_best` puts them back.
+    """
+
+    best = ("map_50", "max")
+    forward_methods = ("losses",)
+
+    def __init__(self, model: Detector, options: TrainDetect, *, selection: Fitted | None = None):
+        self.model, self.options, self.selection = model, options, selection
+        self.step = 0
+        self.kept: dict[str, Tensor] = {}
+        self.kept_at = -2.0
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The detector."""
+        return {"model": self.model}
+
+    def phases(self, steps: int) -> Sequence[Phase]:
+        """One phase; the backbone's learning rate is a share of the others'."""
+        options = self.options
+        rate = schedule(options.schedule, steps, options.warmup)
+        optimizer = adamw(options, share=lambda name: options.backbone_rate if name.startswith("backbone.") else 1.0)
+        return [Phase("detect", trainable(self.model), self.loss, optimizer, rate, clip=options.clip)]
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        """The sum of the detector's losses on a batch, magnified as this step is."""
+        pixels, sizes = self.model.preprocessing.normalise(batch["images"]), batch["sizes"]
+        targets = collate(batch["boxes"], batch["labels"], batch["ignored"]).to(pixels.device)
+        factor = random.Random(f"{self.options.seed}/{self.step}").choice(self.options.multi_scale)
+        if factor != 1:
+            pixels, sizes, targets = magnify(pixels, sizes, targets, factor)
+        # Weights keep plain strides, as in segmentation: the optimiser's moments come back from checkpoints with them.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with DepthwiseInFp32():
+            losses = self.model.losses(pixels, sizes, targets)
+        value = torch.stack([loss.float() for loss in losses.values()]).sum()
+        metrics = {f"{name}_loss": loss.detach().float() for name, loss in losses.items()}
+        return Loss(value, metrics, weight=float(len(pixels)))
+
+    def units(self, batch: Any) -> tuple[float, str]:
+        """Pictures."""
+        return float(len(batch["images"])), "images"
+
+    def after_step(self, step: int) -> None:
+        """Count."""
+        self.step = step + 1
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Mean average precisions on the pictures set aside; the best weights are copied if they are to be kept."""
+        if self.selection is None:
+            return {}
+        found = measure(self.model, self.selection, precision=self.options.precision).metrics
+        if self.options.keep == "best" and found["map_50"] > self.kept_at:
+            self.kept_at = found["map_50"]
+            self.kept = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        return {name: found[name] for name in ("map_50", "map")}
+
+    def use_best(self) -> None:
+        """Put the best weights into the model; nothing happens where none were kept."""
+        if self.kept:
+            self.model.load_state_dict(self.kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the best weights."""
+        return {"step": self.step, "kept": self.kept, "kept_at": self.kept_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self.step, self.kept, self.kept_at = state["step"], dict(state["kept"]), state["kept_at"]
+
+
+def magnify(pixels: Tensor, sizes: Tensor, targets: Targets, factor: float) -> tuple[Tensor, Tensor, Targets]:
+    """Pictures (b, 3, y, x), their sizes (b, 2) and their boxes, all larger by `factor`; sides are multiples of 32."""
+    high, wide = (max(32, round(side * factor / 32) * 32) for side in pixels.shape[-2:])
+    down, across = high / pixels.shape[-2], wide / pixels.shape[-1]
+    larger = F.interpolate(pixels, size=(high, wide), mode="bilinear", align_corners=False, antialias=factor < 1)
+    grown = (sizes * sizes.new_tensor([down, across], dtype=torch.float64)).round().long().clamp(min=1)
+    return larger, grown, targets._replace(boxes=targets.boxes * targets.boxes.new_tensor([across, down] * 2))
