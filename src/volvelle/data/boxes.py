@@ -173,7 +173,8 @@ def _classes(splits: Mapping[str, Notes]) -> tuple[str, ...]:
     listed = dict.fromkeys(name for found in splits.values() for name in found.classes)
     names = tuple(name for name in listed if name in used) or tuple(sorted(used))
     if not names:
-        raise VolvelleError("no picture has a box, so there is nothing to learn")
+        problems = (note.problem for found in splits.values() for note in found.notes if note.problem)
+        raise VolvelleError(next(problems, "no picture has a box, so there is nothing to learn"))
     return names
 
 
@@ -303,8 +304,11 @@ def _voc(root: Path) -> dict[str, Notes]:
 def _all(images: Path, xml: Path) -> Notes:
     """Every picture and every XML file of two folders."""
     pictures = _pictures(images)
-    written = (p.relative_to(xml).with_suffix("").as_posix() for p in sorted(xml.rglob("*.xml")))
-    return _noted(sorted({*pictures, *written}), xml, images, pictures)
+    written = [p.relative_to(xml).with_suffix("").as_posix() for p in sorted(xml.rglob("*.xml"))]
+    noted = _noted(written, xml, images, pictures).notes
+    named = {note.image for note in noted}
+    alone = [name for name, picture in pictures.items() if picture not in named]
+    return Notes([*noted, *_noted(alone, xml, images, pictures).notes])
 
 
 def _coco(root: Path) -> dict[str, Notes]:
