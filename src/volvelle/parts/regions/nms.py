@@ -79,7 +79,7 @@ def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor | None, threshold: f
     boxes = wide(boxes)
     if boxes.device.type != "cpu" or torch.compiler.is_compiling():
         sorted_groups = None if groups is None else groups[ranked]
-        return ranked[_fixed_point(boxes[ranked], sorted_groups, threshold).nonzero()[:, 0]]
+        return ranked[fixed_point(boxes[ranked], sorted_groups, threshold).nonzero()[:, 0]]
     if groups is None:
         return ranked[_in_blocks(boxes[ranked], None, threshold)]
     sorted_groups, by_group = groups[ranked].sort(stable=True)
@@ -93,8 +93,8 @@ def by_score(scores: Tensor) -> Tensor:
     return torch.where(scores.isnan(), -math.inf, wide(scores)).sort(stable=True, descending=True).indices
 
 
-def _fixed_point(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
-    """Which of the sorted boxes stay, (n) bool, from all pairs at once."""
+def fixed_point(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
+    """Which of the boxes (n, 4), sorted by falling score, stay: (n) bool, from all pairs at once."""
     planes = _planes(boxes)
     strikes = (_iou(planes, planes).double() > threshold).triu(1)
     if groups is not None:
