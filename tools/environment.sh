@@ -49,5 +49,8 @@ prepare() { # prepare core|check
     # Bare: timm asks for torchvision, whose wheels on PyPI are for CUDA; beside a CPU build of torch importing one fails,
     # and transformers with it. Tests against timm skip where it is absent.
     [ "$kind" = core ] || install --no-deps 'timm>=1' || echo "timm could not be installed: tests against it will skip" >&2
+    # Aside, not among the packages: its operators are the oracle of ours, and the wheel's CUDA would break transformers.
+    [ "$kind" = core ] || install --no-deps --target .venv/lib/torchvision-aside 'torchvision==0.28.0' ||
+        echo "torchvision could not be installed: tests against its operators will skip" >&2
     printf '%s\n' "$now" >".venv/volvelle-$kind.stamp"
 }

@@ -12,6 +12,7 @@ from volvelle.parts.convolution.atrous import atrous_conv2d as atrous_conv2d
 from volvelle.parts.convolution.boundary_refinement import boundary_refinement as boundary_refinement
 from volvelle.parts.convolution.causal import causal_conv1d as causal_conv1d
 from volvelle.parts.convolution.conv2d_same import conv2d_same as conv2d_same
+from volvelle.parts.convolution.deformable import deform_conv2d as deform_conv2d
 from volvelle.parts.convolution.global_convolution import global_convolution as global_convolution
 from volvelle.parts.convolution.gridding import gridding as gridding
 from volvelle.parts.convolution.hybrid_dilation import hybrid_dilation_rates as hybrid_dilation_rates
@@ -80,6 +81,8 @@ from volvelle.parts.regions.iou import generalized_box_iou as generalized_box_io
 from volvelle.parts.regions.iou import generalized_box_iou as giou
 from volvelle.parts.regions.nms import batched_nms as batched_nms
 from volvelle.parts.regions.nms import nms as nms
+from volvelle.parts.regions.ps_roi_align import ps_roi_align as ps_roi_align
+from volvelle.parts.regions.roi_align import roi_align as roi_align
 from volvelle.parts.regions.soft_nms import soft_nms as soft_nms
 from volvelle.parts.resampling.checkerboard import checkerboard as checkerboard
 from volvelle.parts.resampling.interpolation import resize_bilinear as resize_bilinear
@@ -118,6 +121,7 @@ __all__ = [
     "convert_rope_layout",
     "deberta_log_buckets",
     "decode_boxes",
+    "deform_conv2d",
     "depthwise_separable_conv2d",
     "dequantize_weight",
     "diou",
@@ -154,11 +158,13 @@ __all__ = [
     "position_readout",
     "precision_recall",
     "prefix_states",
+    "ps_roi_align",
     "quantize_weight",
     "quantized_linear",
     "recurrent_positions",
     "resize_bilinear",
     "resize_nearest",
+    "roi_align",
     "rope_frequencies",
     "rouge_l",
     "rouge_n",

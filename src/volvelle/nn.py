@@ -12,6 +12,7 @@ from volvelle.parts.convolution.atrous import AtrousConv2d as AtrousConv2d
 from volvelle.parts.convolution.boundary_refinement import BoundaryRefinement as BoundaryRefinement
 from volvelle.parts.convolution.causal import CausalConv1d as CausalConv1d
 from volvelle.parts.convolution.conv2d_same import Conv2dSame as Conv2dSame
+from volvelle.parts.convolution.deformable import DeformConv2d as DeformConv2d
 from volvelle.parts.convolution.global_convolution import GlobalConvolution as GlobalConvolution
 from volvelle.parts.convolution.inception import InceptionBlock as InceptionBlock
 from volvelle.parts.convolution.inverted_residual import InvertedResidual as InvertedResidual
@@ -44,6 +45,8 @@ from volvelle.parts.precision.loss_scale import LossScaler as LossScaler
 from volvelle.parts.precision.master_weights import MasterWeights as MasterWeights
 from volvelle.parts.quantization.int4 import Int4Linear as Int4Linear
 from volvelle.parts.quantization.int8 import Int8Linear as Int8Linear
+from volvelle.parts.regions.ps_roi_align import PSRoIAlign as PSRoIAlign
+from volvelle.parts.regions.roi_align import RoIAlign as RoIAlign
 from volvelle.parts.resampling.upsample import Upsample2d as Upsample2d
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "ConfusionMatrix",
     "Conv2dSame",
     "ConvPositions",
+    "DeformConv2d",
     "DepthwiseSeparableConv2d",
     "DisentangledBias",
     "DynamicBias",
@@ -77,9 +81,11 @@ __all__ = [
     "MeanAveragePrecision",
     "MultimodalRotaryEmbedding",
     "MultiplicativePositions",
+    "PSRoIAlign",
     "PointwiseConv2d",
     "PrefixStates",
     "RecurrentPositions",
+    "RoIAlign",
     "RotaryEmbedding",
     "ShawBias",
     "SinusoidalPositions",

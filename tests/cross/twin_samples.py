@@ -295,6 +295,28 @@ def upsample2d(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x,), lambda: functional.upsample2d(x, layer.weight, layer.bias, 3, **options))
 
 
+def deform_conv2d(dtype: torch.dtype) -> Sample:
+    layer = parts.DeformConv2d(4, 6, (3, 2), stride=2, padding=1, groups=2).to(dtype)
+    x, offset = torch.randn(2, 4, 7, 9, dtype=dtype), torch.randn(2, 24, 4, 5, dtype=dtype)
+    mask = torch.rand(2, 12, 4, 5, dtype=dtype)
+    weights = (offset, layer.weight, layer.bias, 2, 1, 1, mask)
+    return Sample(layer, (x, offset, mask), lambda: functional.deform_conv2d(x, *weights))
+
+
+ROIS = torch.tensor([[1.0, 3, 2, 30, 21], [0.0, 0, 9, 17, 40]])
+
+
+def roi_align(dtype: torch.dtype) -> Sample:
+    x, options = torch.randn(2, 3, 8, 9, dtype=dtype), ((2, 3), 0.25, 2, True)
+    return Sample(parts.RoIAlign(*options), (x, ROIS), lambda: functional.roi_align(x, ROIS, *options))
+
+
+def ps_roi_align(dtype: torch.dtype) -> Sample:
+    x, options = torch.randn(2, 18, 8, 9, dtype=dtype), {"reduce": "max", "convention": "thundernet"}
+    layer = parts.PSRoIAlign((2, 3), 0.25, 2, **options)
+    return Sample(layer, (x, ROIS), lambda: functional.ps_roi_align(x, ROIS, (2, 3), 0.25, 2, **options))
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.ALiBi": alibi,
     "nn.Attention": attention,
@@ -306,6 +328,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.CausalConv1d": convolution("CausalConv1d", 1, dilation=3),
     "nn.ComplexPositions": complex_positions,
     "nn.ConvPositions": conv_positions,
+    "nn.DeformConv2d": deform_conv2d,
     "nn.DepthwiseSeparableConv2d": depthwise_separable_conv2d,
     "nn.DisentangledBias": disentangled_bias,
     "nn.DynamicBias": dynamic_bias,
@@ -323,8 +346,10 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,
     "nn.PointwiseConv2d": pointwise_conv2d,
+    "nn.PSRoIAlign": ps_roi_align,
     "nn.PrefixStates": prefix_states,
     "nn.RecurrentPositions": recurrent_positions,
+    "nn.RoIAlign": roi_align,
     "nn.RotaryEmbedding": rotary_embedding,
     "nn.ShawBias": shaw_bias,
     "nn.SinusoidalPositions": sinusoidal_positions,

@@ -1,0 +1,144 @@
+"""Reading maps between their pixels: every read is a weighted sum of a few rows of a table of pixels.
+
+    value(y, x) = Σ  max(0, 1 - |y - i|) max(0, 1 - |x - j|) F[i, j]          (bilinear: two rows, two columns)
+
+A map (b, c, y, x) becomes the table (b y x + 1, c) of its pixels, the last row zero; a read is a list of row numbers
+and weights, its taps, and `weighted_rows` sums them up. Positions meet the map in the weights alone, so gradients for
+boxes and offsets are plain autograd over small tensors. No read touches a pixel that it does not need: a NaN in the
+map stays where it is, and one in a position stays in its own result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from volvelle.parts.regions.boxes import wide
+
+
+class Taps(NamedTuple):
+    """Numbers of pixels along one axis, int64, and their weights; -1 where the read lies outside and counts as zero."""
+
+    at: Tensor
+    weight: Tensor
+
+
+def clamped_taps(position: Tensor, n: int) -> Taps:
+    """Two pixels for each position on an axis of n, (..., 2): RoIAlign's reading of the border.
+
+    Positions in [-1, 0] read the first pixel, those in [n - 1, n] the last, all beyond read zero.
+    """
+    outside = (position < -1) | (position > n)
+    inner = position.clamp(0, n - 1)
+    low = _floor(inner).clamp(0, n - 1)
+    part = inner - low
+    at = torch.stack((low, (low + 1).clamp(max=n - 1)), dim=-1)
+    weight = torch.stack((1 - part, part), dim=-1)
+    gone = outside[..., None]
+    return Taps(torch.where(gone, -1, at), torch.where(gone, 0.0, weight))
+
+
+def zero_taps(position: Tensor, n: int) -> Taps:
+    """Two pixels for each position on an axis of n, (..., 2), pixels outside being zero."""
+    inner = position.clamp(-1, n)
+    low = _floor(inner).clamp(-1, n)
+    part = inner - low
+    at = torch.stack((low, low + 1), dim=-1)
+    gone = (at < 0) | (at >= n)
+    weight = torch.stack((1 - part, part), dim=-1)
+    return Taps(torch.where(gone, -1, at), torch.where(gone & ~weight.isnan(), 0.0, weight))
+
+
+def half_pixel_taps(position: Tensor, n: int) -> Taps:
+    """Two pixels for each position on an axis of n, (..., 2), of which those beyond [-1/2, n - 1/2] weigh nothing."""
+    taps = clamped_taps(position, n)
+    gone = ((position < -0.5) | (position > n - 0.5))[..., None]
+    return Taps(torch.where(gone, -1, taps.at), torch.where(gone, 0.0, taps.weight))
+
+
+def mean_of(taps: Taps, *, inside: bool = False) -> Taps:
+    """The mean over samples (r, k, s, t) as taps (r, k, s t): over all of them, or only those that lie inside."""
+    number = taps.at.shape[2]
+    if inside:
+        number = (taps.at[..., 0] >= 0).sum(-1).clamp(min=1)[..., None]
+    return Taps(taps.at.flatten(2), taps.weight.flatten(2) / number)
+
+
+def _floor(position: Tensor) -> Tensor:
+    return position.detach().nan_to_num(0.0).floor().long()
+
+
+def read(table: Tensor, first: Tensor, y: Taps, x: Taps, width: int) -> Tensor:
+    """Sums over rows y (r, k_y, t_y) times columns x (r, k_x, t_x) of maps: (r, k_y, k_x, c).
+
+    `first` says in which row of the table a map's pixel (0, 0) lies, (r, 1 or k_y, 1 or k_x), `width` how long its rows
+    are. What lies outside is read from the table's last row.
+    """
+    rows, columns = y.at[:, :, None, :, None], x.at[:, None, :, None, :]
+    at = torch.where((rows < 0) | (columns < 0), len(table) - 1, first[..., None, None] + rows * width + columns)
+    weight = y.weight[:, :, None, :, None] * x.weight[:, None, :, None, :]
+    return weighted_rows(table, Taps(at.flatten(3), weight.flatten(3)))
+
+
+def pixel_table(maps: Tensor) -> Tensor:
+    """The pixels of maps (b, g, c, y, x) as rows (b g y x + 1, c), at least fp32, the last row zero."""
+    b, g, c, y, x = maps.shape
+    return F.pad(wide(maps).permute(0, 1, 3, 4, 2).reshape(b * g * y * x, c), (0, 0, 0, 1))
+
+
+def weighted_rows(table: Tensor, taps: Taps) -> Tensor:
+    """Return Σ_t weight[.., t] table[at[.., t]], (..., c) for taps (..., t): with first and second derivatives."""
+    shape = taps.at.shape
+    at, weight = taps.at.reshape(-1, shape[-1]), taps.weight.to(table.dtype).expand(shape).reshape(-1, shape[-1])
+    if torch.onnx.is_in_onnx_export():
+        found = (table[at] * weight[..., None]).sum(1)
+    else:
+        found = _WeightedRows.apply(table, at, weight)
+    return found.view(*shape[:-1], table.shape[1])
+
+
+class _WeightedRows(torch.autograd.Function):
+    """Bags of embeddings: the sums are made row by row, and the rows that they need are never copied out."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, at: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(table, at, weight)
+        return F.embedding_bag(at, table, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        table, at, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a second derivative is wanted
+        for_table = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_table = _scattered(grad, at, weight, len(table)) if again else _gathered(grad, at, weight, len(table))
+        if ctx.needs_input_grad[2]:
+            for_weight = (table[at] * grad[:, None]).sum(-1) if again else _products(table, at, grad)
+        return for_table, None, for_weight
+
+
+def _scattered(grad: Tensor, at: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """The table's gradient in operations that have derivatives themselves."""
+    each = (weight[..., None] * grad[:, None]).flatten(0, 1)
+    return grad.new_zeros(rows, grad.shape[1]).index_add(0, at.flatten(), each)
+
+
+def _gathered(grad: Tensor, at: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """The same as bags: every row of the table sums up the results that it went into."""
+    numbers, order = at.flatten().sort(stable=True)
+    starts = torch.searchsorted(numbers, torch.arange(rows, device=at.device))
+    return F.embedding_bag(order // at.shape[1], grad, starts, mode="sum", per_sample_weights=weight.flatten()[order])
+
+
+def _products(table: Tensor, at: Tensor, grad: Tensor) -> Tensor:
+    """Each tap's grad · table[at]."""
+    m, t = at.shape
+    starts = torch.arange(m, device=at.device) * t
+    bag = torch.arange(m, device=at.device)[:, None].expand(m, t).flatten()
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, table, at.flatten(), starts, bag, 0, -1
+    ).view(m, t)
