@@ -75,6 +75,8 @@ def measure(name: str, peer: nn.Module, ours: nn.Module, x: Tensor, rounds: int,
         {who: lambda work=work: [work(x) for _ in range(repeats)] for who, work in variants.items()},
         rounds=rounds,
         most=4 * rounds,
+        passes=1 if quick else 4,
+        steady=[BASELINE],
     )
     speed = {who: protocol.compare(series, who, BASELINE) for who in series if who != BASELINE}
     for who, found in speed.items():

@@ -68,7 +68,7 @@ def measure(name: str, case: Case, rounds: int, shape: tuple[int, int, int]) -> 
         if same and max(same) - min(same) > 1e-6:
             raise AssertionError(f"{name}: the mean IoUs differ: {values}")
     repeated = {who: partial(_repeat, work) for who, work in variants.items()}
-    series = protocol.interleave(repeated, rounds=rounds, most=4 * rounds)
+    series = protocol.interleave(repeated, rounds=rounds, most=4 * rounds, passes=2)
     speed = {
         f"{ours} : {theirs}": protocol.compare(series, ours, theirs)
         for ours, theirs in (

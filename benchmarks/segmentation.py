@@ -59,7 +59,9 @@ def measure(name: str, batch: int, model: Segmenter, rounds: int, size: tuple[in
     series = protocol.interleave(
         {who: lambda work=work: [work() for _ in range(repeats)] for who, work in variants.items()},
         rounds=rounds,
-        most=4 * rounds,
+        most=3 * rounds,
+        passes=2,
+        steady=[BASELINE],
     )
     baseline = "timm, eager fp32" if "timm, eager fp32" in series else BASELINE
     speed = {who: protocol.compare(series, who, baseline) for who in series if who != baseline}

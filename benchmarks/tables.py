@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
+from benchmarks.support import vision_tables
 from benchmarks.support.comparison_table import comparison
+from benchmarks.support.footer import footer
 from volvelle.parts.attention.capabilities import table as capability_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,8 @@ PAGES = {
     "metrics": "docs/metrics.md",
     "segmentation": "docs/segmentation.md",
     "backbone": "docs/backbones.md",
+    "detection": "docs/detection.md",
+    "thundernet": "docs/detection.md",
 }
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -58,7 +62,7 @@ def language(record: Mapping[str, Any]) -> list[str]:
         *lines,
         "",
         f"Greedy, {size['new_tokens']} new tokens; LoRA of rank 8 on q and v, {size['length']} tokens a row, AdamW. "
-        + _footer("language", machine),
+        + footer("language", machine),
     ]
 
 
@@ -73,8 +77,7 @@ def summarization(record: Mapping[str, Any]) -> list[str]:
         *lines,
         "",
         f"A model of BART-base's size with random weights; a batch of {size['sources']} sources of up to "
-        f"{size['length']} tokens, {size['new_tokens']} new tokens each. "
-        + _footer("summarization", record["machine"]),
+        f"{size['length']} tokens, {size['new_tokens']} new tokens each. " + footer("summarization", record["machine"]),
     ]
 
 
@@ -124,7 +127,7 @@ def decode(record: Mapping[str, Any]) -> list[str]:
     footer = (
         f"{record['model']}; plain: {size['new_tokens']} new tokens; llama.cpp: {machine.get('llama.cpp', 'absent')}. "
     )
-    return [*lines, "", footer + _footer("decode", machine)]
+    return [*lines, "", footer + footer("decode", machine)]
 
 
 def loader(record: Mapping[str, Any]) -> list[str]:
@@ -141,7 +144,7 @@ def loader(record: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"Samples a second, {workers} workers, batches of {batch}. " + _footer("loader", record["machine"]),
+        f"Samples a second, {workers} workers, batches of {batch}. " + footer("loader", record["machine"]),
     ]
 
 
@@ -220,7 +223,7 @@ def attention(record: Mapping[str, Any]) -> list[str]:
     if auto:
         notes += f"Where SDPA serves the call, `backend='auto'` ends in {auto['kernel']} "
         notes += f"and adds {auto['added_us']:.0f} µs. "
-    return [*lines, "", notes + _footer("attention", record["machine"])]
+    return [*lines, "", notes + footer("attention", record["machine"])]
 
 
 def attention_cuda(record: Mapping[str, Any]) -> list[str]:
@@ -240,7 +243,7 @@ def attention_cuda(record: Mapping[str, Any]) -> list[str]:
         "",
         f"{setting['dtype']}, batch {setting['batch']}, {setting['heads']} heads of {setting['width']} features on "
         f"{machine['device']}, whose dense rate is {record['dense_flops'] / 1e12:.0f} Tflop/s. "
-        + _footer("attention_cuda", machine),
+        + footer("attention_cuda", machine),
     ]
 
 
@@ -259,7 +262,7 @@ def amp(record: Mapping[str, Any]) -> list[str]:
         "",
         "Forward, backward and an SGD update with momentum under autocast over fp32 weights, fp16 with dynamic loss "
         "scaling; in each round the fastest of that many steps counts (column: of). "
-        + _footer("amp", record["machine"], "the half precision is faster than fp32"),
+        + footer("amp", record["machine"], "the half precision is faster than fp32"),
     ]
 
 
@@ -281,7 +284,7 @@ def adapt(record: Mapping[str, Any]) -> list[str]:
             f"{memory[0]} | {memory[1]} |"
         )
     facts = [f"- {fact}: {value}" for row in record["rows"] for fact, value in row["facts"].items()]
-    return [*lines, "", *facts, "", f"{record['model']} in bf16, AdamW. " + _footer("adapt", record["machine"])]
+    return [*lines, "", *facts, "", f"{record['model']} in bf16, AdamW. " + footer("adapt", record["machine"])]
 
 
 def metrics(record: Mapping[str, Any]) -> list[str]:
@@ -303,39 +306,7 @@ def metrics(record: Mapping[str, Any]) -> list[str]:
     ]
     n, y, x = record["shape"]
     about = f"{n} masks of {x} x {y} pixels. Means over (image, class) pairs against MeanIoU: {'; '.join(told)}. "
-    return [*lines, "", about + _footer("metrics", record["machine"])]
-
-
-def segmentation(record: Mapping[str, Any]) -> list[str]:
-    """Pictures a second of each way to run one network, and how far its answers move."""
-    lines = [
-        "| batch | how | pictures/s | : baseline | scores move by | classes that change |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        for who, rate in row["images_per_second"].items():
-            told = protocol.shown(row["speed"][who]) if who in row["speed"] else "baseline"
-            moved = row["moved"][who]
-            far = f"{moved['scores']:.1e} | {moved['classes']:.2%}"
-            lines.append(f"| {row['batch']} | {who} | {rate:.1f} | {told} | {far} |")
-    high, wide = record["size"]
-    about = f"GCN on EfficientNet-Lite0, {wide} x {high} pixels. "
-    return [*lines, "", about + _footer("segmentation", record["machine"])]
-
-
-def backbone(record: Mapping[str, Any]) -> list[str]:
-    """Pictures a second of each way to run one network, and how far its logits move."""
-    lines = [
-        "| network | batch | how | pictures/s | : timm | logits move by | compiling |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        for who, rate in row["images_per_second"].items():
-            told = protocol.shown(row["speed"][who]) if who in row["speed"] else "baseline"
-            took = f"{row['warmup_seconds'][who]:.0f} s" if who in row["warmup_seconds"] else ""
-            far = f"{row['moved'][who]:.1e}"
-            lines.append(f"| {row['name']} | {row['batch']} | {who} | {rate:.1f} | {told} | {far} | {took} |")
-    return [*lines, "", _footer("backbone", record["machine"])]
+    return [*lines, "", about + footer("metrics", record["machine"])]
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
@@ -351,19 +322,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "adapt": adapt,
     "comparison": comparison,
     "metrics": metrics,
-    "segmentation": segmentation,
-    "backbone": backbone,
+    "segmentation": vision_tables.segmentation,
+    "backbone": vision_tables.backbone,
+    "detection": vision_tables.detection,
 }
-
-
-def _footer(name: str, machine: Mapping[str, Any], above: str = "ours is faster") -> str:
-    packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
-    threads = f"{machine['threads']} threads, " if "threads" in machine else ""  # else each row says how many
-    return (
-        f"Medians of at least 5 interleaved rounds; a ratio above 1 means that {above}, its range over the "
-        f"rounds stands in parentheses. {machine['cpus']} cores of {machine['cpu']}, {threads}"
-        f"Python {machine['python']}, {packages}, {machine['date'][:10]}. Made by `python -m benchmarks.{name}`."
-    )
 
 
 def capabilities() -> list[str]:
@@ -371,7 +333,7 @@ def capabilities() -> list[str]:
     return [*capability_table("cpu"), "", *capability_table("cuda")]
 
 
-FROM_CODE: dict[str, Callable[[], list[str]]] = {"capabilities": capabilities}
+FROM_CODE: dict[str, Callable[[], list[str]]] = {"capabilities": capabilities, "thundernet": vision_tables.thundernet}
 """Tables that follow from the code alone."""
 
 

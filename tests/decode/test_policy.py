@@ -142,11 +142,13 @@ def test_what_is_prepared_once_does_not_switch_drafting_off():
 def test_no_draft_found_is_a_plain_step():
     policy = Adaptive()
     pacing = policy.begin()
+    asked = []
     for done in range(50):
-        pacing.choose(10, done)
+        asked.append(pacing.choose(10, done))
         pacing.observe(done, None, step_seconds=0.02, draft_seconds=1e-5)
     assert policy.figures.switched_off == 0
-    assert policy.figures.chosen[0] == 2
+    assert asked.count(0) == 2  # the first ones, to know what a plain step takes
+    assert policy.figures.chosen == {0: 50}
     assert policy.figures.lost == pytest.approx(1e-5 / 0.02)
 
 
@@ -203,3 +205,54 @@ def test_formulas_against_a_sum(a):
         flat = dict.fromkeys(range(1, 7), 1.0)
         kept = expected_tokens(a, k) - 1
         assert walltime_improvement(a, k, 0.2) == pytest.approx(measured_improvement(kept, k, flat, 0.2 * k))
+
+
+def stated(policy: Adaptive, curve: Curve, tokens: int, *, scale: float, seed: int = 0, plain: float = 0.02) -> float:
+    """The time of an answer over that of plain decoding where drafts state their chances, which are `scale` times true.
+
+    Drafts are chains of 12 whose places a path reaches with probabilities that vary from step to step.
+    """
+    generator = random.Random(seed)
+    pacing, now, done = policy.begin(), 0.0, 0
+    while done < tokens:
+        asked, drafted = pacing.choose(12, 50 + done), None
+        step, k = curve(1) * plain, 0
+        if asked > 0:
+            a = generator.choice((0.05, 0.3, 0.9))
+            chances = [a**place for place in range(1, asked + 1)]
+            k = pacing.worth(chances, 50 + done)
+            if k > 0:
+                fate = generator.random()
+                kept = sum(fate < chance * scale for chance in chances[:k])
+                drafted, step = Drafted(k, None, [list(range(kept))], chances[:k]), curve(1 + k) * plain
+                done += kept
+        pacing.observe(50 + done, drafted, step_seconds=step, draft_seconds=0.0)
+        now, done = now + step, done + 1
+    return now / (done * plain * curve(1))
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("scale", [0.0, 0.1, 0.5, 1.0])
+def test_stated_chances_are_not_believed_where_they_are_wrong(curve, scale):
+    assert stated(Adaptive(), CURVES[curve], 300, scale=scale) <= 1 / 0.97
+
+
+def test_each_draft_is_checked_as_far_as_its_own_chances_pay():
+    policy = Adaptive()
+    stated(policy, CURVES["int4"], 600, scale=1.0)
+    pacing = policy.begin()
+    sure, poor = [0.95**i for i in range(1, 13)], [0.04**i for i in range(1, 13)]
+    assert pacing.worth(sure, 60) >= 5
+    assert pacing.worth(poor, 60) == 0
+    assert policy.figures.chosen == {}
+    mean = Adaptive()  # one length for all drafts, chosen by their mean
+    told = random.Random(0)
+    pay = stated(policy, CURVES["int4"], 600, scale=1.0, seed=1)
+    right = Machine(CURVES["int4"], 0.0, lambda done, step: chained(told), width=12).decode(mean, 600)
+    assert pay < 0.9 * right
+
+
+def chained(generator: random.Random) -> int:
+    """The places that a draft of `stated` keeps."""
+    a, fate = generator.choice((0.05, 0.3, 0.9)), generator.random()
+    return sum(fate < a**place for place in range(1, 13))

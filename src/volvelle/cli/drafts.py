@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from volvelle.decode.policy import Figures
     from volvelle.systems.language.models import LanguageModel
 
-WAYS = {"lookup": "lookup", "medusa": "medusa:RUN", "mtp": "mtp:RUN", "skip": "skip:LAYERS", "model": "model:NAME"}
+WAYS = {
+    "lookup": "lookup",
+    "medusa": "medusa:RUN",
+    "mtp": "mtp:RUN",
+    "ngram": "ngram[:RUN]",
+    "skip": "skip:LAYERS",
+    "model": "model:NAME",
+}
 """What `draft=` begins with, and how it is written in full."""
 
 
@@ -30,6 +37,7 @@ class DraftOptions:
 
     draft: str | None = None
     """Who proposes tokens that the model checks several at a time: lookup (what followed the last words before),
+    ngram (what is likely to follow them, by counts; ngram:RUN: also of a run of `volvelle draft`),
     medusa:RUN, mtp:RUN, skip:N (the model without N of its layers), or a smaller model or a run; lookup+mtp:RUN looks
     for endings of three words or more, and asks the module where it finds none."""
     draft_length: int | None = None
@@ -67,11 +75,11 @@ def parse_draft(text: str) -> Way:
     if kind not in WAYS:
         _find(text, text)
         return Way("model", text)
-    if not what and kind != "lookup":
+    if not what and kind not in ("lookup", "ngram"):
         raise UsageError(f"draft={text}: what drafts is missing", tip=f"draft={WAYS[kind]}")
     if kind == "skip" and not (what.isdecimal() and int(what) > 0):
         raise UsageError(f"draft={text}: a number of layers to leave out is wanted", tip="draft=skip:8")
-    if what and kind in ("medusa", "mtp", "model", "lookup"):
+    if what and kind in ("medusa", "mtp", "ngram", "model", "lookup"):
         _find(what, text)
     return Way(kind, what)
 
@@ -114,6 +122,7 @@ def open_draft(options: DraftOptions, model: LanguageModel) -> Drafter | None:
 def _open(way: Way, model: LanguageModel, given: Mapping[str, Any]) -> Drafter:
     """The drafter of one way, with the options that were given for it."""
     from volvelle.decode.drafters.early_exit import EarlyExit, without
+    from volvelle.decode.drafters.ngram import NGram
     from volvelle.decode.drafters.opening import kind_of, open_drafter
     from volvelle.decode.drafters.prompt_lookup import PromptLookup
     from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
@@ -121,12 +130,14 @@ def _open(way: Way, model: LanguageModel, given: Mapping[str, Any]) -> Drafter:
     kind, what = way
     if kind == "lookup":
         return PromptLookup(**given, texts=[_tokens(model, Path(what))] if what else ())
+    if kind == "ngram" and not what:
+        return NGram(**given)
     if kind == "skip":
         config = model.config.decoder if isinstance(model.config, EncoderDecoderConfig) else model.config
         return EarlyExit(without(config.depth, int(what)), **given)
     folder = hub.resolve(what)
     found = kind_of(folder)
-    if kind in ("medusa", "mtp") and found != kind:
+    if kind in ("medusa", "mtp", "ngram") and found != kind:
         raise UsageError(f"draft={kind}:{what}: {folder} holds no {kind}", tip=f"draft={found}:{what}")
     return open_drafter(folder, model, **given)
 

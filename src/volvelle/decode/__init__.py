@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from volvelle.decode.drafters.first_of import FirstOf
     from volvelle.decode.drafters.medusa import Medusa
     from volvelle.decode.drafters.mtp import MTP
+    from volvelle.decode.drafters.ngram import NGram
     from volvelle.decode.drafters.opening import open_drafter
     from volvelle.decode.drafters.prompt_lookup import PromptLookup
     from volvelle.decode.generation import generate, generate_batch, stream
@@ -34,6 +35,7 @@ _HOME = {
     **dict.fromkeys(("generate", "generate_batch", "stream"), "generation"),
     "MTP": "drafters.mtp",
     "Medusa": "drafters.medusa",
+    "NGram": "drafters.ngram",
     "PromptLookup": "drafters.prompt_lookup",
     "open_drafter": "drafters.opening",
     "Adaptive": "policy",
@@ -57,6 +59,7 @@ __all__ = [
     "FirstOf",
     "Generation",
     "Medusa",
+    "NGram",
     "PromptLookup",
     "Rules",
     "Sampling",

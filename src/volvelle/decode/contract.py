@@ -32,16 +32,30 @@ class Draft(NamedTuple):
     distribution that each token was drawn from, after the request's own rules (temperature, top-p, penalties): that of
     the place, so siblings, which are drawn without replacement in their order, have the same one. It is None when
     tokens were not drawn but chosen; rows of greedy requests are chosen ones always.
+
+    `chances` (k,), where the drafter knows them, are the shares of rows that it expects to keep each token. They do not
+    rise from node to node, so the first j nodes are the best j, and a policy may check only these.
     """
 
     tokens: Tensor
     parents: Sequence[int] | None = None
     q: Tensor | None = None
+    chances: Sequence[float] | None = None
 
     @property
     def ancestry(self) -> tuple[int, ...]:
         """The parents, for chains too."""
         return tuple(range(-1, self.tokens.shape[1] - 1)) if self.parents is None else tuple(self.parents)
+
+    def only(self, nodes: Sequence[int]) -> Draft:
+        """The draft of these nodes alone, in rising order; the parents of each must be among them."""
+        if len(nodes) == self.tokens.shape[1]:
+            return self
+        number = {node: i for i, node in enumerate(nodes)} | {-1: -1}
+        parents = None if self.parents is None else [number[self.parents[node]] for node in nodes]
+        chances = None if self.chances is None else [self.chances[node] for node in nodes]
+        kept = list(nodes)
+        return Draft(self.tokens[:, kept], parents, None if self.q is None else self.q[:, kept], chances)
 
 
 class Seen(NamedTuple):
@@ -144,6 +158,7 @@ class Drafted(NamedTuple):
     k: int
     parents: Sequence[int] | None
     kept: Sequence[Sequence[int]]
+    chances: Sequence[float] | None = None
 
 
 class Pacing(Protocol):
@@ -151,6 +166,10 @@ class Pacing(Protocol):
 
     def choose(self, limit: int, length: int) -> int:
         """How many tokens to ask the drafter for, at most `limit`; 0: a plain step. `length` is the cache's."""
+        ...
+
+    def worth(self, chances: Sequence[float], length: int) -> int:
+        """How many nodes of a draft that states its chances to check; 0: a plain step."""
         ...
 
     def observe(self, length: int, draft: Drafted | None, *, step_seconds: float, draft_seconds: float = 0.0) -> None:
@@ -181,6 +200,9 @@ class Always:
 class _Always:
     def choose(self, limit: int, length: int) -> int:
         return limit
+
+    def worth(self, chances: Sequence[float], length: int) -> int:
+        return len(chances)
 
     def observe(self, length: int, draft: Drafted | None, *, step_seconds: float, draft_seconds: float = 0.0) -> None:
         pass

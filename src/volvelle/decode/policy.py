@@ -14,8 +14,9 @@ Shapes: b rows, k drafted tokens (the nodes of a tree), n = 1 + k.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from volvelle.decode.contract import Drafted, Pacing, Policy
@@ -81,12 +82,38 @@ class NodeAcceptance:
         return sums
 
 
+class Belief:
+    """What came of drafts that state their chances: tokens kept over tokens expected, so far; old drafts fade.
+
+    >>> belief = Belief()
+    >>> for _ in range(100):
+    ...     belief.observe([0.8, 0.4], 0.6)  # 1.2 were expected
+    >>> [round(x, 2) for x in belief.kept([0.8, 0.4])]
+    [0.42, 0.62]
+    """
+
+    def __init__(self, *, weight: float = 2.0, memory: float = 48.0):
+        self._keep = 1 - 1 / memory
+        self._weight = weight  # expected tokens that the statement itself is worth
+        self._expected = self._got = 0.0
+
+    def observe(self, chances: Sequence[float], kept: float) -> None:
+        """Take in a draft of which `kept` tokens a row stayed."""
+        self._expected = self._expected * self._keep + sum(chances)
+        self._got = self._got * self._keep + kept
+
+    def kept(self, chances: Sequence[float]) -> list[float]:
+        """The tokens kept on average of the first 1, 2, … nodes."""
+        scale = (self._got + self._weight) / (self._expected + self._weight)
+        return list(itertools.accumulate(min(scale * chance, 1.0) for chance in chances))
+
+
 _HOPE = NodeAcceptance()  # what a trial expects: drafts as good as they are taken to be before any is seen
 
 
 @dataclass
 class Figures:
-    """What a run's policy did: `chosen` counts its steps by the draft length asked for, 0 = plain.
+    """What a run's policy did: `chosen` counts its steps by the draft tokens that were checked, 0 = plain.
 
     `switched_off` is how often drafting went from on to off, `lost` the share of the plain time that drafts have cost
     beyond what they gained (0: they are not behind).
@@ -106,7 +133,7 @@ class Adaptive(Policy):
 
     def __init__(self) -> None:
         self.steps, self.drafts = CostCurve(), DraftCost()
-        self.acceptance = NodeAcceptance()
+        self.acceptance, self.belief = NodeAcceptance(), Belief()
         self.figures = Figures()
 
     def begin(self) -> AdaptivePacing:
@@ -140,18 +167,25 @@ class AdaptivePacing(Pacing):
         self._tokens = 0.0  # a row has gained, each worth a plain step
         self._waited = self._wait = 0  # steps since the last draft, and those to wait until the next trial
         self._unmeasured = 0  # steps since a plain one
+        self._stated = False  # whether drafts state their chances: then each is judged by them once it is there
 
     def choose(self, limit: int, length: int) -> int:
         """The tokens to draft for the next step, at most `limit`; `length` is the cache's."""
-        k = self._choose(limit, length)
-        self.figures.chosen[k] += 1
-        return k
+        return self._choose(limit, length)
+
+    def worth(self, chances: Sequence[float], length: int) -> int:
+        """The nodes that give the most tokens a second by what they are stated, and have so far been found, to keep."""
+        self._stated = True
+        gains = self.policy.gains(self.policy.belief.kept(chances), length)
+        return self._affordable(gains, length) if max(gains.values()) >= _GAIN else 0
 
     def _choose(self, limit: int, length: int) -> int:
         policy = self.policy
         # The first steps are plain, for there is nothing to compare with; later ones where that has become old.
         if limit < 1 or not policy.steps.settled(1) or self._unmeasured >= _FRESH:
             return 0
+        if self._stated:
+            return lengths(limit)[-1]
         gains = policy.gains(policy.acceptance.kept(limit), length)
         if max(gains.values()) < _GAIN:
             if self._on:
@@ -164,6 +198,11 @@ class AdaptivePacing(Pacing):
                 return 0
         else:
             self._on = True
+        return self._affordable(gains, length)
+
+    def _affordable(self, gains: Mapping[int, float], length: int) -> int:
+        """The best length whose worst case the allowance bears."""
+        policy = self.policy
         best = max(gains, key=lambda k: gains[k])
         plain = policy.step_seconds(0, length)
         allowed = (CREDIT + SHARE * self._tokens) * plain - self._lost
@@ -174,6 +213,7 @@ class AdaptivePacing(Pacing):
     def observe(self, length: int, draft: Drafted | None, *, step_seconds: float, draft_seconds: float = 0.0) -> None:
         """Take in what a step over a cache of `length` tokens took, and what of its draft was kept."""
         policy = self.policy
+        self.figures.chosen[0 if draft is None else draft.k] += 1
         if draft is None:
             policy.steps.observe(1, length, step_seconds)
             plain = policy.step_seconds(0, length)
@@ -189,6 +229,8 @@ class AdaptivePacing(Pacing):
         policy.steps.observe(1 + k, length, step_seconds)
         policy.drafts.observe(k, length, draft_seconds)
         policy.acceptance.observe(k, draft.parents, draft.kept)
+        if draft.chances is not None:
+            policy.belief.observe(draft.chances, sum(map(len, draft.kept)) / len(draft.kept))
         seconds = step_seconds + draft_seconds
         if policy.steps.settled(1 + k) and policy.drafts.settled(k):
             seconds = policy.step_seconds(k, length)  # medians: nor is a hiccup of the machine

@@ -94,7 +94,10 @@ class Speculation:
         if draft is not None:
             if draft.tokens.shape[1] > asked:
                 raise ValueError(f"a drafter was asked for {asked} tokens and gave {draft.tokens.shape[1]}")
-            draft = shortened(cut(draft, deepest), {row: requests[row].left - 1 for row in live})
+            draft = cut(draft, deepest)
+            if draft.chances is not None:
+                draft = draft.only(range(self.pacing.worth(draft.chances, self._length)))
+            draft = shortened(draft, {row: requests[row].left - 1 for row in live})
         self._draft_seconds = time.perf_counter() - begun
         if draft is not None and self._error is None and any(requests[row].sampling.greedy for row in live):
             self._alone = self._newest_alone(cache, requests)
@@ -128,7 +131,8 @@ class Speculation:
             seconds, checked = time.perf_counter() - self._started, None
             if draft is not None:
                 nodes = told.accepted.nodes
-                checked = Drafted(draft.tokens.shape[1], draft.parents, [nodes[row] for row in running])
+                kept = [nodes[row] for row in running]
+                checked = Drafted(draft.tokens.shape[1], draft.parents, kept, draft.chances)
             self.pacing.observe(self._length, checked, step_seconds=seconds, draft_seconds=self._draft_seconds)
         self._tidy(cache, requests, running)
 
@@ -197,16 +201,8 @@ def together(seen: Sequence[Seen]) -> Seen:
 
 def cut(draft: Draft, depth: int) -> Draft:
     """The draft without tokens more than `depth` places behind the newest one."""
-    tokens, parents, q = draft
-    if parents is None:
-        return Draft(tokens[:, :depth], None, None if q is None else q[:, :depth])
-    places = depths_of(tuple(parents))
-    if max(places) <= depth:
-        return draft
-    kept = [node for node, place in enumerate(places) if place <= depth]
-    number = {node: i for i, node in enumerate(kept)} | {-1: -1}
-    above = [number[parents[node]] for node in kept]
-    return Draft(tokens[:, kept], above, None if q is None else q[:, kept])
+    places = depths_of(draft.ancestry)
+    return draft.only([node for node, place in enumerate(places) if place <= depth])
 
 
 def shortened(draft: Draft, most: dict[int, int]) -> Draft | None:

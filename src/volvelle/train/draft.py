@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -55,6 +55,9 @@ from volvelle.train.text_run import (
     read_split,
     step_memory,
 )
+
+if TYPE_CHECKING:
+    from volvelle.decode.contract import Drafter
 
 WINDOW = 512
 """Tokens in a window of plain text, where the recipe does not say."""
@@ -270,6 +273,8 @@ class _Run:
             where = f"{stop.done:,} of {stop.total:,} answers made"
             observer.say(where)
             return finish(run, nothing, before={}, after={}, samples=[], subtitle=where, next_commands=())
+        if recipe.kind == "ngram":
+            return self._counted(data)
         tokens = self._tokens(data.train)
         trained: Trained = _KINDS[recipe.kind](recipe, self.model, tokens)
         subtitle = self._first_line(trained, data)
@@ -281,13 +286,32 @@ class _Run:
             self.model.eval()
             after = trained.finish(objective)
             observer.say(f"saved {trained.write(run)}")
-            accepted, samples = self._accepted(trained, data.prompts)
+            accepted, samples = self._accepted(trained.drafter(), data.prompts)
             after |= accepted
             keep_samples(run, samples)
         return finish(
             run, result, before=at_first(run), after=after, samples=samples, subtitle=subtitle,
             next_commands=self._commands(),
         )  # fmt: skip
+
+    def _counted(self, data: DraftData) -> Outcome:
+        """Nothing is trained: the texts are counted, and what they draft is measured."""
+        from volvelle.decode.drafters.ngram import NGram
+        from volvelle.decode.drafters.ngram_files import write_ngram
+
+        recipe, run = self.recipe, self.run
+        texts = [tokens.tolist() for tokens in learnt_tokens(data.train.dataset)]
+        drafter = NGram(texts, k=4 * recipe.k)
+        subtitle = f"{self.where}; n-grams of {sum(map(len, texts)):,} tokens, nothing is trained"
+        self.observer.say(subtitle)
+        write_ngram(drafter, run.path / "ngram", vocabulary=self.model.config.vocabulary, base=recipe.model)
+        self.observer.say(f"saved {run.path / 'ngram'}")
+        after, samples = self._accepted(drafter, data.prompts)
+        keep_samples(run, samples)
+        result = FitResult(step=0, steps=0, metrics={}, held_out={}, interrupted=None)
+        return finish(
+            run, result, before={}, after=after, samples=samples, subtitle=subtitle, next_commands=self._commands()
+        )
 
     def _data(self) -> DraftData:
         recipe = self.recipe
@@ -319,7 +343,7 @@ class _Run:
         self.observer.say(f"{getattr(data.train.dataset, 'tokens', len(data.train.dataset)):,} tokens to train on")
         return line
 
-    def _accepted(self, trained: Trained, prompts: list[list[int]]) -> tuple[dict[str, float], list[Sample]]:
+    def _accepted(self, drafter: Drafter, prompts: list[list[int]]) -> tuple[dict[str, float], list[Sample]]:
         """Answers to held-out prompts with drafts: the tokens gained by a step, and the texts."""
         from volvelle.data.text import spread
         from volvelle.decode import generate
@@ -330,7 +354,7 @@ class _Run:
         if not chosen:
             return {}, []
         assert self.model.tokenizer is not None
-        drafter, samples, gained, steps = trained.drafter(), [], 0, 0
+        samples, gained, steps = [], 0, 0
         for done, prompt in enumerate(chosen, 1):
             answer = generate(self.model, prompt, max_tokens=self.recipe.max_tokens, drafter=drafter, policy=ALWAYS)
             gained, steps = gained + len(answer.tokens), steps + answer.steps

@@ -10,6 +10,7 @@ from volvelle.train.recipes.draft import TrainDraft
 
 EXAMPLES = (
     "volvelle draft smollm2 data=prompts distill=true precision=bf16 vocabulary=8192",
+    "volvelle draft smollm2 data=prompts distill=true precision=bf16 kind=ngram",
     "volvelle draft smollm2 data=train.jsonl kind=mtp vocabulary=8192 precision=bf16",
     "volvelle draft smollm2 data=train.jsonl medusa.heads=3 medusa.backbone=lora",
 )

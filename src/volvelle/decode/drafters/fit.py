@@ -1,4 +1,4 @@
-"""Whether modules that draft beside a model fit it."""
+"""Whether what drafts for a model fits it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from volvelle.systems.language.decoder import Decoder
 
 if TYPE_CHECKING:
     from volvelle.decode.contract import Writer
+
+
+def check_vocabulary(what: str, largest: int, vocabulary: int) -> None:
+    """Raise VolvelleError where a text's `largest` token is none of the model's; `what` names the drafter."""
+    if largest >= vocabulary:
+        raise VolvelleError(
+            f"{what}: token {largest} of a text is outside the model's vocabulary of {vocabulary}",
+            tip="make the texts with the model's own tokenizer",
+        )
 
 
 def check_fit(what: str, module: nn.Module, writer: Writer, width: int) -> Decoder:

@@ -1,4 +1,4 @@
-"""Opening a drafter from whatever the user named: a run of `volvelle draft`, a folder of heads or modules, a model."""
+"""Opening a drafter from what the user named: a run of `volvelle draft`, a folder of what drafts, a model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from volvelle.decode.contract import Drafter
     from volvelle.systems.language.models import LanguageModel
 
-MEDUSA, MTP_COUNT = "medusa_num_heads", "num_nextn_predict_layers"
-"""The fields of a config.json that announce heads, and modules."""
+MEDUSA, MTP_COUNT, NGRAM = "medusa_num_heads", "num_nextn_predict_layers", "ngram_order"
+"""The fields of a config.json that announce heads, modules, and n-grams."""
 
 
 def open_drafter(path: str | os.PathLike[str], model: LanguageModel, **options: Any) -> Drafter:
     """Open what drafts for `model`, in its dtype and on its device.
 
-    `path` is a run folder (of `volvelle draft`, or of `volvelle train language mtp=…`), a folder with Medusa's heads or
-    modules of multi-token prediction, or anything that `load_language_model` takes: a smaller model with the same
-    tokenizer. `options` are the drafter's own: k=, and tree= for Medusa. Raises VolvelleError where nothing drafts, and
-    where what is found does not belong to the model.
+    `path` is a run folder (of `volvelle draft`, or of `volvelle train language mtp=…`), a folder with Medusa's heads,
+    modules of multi-token prediction or n-grams, or anything that `load_language_model` takes: a smaller model with
+    the same tokenizer. `options` are the drafter's own: k=, and tree= for Medusa. Raises VolvelleError where nothing
+    drafts, and where what is found does not belong to the model.
     """
     folder = Path(path)
     kind = kind_of(folder)
@@ -32,10 +32,14 @@ def open_drafter(path: str | os.PathLike[str], model: LanguageModel, **options: 
         from volvelle.decode.drafters.draft_model import DraftModel
 
         return DraftModel(load_run(path, dtype=model.dtype, device=model.device, merged=True), **options)
-    if not isinstance(model, Decoder):
-        raise VolvelleError(f"{folder}: heads and modules draft for decoders, not for an encoder-decoder")
     inside = folder / kind
     where = inside if (inside / "config.json").is_file() else folder
+    if kind == "ngram":
+        from volvelle.decode.drafters.ngram_files import read_ngram
+
+        return read_ngram(where, model.config.vocabulary, **options)
+    if not isinstance(model, Decoder):
+        raise VolvelleError(f"{folder}: heads and modules draft for decoders, not for an encoder-decoder")
     if kind == "medusa":
         from volvelle.decode.drafters.medusa import Medusa
         from volvelle.systems.language.medusa_files import read_medusa
@@ -52,8 +56,8 @@ def open_drafter(path: str | os.PathLike[str], model: LanguageModel, **options: 
 
 
 def kind_of(folder: Path) -> str:
-    """What kind of drafter a folder holds: "medusa", "mtp", or "model", which is also what is no folder."""
-    for kind in ("medusa", "mtp"):
+    """What kind of drafter a folder holds: "medusa", "mtp", "ngram", or "model", which is also what is no folder."""
+    for kind in ("medusa", "mtp", "ngram"):
         if (folder / kind / "config.json").is_file():
             return kind
     if not (folder / "config.json").is_file():
@@ -61,6 +65,7 @@ def kind_of(folder: Path) -> str:
     from volvelle.systems.language.huggingface import read_json
 
     values = read_json(folder / "config.json")
-    if MEDUSA in values:
-        return "medusa"
+    for kind, field in (("medusa", MEDUSA), ("ngram", NGRAM)):
+        if field in values:
+            return kind
     return "mtp" if values.get(MTP_COUNT) else "model"

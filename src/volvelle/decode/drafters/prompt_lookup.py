@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from volvelle.decode.contract import Draft, Drafter, Drafting, Seen
-from volvelle.errors import UsageError, VolvelleError
+from volvelle.decode.drafters.fit import check_vocabulary
+from volvelle.errors import UsageError
 from volvelle.systems.language.encoder_decoder import Answering
 
 if TYPE_CHECKING:
@@ -138,12 +139,7 @@ class PromptLookup(Drafter):
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> LookupDrafting:
         """Index the prompts of a run; raises VolvelleError where the texts are not of the model's vocabulary."""
         model = writer.model if isinstance(writer, Answering) else writer
-        if self.largest >= model.config.vocabulary:
-            raise VolvelleError(
-                f"lookup: token {self.largest} of a text is outside the model's vocabulary of "
-                f"{model.config.vocabulary}",
-                tip="make the texts with the model's own tokenizer",
-            )
+        check_vocabulary("lookup", self.largest, model.config.vocabulary)
         return LookupDrafting(self, requests, writer.device)
 
 

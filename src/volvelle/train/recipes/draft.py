@@ -11,7 +11,7 @@ from volvelle.systems.language.mtp_names import Kind as MTPKind
 from volvelle.train.recipes.language import ModelShape
 from volvelle.train.recipes.text import TextOptions
 
-DraftKind = Literal["medusa", "mtp", "small"]
+DraftKind = Literal["medusa", "mtp", "small", "ngram"]
 PROMPTS, MANY = "prompts", 2000
 """What data= says for prompts that are made here, and how many they are where the recipe does not say."""
 
@@ -80,7 +80,8 @@ class TrainDraft(TextOptions):
     data: str
     """.txt or .jsonl, as volvelle adapt takes it; prompts, with distill: made from installed packages and countries."""
     kind: DraftKind = "medusa"
-    """medusa: heads on the final state; mtp: a module with a block of its own; small: a smaller model."""
+    """medusa: heads on the final state; mtp: a module with a block of its own; small: a smaller model; ngram: counts of
+    what followed the last tokens, which take no training."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached after the warm-up."""
     distill: bool = False
@@ -101,7 +102,7 @@ class TrainDraft(TextOptions):
     small: ModelShape = field(default_factory=lambda: ModelShape(width=128, depth=2, heads=2))
     """The size of kind=small: small.width=192. Its context is the model's."""
     k: int = 4
-    """Tokens of a draft (nodes of a tree for medusa: 4 k) when the accepted length is measured."""
+    """Tokens of a draft (nodes of a tree for medusa and ngram: 4 k) when the accepted length is measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,8 +110,9 @@ class TrainDraft(TextOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: must be at least 1, got {value}")
-        if self.kind == "small" and self.vocabulary is not None:
-            raise UsageError("vocabulary: a smaller model drafts all tokens", tip="kind=medusa or kind=mtp")
+        if self.kind in ("small", "ngram") and self.vocabulary is not None:
+            what = "a smaller model drafts" if self.kind == "small" else "n-grams draft"
+            raise UsageError(f"vocabulary: {what} all tokens", tip="kind=medusa or kind=mtp")
         if self.data == PROMPTS and not self.distill:
             raise UsageError(f"data={PROMPTS}: are prompts only, and the answers are the model's", tip="distill=true")
         if self.ranks > 1:

@@ -1,0 +1,78 @@
+"""Tables of the vision systems: segmentation, backbones, detection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import protocol
+from benchmarks.support.footer import footer
+
+
+def segmentation(record: Mapping[str, Any]) -> list[str]:
+    """Pictures a second of each way to run one network, and how far its answers move."""
+    lines = [
+        "| batch | how | pictures/s | : baseline | scores move by | classes that change |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        for who, rate in row["images_per_second"].items():
+            told = protocol.shown(row["speed"][who]) if who in row["speed"] else "baseline"
+            moved = row["moved"][who]
+            far = f"{moved['scores']:.1e} | {moved['classes']:.2%}"
+            lines.append(f"| {row['batch']} | {who} | {rate:.1f} | {told} | {far} |")
+    high, wide = record["size"]
+    about = f"GCN on EfficientNet-Lite0, {wide} x {high} pixels. "
+    return [*lines, "", about + footer("segmentation", record["machine"])]
+
+
+def backbone(record: Mapping[str, Any]) -> list[str]:
+    """Pictures a second of each way to run one network, and how far its logits move."""
+    lines = [
+        "| network | batch | how | pictures/s | : timm | logits move by | compiling |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        for who, rate in row["images_per_second"].items():
+            told = protocol.shown(row["speed"][who]) if who in row["speed"] else "baseline"
+            took = f"{row['warmup_seconds'][who]:.0f} s" if who in row["warmup_seconds"] else ""
+            far = f"{row['moved'][who]:.1e}"
+            lines.append(f"| {row['name']} | {row['batch']} | {who} | {rate:.1f} | {told} | {far} | {took} |")
+    return [*lines, "", footer("backbone", record["machine"])]
+
+
+def detection(record: Mapping[str, Any]) -> list[str]:
+    """What regions cost each head, and where the time of a picture goes."""
+    lines: list[str] = []
+    if "heads" in record:
+        found = record["heads"]
+        counts = [name.rpartition(", ")[2] for name in found["seconds"] if name.startswith("R-FCN")]
+        lines += [f"| head, seconds for regions | {' | '.join(counts)} | {counts[-1]} : {counts[0]} |"]
+        lines += ["|---" * (len(counts) + 2) + "|"]
+        for who, slope in found["slopes"].items():
+            told = " | ".join(f"{found['seconds'][f'{who}, {count}']['wall_median']:.3f}" for count in counts)
+            lines.append(f"| {who} | {told} | {protocol.shown(slope)} |")
+        lines.append("")
+    if "latency" in record:
+        found = record["latency"]
+        stages = list(found["shares"])
+        lines += [f"| ThunderNet-SNet49, {found['side']} px, one picture | {' | '.join(stages)} |"]
+        lines += ["|---" * (len(stages) + 1) + "|"]
+        shares = " | ".join(f"{share:.0%}" for share in found["shares"].values())
+        lines += [f"| {found['images_per_second']:.1f} images/s | {shares} |", ""]
+    return [*lines, footer("detection", record["machine"])]
+
+
+def thundernet() -> list[str]:
+    """Products of the detectors at 320 pixels, counted now, beside the paper's figures."""
+    from volvelle.claims.thundernet import BACKBONE, PAPER, costs
+
+    lines = [
+        "| backbone | alone at 224 px | its name says | detector at 320 px | the paper | ours : paper |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (alone, whole) in costs().items():
+        lines.append(
+            f"| {name} | {alone:.1f} | {BACKBONE[name]} | {whole:.1f} | {PAPER[name]} | {whole / PAPER[name]:.3f} |"
+        )
+    return lines
