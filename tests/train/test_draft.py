@@ -16,6 +16,7 @@ from tests.train.test_recipes import FACTS, Ear, folder, scratch
 from volvelle.adapt import load_run
 from volvelle.adapt.methods import LoRA
 from volvelle.data.tokens import IGNORE
+from volvelle.decode import NGram, open_drafter
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.draft_head import DraftHead, frequent_tokens
 from volvelle.systems.language.medusa import MedusaHeads
@@ -229,6 +230,27 @@ def test_a_run_of_each_kind(name, base, tmp_path):
         assert outcome.after["token_2_loss"] < outcome.before["token_2_loss"]
 
 
+@pytest.mark.parametrize("distill", [False, True])
+def test_ngrams_are_counted_not_trained(distill, base, tmp_path):
+    run = folder(tmp_path, "run", "draft", recipe := recipe_for(tmp_path, base, kind="ngram", distill=distill))
+    ear, model = Ear(), load_run(base)
+    outcome = train_draft(recipe, run, observer=ear)
+    assert (outcome.step, outcome.interrupted) == (0, None)
+    assert outcome.after["accepted_per_step"] >= 1
+    assert (run.path / "report.html").is_file()
+    assert any("nothing is trained" in line for line in ear.said)
+    drafter = open_drafter(run.path, model)
+    assert isinstance(drafter, NGram)
+    if distill:
+        answers = [json.loads(line) for line in (run.path / "data" / "answers.jsonl").read_text().splitlines()]
+        found = {tuple(text) for text in drafter.texts}
+        assert found <= {tuple(one["answer"]) for one in answers}
+    else:
+        assert model.tokenizer is not None
+        assert " lives" not in model.tokenizer.decode([token for text in drafter.texts for token in text])
+        assert "works as a" in model.tokenizer.decode(drafter.texts[0])
+
+
 @pytest.mark.parametrize("name", ["medusa", "medusa-2", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_stopped_it_goes_on_bit_for_bit(name, base, tmp_path):
     recipe = recipe_for(tmp_path, base, samples=0, **KIND_OPTIONS[name])
@@ -297,6 +319,7 @@ def test_frequent_tokens_are_counted_where_they_are_learnt():
     ("options", "message"),
     [
         ({"kind": "small", "vocabulary": 50}, "drafts all tokens"),
+        ({"kind": "ngram", "vocabulary": 50}, "n-grams draft all tokens"),
         ({"ranks": 2}, "one process"),
         ({"vocabulary": 0}, "at least 1"),
     ],
