@@ -74,6 +74,8 @@ from volvelle.parts.quantization.weight_only import quantized_linear as quantize
 from volvelle.parts.regions.boxes import clip_boxes as clip_boxes
 from volvelle.parts.regions.boxes import decode_boxes as decode_boxes
 from volvelle.parts.regions.boxes import encode_boxes as encode_boxes
+from volvelle.parts.regions.deform_roi_pool import deform_ps_roi_pool as deform_ps_roi_pool
+from volvelle.parts.regions.deform_roi_pool import deform_roi_pool as deform_roi_pool
 from volvelle.parts.regions.iou import box_iou as box_iou
 from volvelle.parts.regions.iou import distance_box_iou as diou
 from volvelle.parts.regions.iou import distance_box_iou as distance_box_iou
@@ -82,7 +84,9 @@ from volvelle.parts.regions.iou import generalized_box_iou as giou
 from volvelle.parts.regions.nms import batched_nms as batched_nms
 from volvelle.parts.regions.nms import nms as nms
 from volvelle.parts.regions.ps_roi_align import ps_roi_align as ps_roi_align
+from volvelle.parts.regions.ps_roi_pool import ps_roi_pool as ps_roi_pool
 from volvelle.parts.regions.roi_align import roi_align as roi_align
+from volvelle.parts.regions.roi_pool import roi_pool as roi_pool
 from volvelle.parts.regions.soft_nms import soft_nms as soft_nms
 from volvelle.parts.resampling.checkerboard import checkerboard as checkerboard
 from volvelle.parts.resampling.interpolation import resize_bilinear as resize_bilinear
@@ -122,6 +126,8 @@ __all__ = [
     "deberta_log_buckets",
     "decode_boxes",
     "deform_conv2d",
+    "deform_ps_roi_pool",
+    "deform_roi_pool",
     "depthwise_separable_conv2d",
     "dequantize_weight",
     "diou",
@@ -159,12 +165,14 @@ __all__ = [
     "precision_recall",
     "prefix_states",
     "ps_roi_align",
+    "ps_roi_pool",
     "quantize_weight",
     "quantized_linear",
     "recurrent_positions",
     "resize_bilinear",
     "resize_nearest",
     "roi_align",
+    "roi_pool",
     "rope_frequencies",
     "rouge_l",
     "rouge_n",

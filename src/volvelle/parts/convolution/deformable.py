@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from volvelle.export import export
 from volvelle.parts.convolution.atrous import Size, check_sizes, per_axis
 from volvelle.parts.regions.boxes import wide
-from volvelle.parts.regions.taps import Taps, pixel_table, weighted_rows, zero_taps
+from volvelle.parts.regions.taps import Taps, crossed, pixel_table, weighted_rows, zero_taps
 
 
 @export("functional.deform_conv2d")
@@ -63,10 +63,8 @@ def deform_conv2d(  # noqa: PLR0917 - the peer's signature
     starts_x = torch.arange(out_x, device=offset.device) * steps[1] - zeros[1]
     rows = zero_taps(moves[0] + (starts_y[:, None] + tap // k_x * rate[0])[:, None, :, None], y)
     columns = zero_taps(moves[1] + (starts_x[:, None] + tap % k_x * rate[1])[:, :, None], x)
-    part = torch.arange(b * groups, device=input.device).view(b, 1, 1, 1, groups, 1, 1) * (y * x)
-    at_y, at_x = rows.at[..., :, None], columns.at[..., None, :]
-    at = torch.where((at_y < 0) | (at_x < 0), b * groups * y * x, part + at_y * x + at_x)
-    share = rows.weight[..., :, None] * columns.weight[..., None, :]
+    first = torch.arange(b * groups, device=input.device).view(b, 1, 1, 1, groups) * (y * x)
+    at, share = crossed(first, rows, columns, x, b * groups * y * x)
     if mask is not None:
         share = share * wide(mask).view(b, groups, taps, out_y, out_x).permute(0, 3, 4, 2, 1)[..., None, None]
     table = pixel_table(input.view(b, groups, c // groups, y, x))
@@ -102,7 +100,8 @@ def _check(
         raise ValueError(f"{call}: weight must be (d, c / groups, K, K) with d a multiple of groups, {shapes}")
     spans = zip(input.shape[2:], zeros, rate, kernel, steps, strict=True)
     size = [(n + 2 * p - r * (k - 1) - 1) // s + 1 for n, p, r, k, s in spans]
-    groups, rest = divmod(offset.shape[1], 2 * math.prod(kernel))
+    per_group = 2 * math.prod(kernel)
+    groups, rest = offset.shape[1] // per_group, offset.shape[1] % per_group
     if rest or not groups or c % groups or min(size) < 1 or [len(input), *size] != [len(offset), *offset.shape[2:]]:
         wanted = ", ".join(map(str, size))
         raise ValueError(f"{call}: offset must be (b, 2 g K K, {wanted}) with g dividing c, {shapes}")

@@ -70,12 +70,19 @@ def window(weights: Tensor) -> Taps:
 
 
 def windows(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Taps, Taps]]:
-    """The windows of weights (r, k_y, y) and (r, k_x, x), for as many regions at a time as memory should hold."""
+    """The windows of weights (r, k_y, y) and (r, k_x, x), for as many regions at a time as memory should hold.
+
+    They come as (r, k_y, 1, t_y) and (r, 1, k_x, t_x).
+    """
     y, x = window(rows), window(columns)
     step = max(AT_ONCE // (y.at[0].numel() * x.at[0].numel()), 1) if len(rows) else 1
     if step >= len(rows):
-        yield slice(None), y, x
+        yield slice(None), *_axes(y, x)
         return
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        yield part, window(rows[part]), window(columns[part])
+        yield part, *_axes(window(rows[part]), window(columns[part]))
+
+
+def _axes(y: Taps, x: Taps) -> tuple[Taps, Taps]:
+    return Taps(y.at[:, :, None], y.weight[:, :, None]), Taps(x.at[:, None], x.weight[:, None])

@@ -31,8 +31,9 @@ from volvelle.parts.convolution.atrous import Size
 from volvelle.parts.regions.averages import mean_weights, windows
 from volvelle.parts.regions.boxes import wide
 from volvelle.parts.regions.roi_align import of_image
-from volvelle.parts.regions.rois import as_rois, bins_of, grid, half_away
-from volvelle.parts.regions.taps import Taps, clamped_taps, half_pixel_taps, mean_of, pixel_table, read
+from volvelle.parts.regions.rois import as_rois, bins_of, half_away
+from volvelle.parts.regions.samples import Reduce, grid, pooled
+from volvelle.parts.regions.taps import clamped_taps, half_pixel_taps, pixel_table, read
 
 Convention = Literal["torchvision", "rfcn", "thundernet"]
 CONVENTIONS: tuple[Convention, ...] = ("torchvision", "rfcn", "thundernet")
@@ -46,7 +47,7 @@ def ps_roi_align(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     *,
-    reduce: Literal["mean", "max"] = "mean",
+    reduce: Reduce = "mean",
     convention: Convention = "torchvision",
 ) -> Tensor:
     """Return, for each bin of each box, the mean or maximum of samples of that bin's own map: (r, d, k_y, k_x).
@@ -67,30 +68,57 @@ def ps_roi_align(
     call = "ps_roi_align"
     image, corners = as_rois(call, input, boxes)
     k_y, k_x = bins_of(call, output_size)
-    _check(call, input, k_y * k_x, sampling_ratio, reduce, convention)
-    (x1, y1), (w, h) = placed(corners, spatial_scale, convention)
+    check_own(call, input, k_y * k_x, sampling_ratio, reduce, convention)
+    start, size = placed(corners, spatial_scale, convention)
+    if sampling_ratio <= 0:
+        rows = mean_weights(start[1], size[1] / k_y, k_y, input.shape[2])
+        columns = mean_weights(start[0], size[0] / k_x, k_x, input.shape[3])
+        return own_means(input, image, rows, columns)
+    y, x = own_places(start, size, (k_y, k_x), sampling_ratio, convention)
+    return own_samples(input, image, y, x, (k_y, k_x), reduce, convention)
+
+
+def own_places(
+    start: Tensor, size: Tensor, bins: tuple[int, int], samples: int, convention: Convention
+) -> tuple[Tensor, Tensor]:
+    """Where the samples of each bin lie: y (r, k_y, 1, s) and x (r, 1, k_x, s), for starts and sizes as of `placed`."""
+    found = []
+    for low, whole, k in zip(start.flip(0), size.flip(0), bins, strict=True):
+        places = grid(low, whole / k, k, samples)
+        found.append(places - (whole / (2 * k * samples))[:, None, None] if convention == "rfcn" else places)
+    return found[0][:, :, None], found[1][:, None]
+
+
+def own_samples(
+    input: Tensor, image: Tensor, y: Tensor, x: Tensor, bins: tuple[int, int], reduce: Reduce, convention: Convention
+) -> Tensor:
+    """The mean or maximum of each bin's own map at positions y and x, (r, k_y, k_x, s) that broadcast."""
+    taps = half_pixel_taps if convention == "rfcn" else clamped_taps
     height, width = input.shape[2:]
-    if sampling_ratio <= 0:
-        rows, columns = mean_weights(y1, h / k_y, k_y, height), mean_weights(x1, w / k_x, k_x, width)
-        if torch.compiler.is_compiling():
-            return _of_all(input, image, rows, columns)
-    table = pixel_table(input.unflatten(1, (-1, k_y * k_x)).transpose(1, 2))
-    own = torch.arange(k_y * k_x, device=input.device).view(k_y, k_x)  # each bin's map
-    first = (image[:, None, None] * (k_y * k_x) + own) * (height * width)
-    if sampling_ratio <= 0:
-        found = torch.cat([read(table, first[part], y, x, width) for part, y, x in windows(rows, columns)])
-    else:
-        y = _samples(y1, h / k_y, k_y, height, sampling_ratio, convention)
-        x = _samples(x1, w / k_x, k_x, width, sampling_ratio, convention)
-        counted = convention == "rfcn"
-        if reduce == "mean":
-            found = read(table, first, mean_of(y, inside=counted), mean_of(x, inside=counted), width)
-        else:
-            found = _largest(table, first, y, x, width, counted)
+    table, first = own_maps(input, image, bins)
+    found = pooled(table, first, taps(y, height), taps(x, width), width, reduce, convention == "rfcn")
     return found.permute(0, 3, 1, 2).to(input.dtype)
 
 
-def _check(call: str, input: Tensor, bins: int, sampling_ratio: int, reduce: str, convention: str) -> None:
+def own_maps(input: Tensor, image: Tensor, bins: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The table of maps (b, d k_y k_x, y, x), and in which row the map of each bin begins, (r, k_y, k_x)."""
+    count = bins[0] * bins[1]
+    own = torch.arange(count, device=input.device).view(bins)
+    first = (image[:, None, None] * count + own) * (input.shape[2] * input.shape[3])
+    return pixel_table(input.unflatten(1, (-1, count)).transpose(1, 2)), first
+
+
+def own_means(input: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Each bin's own map under weights of its rows (r, k_y, y) and columns (r, k_x, x): (r, d, k_y, k_x)."""
+    if torch.compiler.is_compiling():
+        return _of_all(input, image, rows, columns)
+    table, first = own_maps(input, image, (rows.shape[1], columns.shape[1]))
+    found = [read(table, first[part], y, x, input.shape[3]) for part, y, x in windows(rows, columns)]
+    return torch.cat(found).permute(0, 3, 1, 2).to(input.dtype)
+
+
+def check_own(call: str, input: Tensor, bins: int, sampling_ratio: int, reduce: str, convention: str) -> None:
+    """Raise ValueError for maps and options that do not fit."""
     if input.shape[1] % bins or not input.shape[1]:
         raise ValueError(f"{call}: input must have a multiple of {bins} channels, got shape {tuple(input.shape)}")
     if reduce not in ("mean", "max"):
@@ -110,31 +138,6 @@ def placed(corners: Tensor, scale: float, convention: Convention) -> tuple[Tenso
     start, size = corners[:, :2].T, (corners[:, 2:] - corners[:, :2]).T
     least = {"torchvision": None, "rfcn": 0.1, "thundernet": 1.0}[convention]
     return start, size if least is None else size.clamp(min=least)
-
-
-def _samples(start: Tensor, size: Tensor, bins: int, n: int, samples: int, convention: Convention) -> Taps:
-    """The samples of each bin on an axis of n, as taps (r, bins, samples, 2)."""
-    places = grid(start, size, bins, samples)
-    if convention == "rfcn":
-        return half_pixel_taps(places - (size / (2 * samples))[:, None, None], n)
-    return clamped_taps(places, n)
-
-
-def _largest(table: Tensor, first: Tensor, y: Taps, x: Taps, width: int, counted: bool) -> Tensor:
-    """The largest of the samples y (r, k_y, s, 2) and x (r, k_x, s, 2): (r, k_y, k_x, c).
-
-    Samples outside are zero, or with `counted` left out; bins without any sample are zero.
-    """
-    s = y.at.shape[2]
-    each = first.repeat_interleave(s, 1).repeat_interleave(s, 2)
-    rows, columns = (Taps(taps.at.flatten(1, 2), taps.weight.flatten(1, 2)) for taps in (y, x))
-    found = read(table, each, rows, columns, width)
-    found = found.unflatten(2, (-1, s)).unflatten(1, (-1, s))  # (r, k_y, s, k_x, s, c)
-    if not counted:
-        return found.amax((2, 4))
-    inside = (y.at[..., 0] >= 0)[:, :, :, None, None, None] & (x.at[..., 0] >= 0)[:, None, None, :, :, None]
-    best = torch.where(inside, found, -torch.inf).amax((2, 4))
-    return torch.where(inside.any(4).any(2), best, 0.0)
 
 
 def _of_all(input: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -159,12 +162,12 @@ class PSRoIAlign(nn.Module):
         spatial_scale: float = 1.0,
         sampling_ratio: int = -1,
         *,
-        reduce: Literal["mean", "max"] = "mean",
+        reduce: Reduce = "mean",
         convention: Convention = "torchvision",
     ):
         super().__init__()
         self.output_size, self.spatial_scale, self.sampling_ratio = output_size, spatial_scale, sampling_ratio
-        self.reduce: Literal["mean", "max"] = reduce
+        self.reduce: Reduce = reduce
         self.convention: Convention = convention
 
     def forward(self, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:

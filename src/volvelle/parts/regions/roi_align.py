@@ -19,8 +19,9 @@ from volvelle.export import export
 from volvelle.parts.convolution.atrous import Size
 from volvelle.parts.regions.averages import mean_weights, windows
 from volvelle.parts.regions.boxes import wide
-from volvelle.parts.regions.rois import as_rois, bins_of, grid
-from volvelle.parts.regions.taps import clamped_taps, mean_of, pixel_table, read
+from volvelle.parts.regions.rois import as_rois, bins_of
+from volvelle.parts.regions.samples import grid, pooled
+from volvelle.parts.regions.taps import clamped_taps, pixel_table, read
 
 
 @export("functional.roi_align")
@@ -59,9 +60,9 @@ def roi_align(
     height, width = input.shape[2:]
     first = (image * (height * width))[:, None, None]
     if sampling_ratio > 0:
-        y = mean_of(clamped_taps(grid(y1, h / k_y, k_y, sampling_ratio), height))
-        x = mean_of(clamped_taps(grid(x1, w / k_x, k_x, sampling_ratio), width))
-        found = read(pixel_table(input[:, None]), first, y, x, width)
+        y = clamped_taps(grid(y1, h / k_y, k_y, sampling_ratio)[:, :, None], height)
+        x = clamped_taps(grid(x1, w / k_x, k_x, sampling_ratio)[:, None], width)
+        found = pooled(pixel_table(input[:, None]), first, y, x, width, "mean")
         return found.permute(0, 3, 1, 2).to(input.dtype)
     rows, columns = mean_weights(y1, h / k_y, k_y, height), mean_weights(x1, w / k_x, k_x, width)
     if torch.compiler.is_compiling():

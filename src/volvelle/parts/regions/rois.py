@@ -57,14 +57,10 @@ def bins_of(call: str, output_size: Size) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def grid(start: Tensor, size: Tensor, bins: int, samples: int) -> Tensor:
-    """Where `samples` points lie in each of `bins`, (r, bins, samples), for starts and sizes (r) of a bin.
-
-    start + size (p + (i + 1/2) / samples)
-    """
-    points = torch.arange(samples, device=start.device, dtype=start.dtype) + 0.5
-    first = start[:, None] + size[:, None] * torch.arange(bins, device=start.device, dtype=start.dtype)
-    return first[:, :, None] + points * (size / samples)[:, None, None]
+def whole_bins(start: Tensor, end: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Where bins from `start` to `end` begin and stop on an axis of n, in whole pixels, int64."""
+    low, high = (edge.nan_to_num(0.0).clamp(0, n).long() for edge in (start, end))
+    return low, high
 
 
 def half_away(x: Tensor) -> Tensor:

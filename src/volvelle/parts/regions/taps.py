@@ -59,28 +59,25 @@ def half_pixel_taps(position: Tensor, n: int) -> Taps:
     return Taps(torch.where(gone, -1, taps.at), torch.where(gone, 0.0, taps.weight))
 
 
-def mean_of(taps: Taps, *, inside: bool = False) -> Taps:
-    """The mean over samples (r, k, s, t) as taps (r, k, s t): over all of them, or only those that lie inside."""
-    number = taps.at.shape[2]
-    if inside:
-        number = (taps.at[..., 0] >= 0).sum(-1).clamp(min=1)[..., None]
-    return Taps(taps.at.flatten(2), taps.weight.flatten(2) / number)
-
-
 def _floor(position: Tensor) -> Tensor:
     return position.detach().nan_to_num(0.0).floor().long()
 
 
 def read(table: Tensor, first: Tensor, y: Taps, x: Taps, width: int) -> Tensor:
-    """Sums over rows y (r, k_y, t_y) times columns x (r, k_x, t_x) of maps: (r, k_y, k_x, c).
+    """Sums over rows y (r, k_y, k_x, t_y) times columns x (r, k_y, k_x, t_x) of maps: (r, k_y, k_x, c).
 
-    `first` says in which row of the table a map's pixel (0, 0) lies, (r, 1 or k_y, 1 or k_x), `width` how long its rows
-    are. What lies outside is read from the table's last row.
+    Either may be of length 1 where the other is not. `first` says in which row of the table a map's pixel (0, 0) lies,
+    (r, 1 or k_y, 1 or k_x), `width` how long its rows are. What lies outside is read from the table's last row.
     """
-    rows, columns = y.at[:, :, None, :, None], x.at[:, None, :, None, :]
-    at = torch.where((rows < 0) | (columns < 0), len(table) - 1, first[..., None, None] + rows * width + columns)
-    weight = y.weight[:, :, None, :, None] * x.weight[:, None, :, None, :]
-    return weighted_rows(table, Taps(at.flatten(3), weight.flatten(3)))
+    taps = crossed(first, y, x, width, len(table) - 1)
+    return weighted_rows(table, Taps(taps.at.flatten(3), taps.weight.flatten(3)))
+
+
+def crossed(first: Tensor, y: Taps, x: Taps, width: int, none: int) -> Taps:
+    """The taps of `read`, (r, k_y, k_x, t_y, t_x); those outside are row `none`."""
+    rows, columns = y.at[..., :, None], x.at[..., None, :]
+    at = torch.where((rows < 0) | (columns < 0), none, first[..., None, None] + rows * width + columns)
+    return Taps(at, y.weight[..., :, None] * x.weight[..., None, :])
 
 
 def pixel_table(maps: Tensor) -> Tensor:
