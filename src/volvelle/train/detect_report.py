@@ -109,12 +109,12 @@ def _panels(page: Page, picture: Picture, index: int, colours: Sequence[Colour])
     for number, box in enumerate(picture.objects.tolist()):
         label, lost = int(picture.classes[number]), bool(missed[number])
         colour = WRONG if lost else GREY if picture.ignored[number] else colours[label]
-        there.append(_drawn(box, colour, page.classes[label], lost))
+        there.append(_drawn(box, colour, page.classes[label] if lost else "", lost))
     for number, box in enumerate(picture.boxes.tolist()):
         label, score, hit = int(picture.labels[number]), float(picture.scores[number]), bool(hits[number])
         if score >= page.trusted:
             colour = colours[label] if hit else WRONG
-            seen.append(_drawn(box, colour, f"{page.classes[label]} {score:.2f}", not hit))
+            seen.append(_drawn(box, colour, f"{score:.2f}" if hit else f"{page.classes[label]} {score:.2f}", not hit))
     factor = PANEL / max(PANEL, image.width)
     size = round(image.width * factor), max(1, round(image.height * factor))
     joined = Image.new("RGB", (2 * size[0] + 4, size[1]), (255, 255, 255))
