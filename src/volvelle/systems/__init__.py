@@ -8,9 +8,17 @@ from volvelle.lazy import lazy
 
 if TYPE_CHECKING:
     from volvelle.systems.backbone.load import efficientnet as efficientnet
+    from volvelle.systems.detection.load import rfcn as rfcn
+    from volvelle.systems.detection.load import thundernet as thundernet
     from volvelle.systems.language.load import load_language_model as load_language_model
     from volvelle.systems.segmentation.load import gcn as gcn
 
-_HOMES = {"efficientnet": "backbone.load", "gcn": "segmentation.load", "load_language_model": "language.load"}
+_HOMES = {
+    "efficientnet": "backbone.load",
+    "gcn": "segmentation.load",
+    "load_language_model": "language.load",
+    "rfcn": "detection.load",
+    "thundernet": "detection.load",
+}
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from volvelle.lazy import lazy
 
 if TYPE_CHECKING:
-    from volvelle.systems.detection.compose import compose as compose
+    from volvelle.systems.detection.compositions import compose as compose
     from volvelle.systems.detection.config import RFCN as RFCN
     from volvelle.systems.detection.config import RPN as RPN
     from volvelle.systems.detection.config import Balanced as Balanced
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from volvelle.systems.detection.config import Hardest as Hardest
     from volvelle.systems.detection.config import Post as Post
     from volvelle.systems.detection.config import ThunderNet as ThunderNet
-    from volvelle.systems.detection.deformify import deformify as deformify
+    from volvelle.systems.detection.deforming import deformify as deformify
     from volvelle.systems.detection.load import detector as detector
     from volvelle.systems.detection.load import read_detector as read_detector
     from volvelle.systems.detection.load import rfcn as rfcn
@@ -39,8 +39,8 @@ _HOMES = {
     "RPN": "config",
     "Targets": "targets",
     "ThunderNet": "config",
-    "compose": "compose",
-    "deformify": "deformify",
+    "compose": "compositions",
+    "deformify": "deforming",
     "detector": "load",
     "named": "names",
     "read_detector": "load",

@@ -31,7 +31,7 @@ def ready(model: Detector, dtype: torch.dtype = torch.float32) -> Detector:
     model.eval()
     # Norms stand in the backbone, in chains of layers, and in the attention; what is between cannot be traced.
     chains = [module for module in (*model.neck.children(), model.proposer.body) if isinstance(module, nn.Sequential)]
-    for part in (_Features(model.backbone), *chains, model.proposer.attention):
+    for part in (_Features(model.backbone).eval(), *chains, model.proposer.attention):
         fold(part)
     return model.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

@@ -76,8 +76,6 @@ def light_body(channels: int, width: int) -> nn.Sequential:
 class RegionProposer(nn.Module):
     """Proposes regions from one map of stride `stride`; `body` turns it into `width` channels that all answers read."""
 
-    shapes: Tensor
-
     def __init__(self, options: RPN, body: nn.Module, width: int, *, stride: int, attention: nn.Module | None = None):
         super().__init__()
         self.options, self.stride = options, stride
@@ -85,7 +83,6 @@ class RegionProposer(nn.Module):
         self.attention = attention or Unweighted()
         self.objectness = PointwiseConv2d(width, len(options.anchors))
         self.deltas = PointwiseConv2d(width, 4 * len(options.anchors))
-        self.register_buffer("shapes", torch.tensor(options.anchors, dtype=torch.float32), persistent=False)
         for layer in (self.objectness, self.deltas):
             nn.init.normal_(layer.weight, 0.0, 0.01)
             assert layer.bias is not None
@@ -95,7 +92,9 @@ class RegionProposer(nn.Module):
         """Look at `map` (b, c, y, x); `features` are the head's, which the attention re-weights."""
         seen = self.body(map)
         size = seen.shape[-2:]
-        anchors = grid_anchors(self.shapes.float(), (self.stride, self.stride), size)
+        # No buffer: a cast of the weights to bf16 must not round it.
+        shapes = torch.tensor(self.options.anchors, dtype=torch.float32, device=seen.device)
+        anchors = grid_anchors(shapes, (self.stride, self.stride), size)
         deltas = self.deltas(seen).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
         objectness = self.objectness(seen).permute(0, 2, 3, 1).flatten(1)
         return Proposed(objectness.float(), deltas.float(), anchors, self.attention(features, seen))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from volvelle.parts.regions.nms import batched_nms, nms
+from volvelle.parts.regions.nms import batched_nms, fixed_point, nms
 from volvelle.systems.detection.targets import Chosen
 
 
@@ -22,11 +22,12 @@ def keep_mask(boxes: Tensor, valid: Tensor, overlap: float, labels: Tensor | Non
     boxes = boxes.masked_fill(~valid.unsqueeze(-1), 0.0)
     order = torch.arange(n, 0, -1, device=boxes.device, dtype=boxes.dtype)
     rows = []
-    for number in range(boxes.shape[0]):
-        if labels is None:
-            kept = nms(boxes[number], order, overlap)
-        else:
-            kept = batched_nms(boxes[number], order, labels[number], overlap)
+    for number, some in enumerate(boxes):
+        group = None if labels is None else labels[number]
+        if torch.compiler.is_compiling():  # every size must be known: masks, not lists of what is kept
+            rows.append(fixed_point(some, group, overlap))
+            continue
+        kept = nms(some, order, overlap) if group is None else batched_nms(some, order, group, overlap)
         rows.append(torch.zeros_like(valid[number]).index_fill(0, kept, True))
     return torch.stack(rows) & valid
 

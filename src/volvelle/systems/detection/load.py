@@ -1,0 +1,87 @@
+"""Building, reading and writing detectors: config.json and model.safetensors in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from volvelle.systems.backbone.load import backbone as load_backbone
+from volvelle.systems.detection.compositions import compose, output_stride
+from volvelle.systems.detection.config import DetectorConfig
+from volvelle.systems.detection.deforming import deformify
+from volvelle.systems.detection.model import Detector
+from volvelle.systems.detection.names import named
+from volvelle.systems.native_folder import CONFIG, is_model, load_state, read_model, write_model
+
+
+def detector(
+    config: DetectorConfig | str,
+    classes: int | Sequence[str] | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+) -> Detector:
+    """Build a detector with a fresh head, in training mode, of a configuration or a name ("rfcn-resnet-50").
+
+    `classes` are the names of a named detector's classes, or how many (80 when left out). `weights` are the backbone's:
+    "imagenet" for known ones, a file or folder, None for random ones; see `volvelle.systems.backbone.backbone`.
+    """
+    if isinstance(config, str):
+        config = named(config, 80 if classes is None else classes)
+    encoder = load_backbone(config.backbone, weights=weights, output_stride=output_stride(config.composition))
+    return _made(config, compose(config, encoder)).train()
+
+
+def thundernet(
+    name: str = "snet49",
+    classes: int | Sequence[str] = 80,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+) -> Detector:
+    """ThunderNet (Qin et al. 2019) on the backbone `name`: snet49, snet146, snet535, or any other.
+
+    >>> sum(p.numel() for p in thundernet("snet49").parameters())
+    1147774
+    """
+    return detector(f"thundernet-{name}", classes, weights=weights)
+
+
+def rfcn(
+    classes: int | Sequence[str] = 20,
+    *,
+    backbone: str = "resnet-101",
+    weights: str | os.PathLike[str] | None = None,
+) -> Detector:
+    """R-FCN (Dai et al. 2016) on a ResNet, or any other backbone, whose last stage is dilated.
+
+    >>> net = rfcn(("cat", "dog"), backbone="resnet-18")
+    >>> net.backbone.strides, net.roi_head.scorer.classes.out_channels
+    ((4, 8, 16, 16), 147)
+    """
+    return detector(f"rfcn-{backbone}", classes, weights=weights)
+
+
+def write_detector(model: Detector, path: str | os.PathLike[str]) -> None:
+    """Write config.json and model.safetensors into a folder."""
+    write_model(model, model.config.to_json(), path)
+
+
+def is_detector(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds what `write_detector` wrote."""
+    return is_model(path, "detector")
+
+
+def read_detector(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Detector:
+    """Read a folder of `write_detector`, in evaluation mode. Raises VolvelleError for files that do not fit."""
+    values, tensors = read_model(path, "detector")
+    config = DetectorConfig.from_json(values, str(Path(path) / CONFIG))
+    model = _made(config, compose(config))
+    load_state(model, tensors, path)
+    return model.eval().to(device or "cpu")
+
+
+def _made(config: DetectorConfig, model: Detector) -> Detector:
+    """With as many deformable convolutions as the configuration says."""
+    return deformify(model, config.deformable) if config.deformable else model
