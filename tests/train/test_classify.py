@@ -79,6 +79,7 @@ def test_it_learns_and_says_what_was_decided(finished):
     _, outcome, said = finished
     assert outcome.after["accuracy"] > 0.6
     assert "snet49 at 32 px, from scratch; trains all" in "\n".join(said)
+    assert "; memory about " in "\n".join(said)
     assert said[0].endswith("36 pictures of 3 classes")
     assert outcome.next[0].startswith(f"volvelle predict {outcome.run} ")
 

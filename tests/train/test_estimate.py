@@ -5,21 +5,30 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 from tests.train.many import run
 from tests.train.test_recipes import Ear, folder, scratch
 
 from volvelle.adapt.methods import LoRA
+from volvelle.data.images_prepare import Preprocessing
 from volvelle.inspect.memory_measure import measure_peak
 from volvelle.inspect.memory_models import KNOWN
+from volvelle.systems.backbone.load import build
+from volvelle.systems.backbone.names import find_config
 from volvelle.systems.language.config import GatedMLP
 from volvelle.systems.language.decoder import Decoder
-from volvelle.train import estimate, train_language
+from volvelle.systems.segmentation.load import segmenter
+from volvelle.train import classify, estimate, segment, train_language
+from volvelle.train.classify_objective import ClassifyObjective
 from volvelle.train.estimate import estimate_memory, plan_language, whole_windows
 from volvelle.train.language import LanguageObjective, completion_loss
 from volvelle.train.options import FitOptions
+from volvelle.train.recipes.classify import TrainClassify
 from volvelle.train.recipes.language import ModelShape
+from volvelle.train.recipes.segment import TrainSegment
+from volvelle.train.segment_objective import SegmentObjective
 from volvelle.train.sharded import ShardedGroup
 
 SIZES = {"vocabulary": 1000, "width": 72, "embedding_width": 72, "head_width": 8, "mlp": GatedMLP(192)}
@@ -106,3 +115,77 @@ def test_a_real_ranks_peak(tmp_path):
     """A copy that gloo makes, and frees when it gets to it, may be alive at the peak."""
     found = [outcome["value"] for outcome in run(tmp_path, 2, FitOptions(ranks=2), measured)]
     assert min(found) == pytest.approx(estimate_memory(SMALL, BATCH, ranks=2, shard="fsdp").total, rel=0.05)
+
+
+def picture_step(objective, options, batch, **more):
+    """The training loop's step of an objective on pictures, for real."""
+    torch.set_num_threads(1)
+
+    def setup():
+        made = objective()
+        [phase] = made.phases(10)
+        optimizer = phase.optimizer(phase.parameters)
+
+        def step():
+            optimizer.zero_grad()
+            made.train_mode()
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+                loss = made.loss(batch, **more).value
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    return measure_peak(setup).peak
+
+
+CLASSIFIERS = [("fp32", "none"), ("bf16", "none"), ("fp32", "backbone")]
+
+
+def classifier(precision, freeze, batch=8):
+    weights = "imagenet" if freeze == "backbone" else "none"
+    recipe = TrainClassify(data="x", batch=batch, precision=precision, freeze=freeze, weights=weights, average=None)
+    config = find_config("efficientnet-lite0")
+    return recipe, dataclasses.replace(config, preprocessing=Preprocessing(64))
+
+
+@pytest.mark.parametrize(("precision", "freeze"), CLASSIFIERS)
+def test_a_classifiers_memory(precision, freeze):
+    device = torch.device("cpu")
+    found = [classify.step_memory(*classifier(precision, freeze, batch), 20, device) for batch in (4, 12, 20, 300)]
+    count = sum(p.numel() for p in build(find_config("efficientnet-lite0")).parameters())
+    assert found[0].weights == pytest.approx(4 * count, rel=0.02)  # norms' statistics are weights too
+    assert found[0].optimizer == pytest.approx(8 * count if freeze == "none" else 8 * 1281_000, rel=0.01)
+    assert found[0].total < found[1].total < found[2].total
+    assert found[3] == found[2]  # 20 pictures fill no batch of 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "freeze"), CLASSIFIERS)
+def test_a_classifiers_real_peak(precision, freeze):
+    recipe, config = classifier(precision, freeze)
+    batch = {"images": torch.zeros(8, 3, 64, 64, dtype=torch.uint8), "labels": torch.zeros(8, dtype=torch.long)}
+    peak = picture_step(lambda: ClassifyObjective(build(config), recipe), recipe, batch)
+    assert classify.step_memory(recipe, config, 100, torch.device("cpu")).total == pytest.approx(peak, rel=0.05)
+
+
+class Pictures:
+    """What the memory of a step asks of a folder."""
+
+    frequency = np.full(5, 0.2)
+
+    def __len__(self):
+        return 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_segmenters_real_peak(precision):
+    recipe = TrainSegment(weights="none", batch=4, crop=(64, 96), precision=precision, average=None)
+    net = segmenter(recipe.model.build(), 5)
+    masks = (torch.arange(4 * 64 * 96).view(4, 64, 96) // 4 % 5).to(torch.uint8)
+    batch = {"images": torch.zeros(4, 3, 64, 96, dtype=torch.uint8), "masks": masks}
+    objective = SegmentObjective(net, recipe, Pictures.frequency)
+    peak = picture_step(lambda: objective, recipe, batch, at=(0, 0, 0, 0))
+    planned = segment.step_memory(recipe, net, Pictures(), torch.device("cpu"))
+    assert planned.total == pytest.approx(peak, rel=0.05)

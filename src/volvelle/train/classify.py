@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from volvelle.data.augment import View
 from volvelle.data.images_labelled import Labelled, Prepared, Views, collate_labelled, read_labelled
@@ -15,10 +17,12 @@ from volvelle.data.text import OnBad
 from volvelle.errors import VolvelleError
 from volvelle.hub import ASSETS, fetch
 from volvelle.runs import RunFolder
-from volvelle.systems.backbone.load import backbone, read_backbone, write_backbone
+from volvelle.systems.backbone.config import AnyConfig
+from volvelle.systems.backbone.load import backbone, build, read_backbone, write_backbone
 from volvelle.systems.backbone.model import Backbone
 from volvelle.train.classify_objective import ClassifyObjective, Measured, measure
 from volvelle.train.classify_report import Page, write_report
+from volvelle.train.estimate import MemoryEstimate, estimate_step
 from volvelle.train.loop import FitResult, fit
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
@@ -60,7 +64,7 @@ def train_classify(
         model = build_model(recipe, sets.train).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         held = held_loader(sets.held, model.preprocessing, recipe.batch)
         objective = ClassifyObjective(model, recipe, held=held)
-        subtitle = _first_line(recipe, model, where)
+        subtitle = _first_line(recipe, model, where, step_memory(recipe, model.config, len(sets.train), device))
         observer.say(subtitle)
         if recipe.batch == 1:
             observer.say("batch=1: batch normalisation keeps its running statistics, one picture has none of its own")
@@ -148,14 +152,40 @@ def open_run(path: Path) -> Backbone:
     return read_backbone(folder)
 
 
-def _first_line(recipe: TrainClassify, model: Backbone, where: str) -> str:
-    """What was decided: device, number format, network and where it begins, what is trained."""
+def step_memory(recipe: TrainClassify, config: AnyConfig, pictures: int, device: torch.device) -> MemoryEstimate:
+    """What a step on a full batch of so many pictures takes on one of the recipe's ranks."""
+
+    def network() -> Backbone:
+        return ClassifyObjective(build(config), recipe).model  # with what freeze= leaves to train
+
+    def loss(model: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
+        objective = ClassifyObjective(model, recipe)
+        objective.train_mode()
+        return objective.loss(batch).value
+
+    size, count = config.preprocessing.size, min(recipe.batch, pictures)
+    images = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    return estimate_step(
+        network,
+        {"images": images, "labels": torch.zeros(count, dtype=torch.long)},
+        loss=loss,
+        autocast=recipe.precision != "fp32",
+        average=recipe.average is not None,
+        device=device.type,
+        ranks=recipe.ranks,
+        shard=recipe.shard,
+    )
+
+
+def _first_line(recipe: TrainClassify, model: Backbone, where: str, memory: MemoryEstimate) -> str:
+    """What was decided: device, number format, network and where it begins, what is trained, memory."""
     total = sum(p.numel() for p in model.parameters())
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     start = "from scratch" if recipe.weights == "none" else f"{recipe.weights} weights"
     part = f"all {total:,} parameters" if learns == total else f"{learns:,} of {total:,} parameters"
     size = model.preprocessing.size
-    return f"{where}; {NUMBERS[recipe.precision]}; {model.config.name} at {size} px, {start}; trains {part}"
+    head = f"{where}; {NUMBERS[recipe.precision]}; {model.config.name} at {size} px, {start}"
+    return f"{head}; trains {part}; memory {memory}"
 
 
 def _close(

@@ -1,7 +1,8 @@
-"""The memory of a training step of a language model, planned from its configuration: nothing is allocated.
+"""The memory of a training step, planned from its configuration: nothing is allocated.
 
-`plan_language` plans the step that the training loop takes. `estimate_memory` is its quick form for a run's first line:
-a deep model is planned at two small depths and continued to its own.
+`estimate_step` is that of any model, for a run's first line. `plan_language` plans the step that the training loop
+takes with a language model, and `estimate_memory` is its quick form: a deep model is planned at two small depths and
+continued to its own.
 
 A step's memory at a given moment (the loss, the last block of the backward pass, ...) is a line in the number of equal
 blocks: each block adds its weights, gradients, optimiser state and activations. The peak of a stretch of the step is
@@ -138,21 +139,36 @@ def estimate_memory(
     """
     options: dict[str, Any] = {
         "method": method,
-        "precision": "amp" if autocast else "fp32",
         "checkpointing": checkpointing,
-        "device": "cuda" if device == "cuda" else "cpu",
         "stored": stored,
         "mtp": mtp,
-        "gpus": Cards(ranks, UNLIMITED) if ranks > 1 else None,
-        "shard": shard,
+        **_planning(autocast, device, ranks, shard),
     }
     # A method that names blocks by index means blocks of the whole model; and an encoder-decoder has two depths.
     whole = not isinstance(config, LanguageConfig) or getattr(method, "layers", None) is not None
     if config.depth <= SHALLOW or whole:
-        moments = _moments(plan_language(config, batch, **options))
-        return _estimate(max((moment.sizes for moment in moments), key=sum), average)
+        return _at_peak(plan_language(config, batch, **options), average)
     plans = [plan_language(dataclasses.replace(config, depth=depth), batch, **options) for depth in DEPTHS]
     return _estimate(deeper(plans[0], plans[1], DEPTHS, config.depth), average)
+
+
+def estimate_step(
+    build: Callable[[], nn.Module],
+    batch: Mapping[str, Tensor],
+    *,
+    loss: Callable[[Any, Any], Tensor],
+    autocast: bool = False,
+    average: bool = False,
+    device: str = "cpu",
+    ranks: int = 1,
+    shard: Shard = "ddp",
+) -> MemoryEstimate:
+    """What a step of `loss(model, batch)` takes at its peak on one rank, for any model that `build` makes.
+
+    `build` runs on fake tensors. The other arguments are those of `estimate_memory`.
+    """
+    plan = plan_memory(build, batch, loss=loss, **_planning(autocast, device, ranks, shard))
+    return _at_peak(plan, average)
 
 
 def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth: int) -> list[float]:
@@ -162,6 +178,20 @@ def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth
     for one, two in zip(_stretches(first), _stretches(second), strict=True):
         lines.append([low + slope * (high - low) for low, high in zip(one, two, strict=True)])
     return max(lines, key=sum)
+
+
+def _planning(autocast: bool, device: str, ranks: int, shard: Shard) -> dict[str, Any]:
+    """Arguments of `plan_memory`."""
+    return {
+        "precision": "amp" if autocast else "fp32",
+        "device": "cuda" if device == "cuda" else "cpu",
+        "gpus": Cards(ranks, UNLIMITED) if ranks > 1 else None,
+        "shard": shard,
+    }
+
+
+def _at_peak(plan: MemoryPlan, average: bool) -> MemoryEstimate:
+    return _estimate(max((moment.sizes for moment in _moments(plan)), key=sum), average)
 
 
 def _moments(plan: MemoryPlan) -> Sequence[Point]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from volvelle.data.loader import Loader
 from volvelle.data.masks import MaskFolder, find_pairs, read_masks
@@ -13,10 +17,12 @@ from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_
 from volvelle.data.scenes import write_scenes
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
+from volvelle.inspect.memory_values import LARGEST
 from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.inference import Looks
 from volvelle.systems.segmentation.load import segmenter, write_segmenter
 from volvelle.systems.segmentation.model import Segmenter
+from volvelle.train.estimate import MemoryEstimate, estimate_step
 from volvelle.train.loop import FitResult, fit
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
@@ -60,7 +66,7 @@ def train_segment(
         device, where = choose_device(recipe.device)
         seed_all(recipe.seed)
         model = build_model(recipe, sets.train).to(device)
-        subtitle = _first_line(recipe, model, where)
+        subtitle = _first_line(recipe, model, where, step_memory(recipe, model, sets.train, device))
         observer.say(subtitle)
         loader = training_loader(recipe, sets.train)
         objective = SegmentObjective(model, recipe, sets.train.frequency, selection=Whole(sets.selection))
@@ -127,12 +133,8 @@ def build_model(recipe: TrainSegment, train: MaskFolder) -> Segmenter:
 
 def training_loader(recipe: TrainSegment, train: MaskFolder) -> Loader:
     """Seeded batches of random crops. The last, smaller batch of an epoch is left out when one batch is there."""
-    size = tuple(recipe.crop)
-    if size == (0, 0):
-        image, _ = train[0]
-        size = (image.height, image.width)
     scale = (recipe.scale[0], recipe.scale[1])
-    augmentation = Augmentation((size[0], size[1]), scale, recipe.mirror, recipe.colour)
+    augmentation = Augmentation(crop_size(recipe, train), scale, recipe.mirror, recipe.colour)
     return Loader(
         Augmented(train, augmentation),
         recipe.batch,
@@ -142,6 +144,39 @@ def training_loader(recipe: TrainSegment, train: MaskFolder) -> Loader:
         workers=recipe.worker_kind,
         num_workers=recipe.workers,
     )
+
+
+def crop_size(recipe: TrainSegment, train: MaskFolder) -> tuple[int, int]:
+    """Height and width of training crops."""
+    if tuple(recipe.crop) == (0, 0):
+        image, _ = train[0]
+        return image.height, image.width
+    return recipe.crop[0], recipe.crop[1]
+
+
+def step_memory(recipe: TrainSegment, model: Segmenter, train: MaskFolder, device: torch.device) -> MemoryEstimate:
+    """What a step on a full batch of crops that show all classes takes on one of the recipe's ranks."""
+
+    def network() -> Segmenter:
+        return Segmenter(model.config)
+
+    def loss(net: Segmenter, batch: Mapping[str, Tensor]) -> Tensor:
+        return SegmentObjective(net, recipe, train.frequency).loss(batch, at=(0, 0, 0, 0)).value
+
+    count, (high, wide) = min(recipe.batch, len(train)), crop_size(recipe, train)
+    planned = min(count, max(1, LARGEST // (high * wide)))  # the plan follows the masks' values; the rest is alike
+    masks = torch.arange(planned * high * wide).view(planned, high, wide) // 4 % len(model.classes)
+    found = estimate_step(
+        network,
+        {"images": torch.zeros(planned, 3, high, wide, dtype=torch.uint8), "masks": masks.to(torch.uint8)},
+        loss=loss,
+        autocast=recipe.precision != "fp32",
+        average=recipe.average is not None,
+        device=device.type,
+        ranks=recipe.ranks,
+        shard=recipe.shard,
+    )
+    return replace(found, activations=found.activations * count // planned)
 
 
 def looks_of(options: LookOptions) -> Looks:
@@ -166,14 +201,14 @@ def _void(folder: MaskFolder) -> str:
     return f"; left out as void: 255{''.join(f', {value}' for value in folder.labels.void)}"
 
 
-def _first_line(recipe: TrainSegment, model: Segmenter, where: str) -> str:
-    """What was decided: device, number format, encoder and decoder, what is trained."""
+def _first_line(recipe: TrainSegment, model: Segmenter, where: str, memory: MemoryEstimate) -> str:
+    """What was decided: device, number format, encoder and decoder, what is trained, memory."""
     count = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for p in model.encoder.parameters())
     start = "random weights" if recipe.weights == "none" else f"{recipe.weights} weights"
     return (
         f"{where}; {NUMBERS[recipe.precision]}; {recipe.model.head} on {model.config.backbone} ({start}); "
-        f"trains all {count:,} parameters, {count - inside:,} of them in the decoder"
+        f"trains all {count:,} parameters, {count - inside:,} of them in the decoder; memory {memory}"
     )
 
 

@@ -20,6 +20,9 @@ from volvelle.train.recipes.segment import TrainSegment, Weighting
 from volvelle.train.schedule import schedule
 from volvelle.train.segment_measure import measure
 
+Corners = tuple[int, int, int, int]
+"""Which of 2 x 2 pixels is looked at, and which of 2 x 2 of these: row, column, row, column, each 0 or 1."""
+
 
 class SegmentObjective(Objective):
     """Train all of a segmenter on batches of {images uint8 (b, 3, y, x), masks uint8 (b, y, x)}.
@@ -52,8 +55,8 @@ class SegmentObjective(Objective):
         optimizer = _adamw(options)
         return [Phase("segment", trainable(self.model), self.loss, optimizer, rate, clip=options.clip)]
 
-    def loss(self, batch: Mapping[str, Tensor]) -> Loss:
-        """Loss of a batch of crops, shrunk during the first steps if so asked."""
+    def loss(self, batch: Mapping[str, Tensor], *, at: Corners | None = None) -> Loss:
+        """Loss of a batch of crops, shrunk during the first steps if so asked; `at` is that of `segmentation_loss`."""
         pixels = self.model.preprocessing.normalise(batch["images"])
         masks = batch["masks"]
         if self.step < self.options.small * self.steps:
@@ -63,7 +66,7 @@ class SegmentObjective(Objective):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with DepthwiseInFp32():
             scores = self.model.scores(pixels)
-        return segmentation_loss(scores, masks, self.class_weights, lovasz=self.options.lovasz)
+        return segmentation_loss(scores, masks, self.class_weights, lovasz=self.options.lovasz, at=at)
 
     def units(self, batch: Any) -> tuple[float, str]:
         """Crops."""
@@ -113,19 +116,21 @@ def class_weights(frequency: np.ndarray, kind: Weighting) -> Tensor:
     return (raw / (raw * f).sum().clamp(min=1e-12)).float()
 
 
-def segmentation_loss(scores: Tensor, masks: Tensor, weights: Tensor, *, lovasz: float = 0.0) -> Loss:
+def segmentation_loss(
+    scores: Tensor, masks: Tensor, weights: Tensor, *, lovasz: float = 0.0, at: Corners | None = None
+) -> Loss:
     """Cross-entropy, its pixels weighted by class, plus `lovasz` times the Lovász-softmax loss.
 
     scores (b, k, ·, ·) at any stride, masks (b, y, x). Both losses are taken at half the masks' resolution, where of
     each 2 x 2 pixels one is drawn, the same for all: in the mean over steps nothing is left out, thin things neither,
-    and a step costs a quarter. Lovász-softmax looks at a quarter of these again.
+    and a step costs a quarter. Lovász-softmax looks at a quarter of these again. `at` names the pixels; None: drawn.
     """
     high, wide = masks.shape[-2:]
     half = (-(-high // 2), -(-wide // 2))
     logits = scores.float()
     if logits.shape[-2:] != half:
         logits = F.interpolate(logits, size=half, mode="bilinear", align_corners=False)
-    first, second, third, fourth = torch.randint(2, (4,)).tolist()
+    first, second, third, fourth = at or torch.randint(2, (4,)).tolist()
     target = masks[:, min(first, high - 1) :: 2, min(second, wide - 1) :: 2].long()
     logits = logits[:, :, : target.shape[1], : target.shape[2]]
     summed = F.cross_entropy(logits, target, weights, ignore_index=VOID, reduction="sum")
@@ -137,8 +142,8 @@ def segmentation_loss(scores: Tensor, masks: Tensor, weights: Tensor, *, lovasz:
     metrics: dict[str, Tensor] = {"cross_entropy": entropy.detach()}
     value = entropy
     if lovasz:
-        at = (slice(min(third, target.shape[1] - 1), None, 2), slice(min(fourth, target.shape[2] - 1), None, 2))
-        follow = lovasz_softmax(logits[(..., *at)].softmax(1), target[(..., *at)], ignore_index=VOID)
+        kept = (..., slice(min(third, target.shape[1] - 1), None, 2), slice(min(fourth, target.shape[2] - 1), None, 2))
+        follow = lovasz_softmax(logits[kept].softmax(1), target[kept], ignore_index=VOID)
         metrics["lovasz"] = follow.detach()
         value = entropy + lovasz * follow
     return Loss(value, metrics, weight=max(float(count), 1e-6))

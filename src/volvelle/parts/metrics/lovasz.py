@@ -56,7 +56,7 @@ def lovasz_softmax(
         return probabilities.sum() * 0.0
     truth = (y[:, None] == torch.arange(k, device=y.device)).to(p.dtype)
     if classes == "present":
-        there = truth.any(0).nonzero()[:, 0]
+        there = torch.bincount(y.clamp(-1, k) + 1, minlength=k + 2)[1:-1].nonzero()[:, 0]
         p, truth = p.index_select(1, there), truth.index_select(1, there)
     errors, order = (truth - p).abs().sort(dim=0, descending=True)
     return (errors * _steps(truth.gather(0, order))).sum(0).mean()
