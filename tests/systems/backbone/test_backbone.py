@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from tests.vision_peers import needs_lite0, photo
 from torch import nn
 
-from volvelle.data.images import read_image
 from volvelle.errors import UsageError, VolvelleError
-from volvelle.hub import status
 from volvelle.systems.backbone import CONFIGS, backbone, fold, read_backbone, unfold, write_backbone
 from volvelle.systems.backbone.files import read_tensors, to_tensors, write_tensors
 from volvelle.systems.backbone.key_maps import FORMATS, TORCHVISION
@@ -38,11 +35,6 @@ def shaken(name: str, **options) -> nn.Module:
     return model
 
 
-needs_lite0 = pytest.mark.skipif(
-    status("efficientnet-lite0").state != "ready", reason="volvelle get efficientnet-lite0 has not run here"
-)
-
-
 @needs_lite0
 @pytest.mark.parametrize(
     ("picture", "right"),
@@ -50,11 +42,7 @@ needs_lite0 = pytest.mark.skipif(
 )
 @torch.no_grad()
 def test_real_weights_name_the_cat_and_the_coffee(picture, right):
-    package = find_spec("skimage")
-    if package is None or package.origin is None:
-        pytest.skip("scikit-image, whose pictures these are, is not installed")
-    net = backbone("efficientnet-lite0", weights="imagenet")
-    image = read_image(Path(package.origin).parent / "data" / f"{picture}.png")
+    image, net = photo(picture), backbone("efficientnet-lite0", weights="imagenet")
     pixels = net.preprocessing.normalise(net.preprocessing.prepare(image)[None])
     shares = net(pixels).softmax(1)[0]
     assert set(right) <= set(net.classes)
