@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from volvelle.cli.tour import claims, language
+from volvelle.cli.tour import claims, language, vision
 from volvelle.cli.tour.frame import Stage
 
 STAGES: tuple[tuple[str, Stage], ...] = (
     ("A chat answer from a real model", language.chat),
     ("Adapting it with LoRA, on a table-to-text task", language.adapt),
+    ("What is in a picture, and what a unit sees of it", vision.classify),
+    ("A segmenter, trained for a moment", vision.segment),
     ("Claims of papers, measured here", claims.claims),
 )
