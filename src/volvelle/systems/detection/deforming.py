@@ -39,6 +39,7 @@ class DeformedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, c, y, x) to what `conv` would give where the offsets are zero."""
         c = self.conv
+        assert not isinstance(c.padding, str)
         return deform_conv2d(
             x, self.offset(x), c.weight, c.bias, stride=c.stride, padding=c.padding, dilation=c.dilation
         )
@@ -76,4 +77,4 @@ def deformify(model: Detector, convolutions: int = 3) -> Detector:
 def _can_deform(module: nn.Module) -> bool:
     if not isinstance(module, nn.Conv2d) or isinstance(module, Conv2dSame):
         return False
-    return max(module.kernel_size) > 1 and set(module.stride) == {1} and module.padding_mode == "zeros"
+    return max(module.kernel_size) > 1 and set(module.stride) == {1} and not isinstance(module.padding, str)

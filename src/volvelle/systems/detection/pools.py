@@ -35,7 +35,9 @@ class PositionSensitiveAlign(nn.Module):
 
     def __init__(self, bins: int, stride: int, *, reduce: Reduce = "mean", convention: Convention = "torchvision"):
         super().__init__()
-        self.bins, self.stride, self.reduce, self.convention = bins, stride, reduce, convention
+        self.bins, self.stride = bins, stride
+        self.reduce: Reduce = reduce
+        self.convention: Convention = convention
 
     def forward(self, maps: Tensor, regions: Tensor, features: Tensor) -> Tensor:
         """(r, c, k, k) of maps (b, c k², y, x)."""
