@@ -14,7 +14,6 @@ from torch import Tensor
 from volvelle.data.loader import Loader
 from volvelle.data.masks import MaskFolder, find_pairs, read_masks
 from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_masks, split_in_runs
-from volvelle.data.scenes import write_scenes
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
 from volvelle.inspect.memory_values import LARGEST
@@ -28,7 +27,8 @@ from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
-from volvelle.train.recipes.segment import SCENES, LookOptions, TrainSegment
+from volvelle.train.recipes.segment import LookOptions, TrainSegment
+from volvelle.train.scenes import data_path
 from volvelle.train.segment_measure import Measured, measure
 from volvelle.train.segment_objective import SegmentObjective
 from volvelle.train.segment_report import write_report
@@ -62,7 +62,7 @@ def train_segment(
     """
     observer, ranks = observer or Observer(), ranks or Ranks()
     with closing(run):
-        sets = read_sets(recipe, _data(recipe, run, observer, ranks), observer)
+        sets = read_sets(recipe, data_path(recipe.data, run, observer, ranks, seed=recipe.seed), observer)
         device, where = choose_device(recipe.device)
         seed_all(recipe.seed)
         model = build_model(recipe, sets.train).to(device)
@@ -183,18 +183,6 @@ def looks_of(options: LookOptions) -> Looks:
     """The looks that the words describe."""
     window = None if tuple(options.window) == (0, 0) else (options.window[0], options.window[1])
     return Looks(tuple(options.scales), options.mirror, window)
-
-
-def _data(recipe: TrainSegment, run: RunFolder, observer: Observer, ranks: Ranks) -> Path:
-    """The folder to read; scenes are written into the run folder, once."""
-    if recipe.data != SCENES:
-        return Path(recipe.data)
-    folder = run.path / "data"
-    if ranks.leads and not (folder / "captions.jsonl").is_file():
-        observer.say("no data given: scenes of Fashion-MNIST garments on drawn backgrounds")
-        write_scenes(folder, seed=recipe.seed, progress=lambda done, total: observer.work("scenes", done, total))
-    ranks.share(None)
-    return folder
 
 
 def _void(folder: MaskFolder) -> str:
