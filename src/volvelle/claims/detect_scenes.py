@@ -64,7 +64,7 @@ def train(model: Detector, part: Part, steps: int, seed: int) -> None:
     model.backbone.requires_grad_(False)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.02)
-    warm = max(1, steps // 10)
+    warm = max(2, steps // 10)  # one step would divide by nothing
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=warm / steps)
     draw = torch.Generator().manual_seed(seed)
     model.train()
