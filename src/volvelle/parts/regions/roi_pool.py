@@ -51,7 +51,7 @@ def roi_pool(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: Size,
     rows = torch.stack((low_y, (high_y - (1 << level_y)).clamp(min=0)), dim=-1)[:, :, None, :, None]
     columns = torch.stack((low_x, (high_x - (1 << level_x)).clamp(min=0)), dim=-1)[:, None, :, None, :]
     empty = ((high_y <= low_y)[:, :, None] | (high_x <= low_x)[:, None])[..., None, None]
-    at = torch.where(empty, len(table) - 1, first[..., None, None] + rows * width + columns)
+    at = torch.where(empty, table.shape[0] - 1, first[..., None, None] + rows * width + columns)
     found = F.embedding(at.flatten(3), table).amax(3).permute(0, 3, 1, 2)
     return torch.where(corners.isnan().any(1)[:, None, None, None], torch.nan, found)
 

@@ -30,13 +30,15 @@ def as_rois(call: str, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple
             )
         image, corners = boxes[:, 0].detach(), boxes[:, 1:]
     else:
-        if len(boxes) != len(input) or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
+        if len(boxes) != input.shape[0] or any(b.dim() != 2 or b.shape[1] != 4 for b in boxes):
             shapes = [tuple(b.shape) for b in boxes]
-            raise ValueError(f"{call}: a list of boxes must hold (k, 4) for each of {len(input)} images, got {shapes}")
+            raise ValueError(
+                f"{call}: a list of boxes must hold (k, 4) for each of {input.shape[0]} images, got {shapes}"
+            )
         counts = [torch.full_like(b[:, 0].detach(), i) for i, b in enumerate(boxes)]
         image, corners = torch.cat(counts), torch.cat(list(boxes))
     precise = torch.promote_types(wide(input).dtype, wide(corners).dtype)
-    return _images(call, image, len(input)), corners.to(precise)
+    return _images(call, image, input.shape[0]), corners.to(precise)
 
 
 def _images(call: str, image: Tensor, b: int) -> Tensor:

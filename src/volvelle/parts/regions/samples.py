@@ -31,7 +31,7 @@ def pooled(table: Tensor, first: Tensor, y: Taps, x: Taps, width: int, reduce: R
         return read(table, first, _mean(y, inside), _mean(x, inside), width)
     each_y = Taps(y.at[..., :, None, :], y.weight[..., :, None, :])
     each_x = Taps(x.at[..., None, :, :], x.weight[..., None, :, :])
-    taps = crossed(first[..., None, None], each_y, each_x, width, len(table) - 1)
+    taps = crossed(first[..., None, None], each_y, each_x, width, table.shape[0] - 1)
     found = weighted_rows(table, Taps(taps.at.flatten(5), taps.weight.flatten(5)))  # (r, k_y, k_x, s, s, c)
     if not inside:
         return found.amax((3, 4))

@@ -63,7 +63,7 @@ def soft_nms(
 
 def _leave(factors: Tensor, scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Let the best leave and multiply the others by its row of `factors` (n, n), until none reaches the threshold."""
-    n = len(scores)
+    n = scores.shape[0]
     left = torch.where(scores >= threshold, scores, -math.inf)  # a NaN is not
     if torch.compiler.is_compiling():
         from torch._higher_order_ops.while_loop import while_loop  # brings the compiler with it

@@ -69,7 +69,7 @@ def read(table: Tensor, first: Tensor, y: Taps, x: Taps, width: int) -> Tensor:
     Either may be of length 1 where the other is not. `first` says in which row of the table a map's pixel (0, 0) lies,
     (r, 1 or k_y, 1 or k_x), `width` how long its rows are. What lies outside is read from the table's last row.
     """
-    taps = crossed(first, y, x, width, len(table) - 1)
+    taps = crossed(first, y, x, width, table.shape[0] - 1)
     return weighted_rows(table, Taps(taps.at.flatten(3), taps.weight.flatten(3)))
 
 
@@ -112,7 +112,9 @@ class _WeightedRows(torch.autograd.Function):
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a second derivative is wanted
         for_table = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_table = _scattered(grad, at, weight, len(table)) if again else _gathered(grad, at, weight, len(table))
+            for_table = (
+                _scattered(grad, at, weight, table.shape[0]) if again else _gathered(grad, at, weight, table.shape[0])
+            )
         if ctx.needs_input_grad[2]:
             for_weight = (table[at] * grad[:, None]).sum(-1) if again else _products(table, at, grad)
         return for_table, None, for_weight
