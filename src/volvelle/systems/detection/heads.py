@@ -71,9 +71,10 @@ class PositionSensitive(nn.Module):
 
     def forward(self, features: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (r, C + 1) and deltas (r, 4) of regions (r, 5) on features (b, c, y, x)."""
-        votes = (self.pool(layer(features), regions, features) for layer in (self.classes, self.deltas))
-        logits, deltas = (vote.mean((2, 3)) for vote in votes)
-        return logits, deltas
+        # One pooling for both: its samples lie at the same places.
+        maps = torch.cat((self.classes(features), self.deltas(features)), 1)
+        votes = self.pool(maps, regions, features).mean((2, 3))
+        return votes[:, :-4], votes[:, -4:]
 
 
 class RoIHead(nn.Module):
