@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from volvelle.decode.bitwise import AnyWidth, FixedWidth, bitwise
-from volvelle.decode.contract import Draft, Drafter, Drafting
-from volvelle.decode.generation import GREEDY, limits
+from volvelle.decode.contract import ALWAYS, Draft, Drafter, Drafting
+from volvelle.decode.drafters.ngram import NGram
+from volvelle.decode.generation import GREEDY, generate, limits
 from volvelle.decode.loop import run, step
 from volvelle.decode.options import Rules
 from volvelle.decode.request import Request
-from volvelle.decode.speculation import Help
+from volvelle.decode.speculation import Help, first_path
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
@@ -160,7 +162,28 @@ def test_which_way_is_taken_and_what_it_needs():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_trees_and_wide_drafts_are_refused(compiled):
+def test_of_trees_and_wide_drafts_the_first_path_is_checked(compiled):
+    model = small("fp32")
+    if compiled:
+        fuse_projections(model)
+    options: dict[str, Any] = {"max_tokens": 100, "eos_ids": (), "exact": "bitwise"}
+    plain = generate(model, PROMPT, **options)
+    for drafter in (NGram([plain.tokens], k=60), Adversary(plain.tokens, 3, width=60)):
+        found = generate(model, PROMPT, drafter=drafter, policy=ALWAYS, **options)
+        assert found.tokens == plain.tokens
+        assert found.steps < 60
+
+
+def test_the_first_path_of_a_tree():
+    tree = Draft(torch.arange(6)[None], (-1, -1, 0, 1, 2, 0), chances=[0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    found = first_path(tree, 5)
+    assert (found.tokens.tolist(), found.parents, found.chances) == ([[0, 2, 4]], None, [0.9, 0.7, 0.5])
+    assert first_path(tree, 2).tokens.tolist() == [[0, 2]]
+    assert first_path(Draft(torch.arange(4)[None]), 3).tokens.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_steps_themselves_refuse_trees_and_width(compiled):
     model = small("fp32")
     if compiled:
         fuse_projections(model)

@@ -9,8 +9,8 @@ almost equally likely the answer flips. Two ways keep one order:
   shape a row's numbers depend neither on the other rows nor on its own place among them. It costs what a step of so
   many tokens costs more than a step of one.
 
-Both need each token in its final slot, so drafts are chains (an accepted path of a tree lies in scattered slots), and
-one text is decoded at a time (rows of a batch leave holes in each other's).
+Both need each token in its final slot. So of a drafted tree, whose accepted path lies in scattered slots, the first path
+alone is checked (`Help.straight`), and one text is decoded at a time (rows of a batch leave holes in each other's).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from volvelle.decode.loop import Forward, Read, read_once, step
+from volvelle.decode.loop import Read, read_once, step
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.parts.attention.cache import Cache, KVCache
 from volvelle.systems.language.decoder import Decoder
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from volvelle.systems.language.models import LanguageModel
 
 WIDTH = 16
-"""Tokens of a padded step: drafts of up to 15. Wider costs more, a draft that does not fit is refused."""
+"""Tokens of a padded step: drafts of up to 15. Wider costs more; of a longer draft the first 15 are checked."""
 
 
-def bitwise(model: LanguageModel, requests: Sequence[Request], *, width: int = WIDTH) -> tuple[Forward, int]:
+def bitwise(
+    model: LanguageModel, requests: Sequence[Request], *, width: int = WIDTH
+) -> tuple[AnyWidth | FixedWidth, int]:
     """How the steps of a run are computed so that drafts change no bit: `forward` and `spare` of `loop.run`.
 
     Raises UsageError for more than one text, and VolvelleError where the padded steps do not fit into the context.
@@ -63,6 +65,9 @@ def bitwise(model: LanguageModel, requests: Sequence[Request], *, width: int = W
 class AnyWidth:
     """Steps of the compiled code, whose numbers do not depend on their width."""
 
+    most = MOST
+    """Tokens of a step."""
+
     def __call__(
         self, writer: Writer, cache: Cache, ids: Tensor, mask: Tensor | None, n: int, read: Read = read_once
     ) -> tuple[Tensor, Tensor]:
@@ -76,6 +81,7 @@ class FixedWidth:
 
     def __init__(self, width: int, reach: int):
         self.width, self.reach = width, reach
+        self.most = width
 
     def __call__(
         self, writer: Writer, cache: Cache, ids: Tensor, mask: Tensor | None, n: int, read: Read = read_once

@@ -167,7 +167,10 @@ def _events(
         for one in models:
             if isinstance(one, Decoder):
                 fuse_projections(one)
-        forward, spare = bitwise(model, requests) if exact == "bitwise" else (None, 0)
+        forward, spare = None, 0
+        if exact == "bitwise":
+            forward, spare = bitwise(model, requests)
+            help = None if help is None else help._replace(straight=forward.most)
         for events in run(model, requests, help=help, forward=forward, spare=spare):
             now = time.perf_counter() - started
             first = first or now

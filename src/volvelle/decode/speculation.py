@@ -28,11 +28,15 @@ SLACK = 64
 
 
 class Help(NamedTuple):
-    """What drafts, which of its tokens stay, and how many are asked for."""
+    """What drafts, which of its tokens stay, and how many are asked for.
+
+    `straight`, where steps take no trees, is the most tokens of a step: of a draft only the first path is checked.
+    """
 
     drafter: Drafter
     accept: Acceptance = EXACT
     policy: Policy = ALWAYS
+    straight: int | None = None
 
 
 class Told(NamedTuple):
@@ -60,7 +64,7 @@ class Speculation:
         room: int,
     ):
         self.model, self.writer, self.forward = model, writer, forward
-        self.accept = help.accept
+        self.accept, self.straight = help.accept, help.straight
         self.drafting, self.pacing = help.drafter.begin(writer, requests, room), help.policy.begin()
         # Rows that accept less leave holes where others accept more.
         self.spare = 1 + self.drafting.width + (slack(room) if len(requests) > 1 else 0)
@@ -94,6 +98,8 @@ class Speculation:
         if draft is not None:
             if draft.tokens.shape[1] > asked:
                 raise ValueError(f"a drafter was asked for {asked} tokens and gave {draft.tokens.shape[1]}")
+            if self.straight is not None:
+                draft = first_path(draft, self.straight - 1)
             draft = cut(draft, deepest)
             if draft.chances is not None:
                 draft = draft.only(range(self.pacing.worth(draft.chances, self._length)))
@@ -203,6 +209,15 @@ def cut(draft: Draft, depth: int) -> Draft:
     """The draft without tokens more than `depth` places behind the newest one."""
     places = depths_of(draft.ancestry)
     return draft.only([node for node, place in enumerate(places) if place <= depth])
+
+
+def first_path(draft: Draft, depth: int) -> Draft:
+    """Of a tree the path that takes the first child everywhere, of a chain all, up to `depth` tokens; as a chain."""
+    path: list[int] = []
+    for node, parent in enumerate(draft.ancestry):
+        if parent == (path[-1] if path else -1) and len(path) < depth:
+            path.append(node)
+    return draft.only(path)._replace(parents=None)
 
 
 def shortened(draft: Draft, most: dict[int, int]) -> Draft | None:
