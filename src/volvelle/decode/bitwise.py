@@ -9,8 +9,8 @@ almost equally likely the answer flips. Two ways keep one order:
   shape a row's numbers depend neither on the other rows nor on its own place among them. It costs what a step of so
   many tokens costs more than a step of one.
 
-Both need each token in its final slot. So of a drafted tree, whose accepted path lies in scattered slots, the first path
-alone is checked (`Help.straight`), and one text is decoded at a time (rows of a batch leave holes in each other's).
+Both need each token in its final slot. So of a drafted tree, whose accepted path lies in scattered slots, only the
+first path is checked (`Help.straight`), and texts are decoded one at a time (rows of a batch leave holes in others').
 """
 
 from __future__ import annotations

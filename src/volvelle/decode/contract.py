@@ -170,7 +170,7 @@ class Pacing(Protocol):
 
     def worth(self, chances: Sequence[float], length: int) -> int:
         """How many nodes of a draft that states its chances to check; 0: a plain step."""
-        ...
+        return len(chances)
 
     def observe(self, length: int, draft: Drafted | None, *, step_seconds: float, draft_seconds: float = 0.0) -> None:
         """Learn from a step over a cache of `length` tokens; the prompt's is not reported.
