@@ -32,11 +32,12 @@ def test_techniques_are_read_from_the_source_without_importing_it(tmp_path):
         '"""Rotary embedding (Su et al. 2021). More.\n\nBody."""\n'
         'raise SystemExit("imported")\n'
         '@export("functional.apply_rope", since="0.1")\ndef apply_rope(): pass\n'
-        '@export(\n    "nn.RotaryEmbedding",\n    twin=apply_rope,\n)\nclass RotaryEmbedding: pass\n'
+        '@export(\n    "nn.RotaryEmbedding",\n    twin=apply_rope,\n    aliases=("nn.Rope",),\n)\n'
+        "class RotaryEmbedding: pass\n"
         '@other("functional.no")\ndef no(): pass\n'
     )
     (folder / "helper.py").write_text('"""Not public."""\n')
-    names = ("functional.apply_rope", "nn.RotaryEmbedding")
+    names = ("functional.apply_rope", "nn.RotaryEmbedding", "nn.Rope")
     title = "Rotary embedding (Su et al. 2021)"
     assert catalogue.techniques(tmp_path) == [catalogue.Technique("position", title, "parts/position/rope.py", names)]
 

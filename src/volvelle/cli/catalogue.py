@@ -55,15 +55,16 @@ def claims(package: Path = PACKAGE) -> list[ClaimEntry]:
 
 
 def _exported(node: ast.stmt) -> list[str]:
-    """Return the public name in a definition's `@export("functional.name")`."""
+    """Return the public names in a definition's `@export("functional.name", aliases=("functional.other",))`."""
     if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return []
-    return [
-        call.args[0].value
-        for call in node.decorator_list
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "export" and call.args
-        if isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
-    ]
+    found = []
+    for call in node.decorator_list:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "export":
+            aliases = [keyword.value for keyword in call.keywords if keyword.arg == "aliases"]
+            named = [*call.args[:1], *(name for value in aliases for name in getattr(value, "elts", ()))]
+            found += [name.value for name in named if isinstance(name, ast.Constant) and isinstance(name.value, str)]
+    return found
 
 
 def _title(tree: ast.Module) -> str:

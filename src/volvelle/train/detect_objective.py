@@ -14,6 +14,7 @@ from volvelle.data.boxes_augment import Fitted
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.targets import Targets, collate
+from volvelle.train.best_weights import BestWeights
 from volvelle.train.detect_measure import measure
 from volvelle.train.phase import Loss, Objective, Phase, adamw, trainable
 from volvelle.train.recipes.detect import TrainDetect
@@ -33,8 +34,7 @@ class DetectObjective(Objective):
     def __init__(self, model: Detector, options: TrainDetect, *, selection: Fitted | None = None):
         self.model, self.options, self.selection = model, options, selection
         self.step = 0
-        self.kept: dict[str, Tensor] = {}
-        self.kept_at = -2.0
+        self.best_weights = BestWeights(model)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The detector."""
@@ -75,23 +75,22 @@ class DetectObjective(Objective):
         if self.selection is None:
             return {}
         found = measure(self.model, self.selection, precision=self.options.precision).metrics
-        if self.options.keep == "best" and found["map_50"] > self.kept_at:
-            self.kept_at = found["map_50"]
-            self.kept = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        if self.options.keep == "best":
+            self.best_weights.offer(found["map_50"])
         return {name: found[name] for name in ("map_50", "map")}
 
     def use_best(self) -> None:
         """Put the best weights into the model; nothing happens where none were kept."""
-        if self.kept:
-            self.model.load_state_dict(self.kept)
+        self.best_weights.use()
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the best weights."""
-        return {"step": self.step, "kept": self.kept, "kept_at": self.kept_at}
+        return {"step": self.step} | self.best_weights.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
-        self.step, self.kept, self.kept_at = state["step"], dict(state["kept"]), state["kept_at"]
+        self.step = state["step"]
+        self.best_weights.load_state_dict(state)
 
 
 def magnify(pixels: Tensor, sizes: Tensor, targets: Targets, factor: float) -> tuple[Tensor, Tensor, Targets]:

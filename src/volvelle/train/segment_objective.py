@@ -15,6 +15,7 @@ from volvelle.data.masks_labels import VOID
 from volvelle.parts.metrics.lovasz import lovasz_softmax
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.segmentation.model import Segmenter
+from volvelle.train.best_weights import BestWeights
 from volvelle.train.phase import Loss, Objective, Optimizer, OptimizerFactory, Phase, trainable
 from volvelle.train.recipes.segment import TrainSegment, Weighting
 from volvelle.train.schedule import schedule
@@ -40,8 +41,7 @@ class SegmentObjective(Objective):
         self.model, self.options, self.selection = model, options, selection
         self.class_weights = class_weights(frequency, options.weighting).to(next(model.parameters()).device)
         self.step, self.steps = 0, 0
-        self.kept: dict[str, Tensor] = {}
-        self.kept_at = -1.0
+        self.best_weights = BestWeights(model)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The segmenter."""
@@ -81,23 +81,21 @@ class SegmentObjective(Objective):
         if self.selection is None:
             return {}
         found = measure(self.model, self.selection, precision=self.options.precision).metrics
-        if found["miou"] > self.kept_at:
-            self.kept_at = found["miou"]
-            self.kept = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        self.best_weights.offer(found["miou"])
         return {name: found[name] for name in ("miou", "pixel_accuracy")}
 
     def use_best(self) -> None:
         """Put the best weights into the model; nothing happens where none were measured."""
-        if self.kept:
-            self.model.load_state_dict(self.kept)
+        self.best_weights.use()
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the best weights."""
-        return {"step": self.step, "kept": self.kept, "kept_at": self.kept_at}
+        return {"step": self.step} | self.best_weights.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
-        self.step, self.kept, self.kept_at = state["step"], dict(state["kept"]), state["kept_at"]
+        self.step = state["step"]
+        self.best_weights.load_state_dict(state)
 
 
 def class_weights(frequency: np.ndarray, kind: Weighting) -> Tensor:

@@ -42,6 +42,8 @@ BENCHES = (
     Bench("metrics", "a confusion matrix beside torchmetrics"),
     Bench("backbone", "pictures classified, folded, in bf16 and compiled, beside timm"),
     Bench("segmentation", "pictures segmented, folded and in bf16, beside eager fp32"),
+    Bench("regions", "region and deformable parts beside torchvision's compiled ones"),
+    Bench("detection", "R-FCN's head by the number of regions, and ThunderNet from picture to boxes"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
 

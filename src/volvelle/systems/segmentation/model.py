@@ -25,6 +25,7 @@ class Segmenter(nn.Module):
     Any height and width will do. `encoder` is a `Backbone` without its classifier, or a fresh one of the configuration;
     `decoder(features, x)` gives scores at its own stride.
 
+    >>> import torch
     >>> config = SegmenterConfig("efficientnet-lite0", GCN(kernel=3), ("sky", "road"))
     >>> Segmenter(config).eval()(torch.zeros(1, 3, 50, 70)).shape
     torch.Size([1, 2, 50, 70])
