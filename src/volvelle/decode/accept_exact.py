@@ -42,7 +42,8 @@ class Exact:
         live = [row for row, request in enumerate(requests) if request.finish is None]
         children, tokens = children_of(draft), draft.tokens.tolist()
         if all(requests[row].all_argmax(1 + len(children)) for row in live):
-            best = logits.argmax(-1).tolist()
+            wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+            best = wide.argmax(-1).tolist()  # torch's argmax takes twice the time in 16 bits
             walks = {row: _followed(best[row], tokens[row], children) for row in live}
         else:
             walks = _walk(logits, draft, requests, live)
