@@ -124,10 +124,10 @@ def decode(record: Mapping[str, Any]) -> list[str]:
             f"changed {row['flips default']} of {row['answers']} answers without it, {row['flips bitwise']} with it.",
         ]
     size, machine = record["size"], record["machine"]
-    footer = (
+    about = (
         f"{record['model']}; plain: {size['new_tokens']} new tokens; llama.cpp: {machine.get('llama.cpp', 'absent')}. "
     )
-    return [*lines, "", footer + footer("decode", machine)]
+    return [*lines, "", about + footer("decode", machine)]
 
 
 def loader(record: Mapping[str, Any]) -> list[str]:
