@@ -178,6 +178,17 @@ class Pictures:
         return 100
 
 
+def test_crops_beyond_what_a_plan_follows(monkeypatch):
+    recipe = TrainSegment(weights="none", batch=2, crop=(768, 768), average=None)
+    net, device = segmenter(recipe.model.build(), 5), torch.device("cpu")
+    whole = segment.step_memory(recipe, net, Pictures(), device)
+    for largest in (768 * 768, 384 * 384 + 1):  # one crop at a time, and quarters of one
+        monkeypatch.setattr(segment, "LARGEST", largest)
+        found = segment.step_memory(recipe, net, Pictures(), device)
+        assert found.weights == whole.weights
+        assert found.activations == pytest.approx(whole.activations, rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_segmenters_real_peak(precision):

@@ -1,10 +1,12 @@
-"""The best weights of a training by one figure, kept in main memory while it goes on."""
+"""The best weights of a training by one figure, kept in main memory while it goes on, and objectives that keep them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
+
+from volvelle.train.phase import Objective
 
 
 class BestWeights:
@@ -44,3 +46,31 @@ class BestWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`."""
         self.weights, self.value = dict(state["kept"]), state["kept_at"]
+
+
+class BestMoment(Objective):
+    """An objective that counts its steps and keeps `model` as it was at its best; both travel in checkpoints.
+
+    Heirs offer the figure of each evaluation to `best_weights`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.step = 0
+        self.best_weights = BestWeights(model)
+
+    def after_step(self, step: int) -> None:
+        """Count."""
+        self.step = step + 1
+
+    def use_best(self) -> None:
+        """Put the best weights into the model; nothing happens where none were kept."""
+        self.best_weights.use()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the best weights."""
+        return {"step": self.step} | self.best_weights.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self.step = state["step"]
+        self.best_weights.load_state_dict(state)

@@ -169,11 +169,8 @@ def step_memory(recipe: TrainClassify, config: AnyConfig, pictures: int, device:
         network,
         {"images": images, "labels": torch.zeros(count, dtype=torch.long)},
         loss=loss,
-        autocast=recipe.precision != "fp32",
-        average=recipe.average is not None,
+        options=recipe,
         device=device.type,
-        ranks=recipe.ranks,
-        shard=recipe.shard,
     )
 
 

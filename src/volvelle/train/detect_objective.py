@@ -14,14 +14,14 @@ from volvelle.data.boxes_augment import Fitted
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.targets import Targets, collate
-from volvelle.train.best_weights import BestWeights
+from volvelle.train.best_weights import BestMoment
 from volvelle.train.detect_measure import measure
-from volvelle.train.phase import Loss, Objective, Phase, adamw, trainable
+from volvelle.train.phase import Loss, Phase, adamw, trainable
 from volvelle.train.recipes.detect import TrainDetect
 from volvelle.train.schedule import schedule
 
 
-class DetectObjective(Objective):
+class DetectObjective(BestMoment):
     """Train all of a detector on batches of `collate_views`.
 
     Evaluations measure `selection`, whole pictures; with `keep="best"` a copy of the best weights is kept, and travels
@@ -32,9 +32,8 @@ class DetectObjective(Objective):
     forward_methods = ("losses",)
 
     def __init__(self, model: Detector, options: TrainDetect, *, selection: Fitted | None = None):
+        super().__init__(model)
         self.model, self.options, self.selection = model, options, selection
-        self.step = 0
-        self.best_weights = BestWeights(model)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The detector."""
@@ -66,10 +65,6 @@ class DetectObjective(Objective):
         """Pictures."""
         return float(len(batch["images"])), "images"
 
-    def after_step(self, step: int) -> None:
-        """Count."""
-        self.step = step + 1
-
     def evaluate(self) -> Mapping[str, float]:
         """Mean average precisions on the pictures set aside; the best weights are copied if they are to be kept."""
         if self.selection is None:
@@ -78,19 +73,6 @@ class DetectObjective(Objective):
         if self.options.keep == "best":
             self.best_weights.offer(found["map_50"])
         return {name: found[name] for name in ("map_50", "map")}
-
-    def use_best(self) -> None:
-        """Put the best weights into the model; nothing happens where none were kept."""
-        self.best_weights.use()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The step, and the best weights."""
-        return {"step": self.step} | self.best_weights.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
-        self.step = state["step"]
-        self.best_weights.load_state_dict(state)
 
 
 def magnify(pixels: Tensor, sizes: Tensor, targets: Targets, factor: float) -> tuple[Tensor, Tensor, Targets]:

@@ -34,6 +34,7 @@ from volvelle.systems.language.mtp import MTP, MultiToken
 from volvelle.train.language import completion_loss, states
 from volvelle.train.losses import ChunkedCrossEntropy, chunk_rows
 from volvelle.train.mtp import multi_token_loss
+from volvelle.train.options import FitOptions
 
 DEPTHS = (3, 5)
 """Planned depths; models of up to `SHALLOW` blocks are planned as they are."""
@@ -157,18 +158,15 @@ def estimate_step(
     batch: Mapping[str, Tensor],
     *,
     loss: Callable[[Any, Any], Tensor],
-    autocast: bool = False,
-    average: bool = False,
+    options: FitOptions,
     device: str = "cpu",
-    ranks: int = 1,
-    shard: Shard = "ddp",
 ) -> MemoryEstimate:
-    """What a step of `loss(model, batch)` takes at its peak on one rank, for any model that `build` makes.
+    """What a step of `loss(model, batch)` with these options takes at its peak on one rank, for any model.
 
-    `build` runs on fake tensors. The other arguments are those of `estimate_memory`.
+    `build` makes it; it runs on fake tensors.
     """
-    plan = plan_memory(build, batch, loss=loss, **_planning(autocast, device, ranks, shard))
-    return _at_peak(plan, average)
+    planning = _planning(options.precision != "fp32", device, options.ranks, options.shard)
+    return _at_peak(plan_memory(build, batch, loss=loss, **planning), options.average is not None)
 
 
 def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth: int) -> list[float]:

@@ -164,19 +164,19 @@ def step_memory(recipe: TrainSegment, model: Segmenter, train: MaskFolder, devic
         return SegmentObjective(net, recipe, train.frequency).loss(batch, at=(0, 0, 0, 0)).value
 
     count, (high, wide) = min(recipe.batch, len(train)), crop_size(recipe, train)
-    planned = min(count, max(1, LARGEST // (high * wide)))  # the plan follows the masks' values; the rest is alike
+    pixels = count * high * wide
+    while high * wide > LARGEST:  # the plan follows the masks' values, of so many at most; the rest is alike
+        high, wide = -(-high // 2), -(-wide // 2)
+    planned = min(count, LARGEST // (high * wide))
     masks = torch.arange(planned * high * wide).view(planned, high, wide) // 4 % len(model.classes)
     found = estimate_step(
         network,
         {"images": torch.zeros(planned, 3, high, wide, dtype=torch.uint8), "masks": masks.to(torch.uint8)},
         loss=loss,
-        autocast=recipe.precision != "fp32",
-        average=recipe.average is not None,
+        options=recipe,
         device=device.type,
-        ranks=recipe.ranks,
-        shard=recipe.shard,
     )
-    return replace(found, activations=found.activations * count // planned)
+    return replace(found, activations=found.activations * pixels // (planned * high * wide))
 
 
 def looks_of(options: LookOptions) -> Looks:

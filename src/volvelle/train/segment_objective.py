@@ -15,8 +15,8 @@ from volvelle.data.masks_labels import VOID
 from volvelle.parts.metrics.lovasz import lovasz_softmax
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.segmentation.model import Segmenter
-from volvelle.train.best_weights import BestWeights
-from volvelle.train.phase import Loss, Objective, Optimizer, OptimizerFactory, Phase, trainable
+from volvelle.train.best_weights import BestMoment
+from volvelle.train.phase import Loss, Optimizer, OptimizerFactory, Phase, trainable
 from volvelle.train.recipes.segment import TrainSegment, Weighting
 from volvelle.train.schedule import schedule
 from volvelle.train.segment_measure import measure
@@ -25,7 +25,7 @@ Corners = tuple[int, int, int, int]
 """Which of 2 x 2 pixels is looked at, and which of 2 x 2 of these: row, column, row, column, each 0 or 1."""
 
 
-class SegmentObjective(Objective):
+class SegmentObjective(BestMoment):
     """Train all of a segmenter on batches of {images uint8 (b, 3, y, x), masks uint8 (b, y, x)}.
 
     `frequency` is each class's share of the training pixels. Evaluations measure `selection`, whole pictures, and keep
@@ -38,10 +38,10 @@ class SegmentObjective(Objective):
     def __init__(
         self, model: Segmenter, options: TrainSegment, frequency: np.ndarray, *, selection: Whole | None = None
     ):
+        super().__init__(model)
         self.model, self.options, self.selection = model, options, selection
         self.class_weights = class_weights(frequency, options.weighting).to(next(model.parameters()).device)
-        self.step, self.steps = 0, 0
-        self.best_weights = BestWeights(model)
+        self.steps = 0
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The segmenter."""
@@ -72,10 +72,6 @@ class SegmentObjective(Objective):
         """Crops."""
         return float(len(batch["images"])), "images"
 
-    def after_step(self, step: int) -> None:
-        """Count."""
-        self.step = step + 1
-
     def evaluate(self) -> Mapping[str, float]:
         """Mean IoU and pixel accuracy on the pictures set aside; the best weights are copied."""
         if self.selection is None:
@@ -83,19 +79,6 @@ class SegmentObjective(Objective):
         found = measure(self.model, self.selection, precision=self.options.precision).metrics
         self.best_weights.offer(found["miou"])
         return {name: found[name] for name in ("miou", "pixel_accuracy")}
-
-    def use_best(self) -> None:
-        """Put the best weights into the model; nothing happens where none were measured."""
-        self.best_weights.use()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The step, and the best weights."""
-        return {"step": self.step} | self.best_weights.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
-        self.step = state["step"]
-        self.best_weights.load_state_dict(state)
 
 
 def class_weights(frequency: np.ndarray, kind: Weighting) -> Tensor:
