@@ -40,7 +40,7 @@ CASES = {
     "int64": Case("12 classes, int64", 12, torch.int64),
     "wide": Case("150 classes, uint8", 150, torch.uint8),
 }
-SHAPE, REPEATS = (30, 360, 480), 5
+SHAPE, SMALL = (30, 360, 480), (3, 90, 120)
 
 
 def main() -> None:
@@ -51,24 +51,23 @@ def main() -> None:
         facts = protocol.machine(("torch", "torchmetrics"))
         rows = {row["what"]: row for row in protocol.read("metrics").get("rows", [])}
         for name in options.only:
-            rows[name] = measure(name, CASES[name], rounds, (3, 90, 120) if options.quick else SHAPE)
+            rows[name] = measure(name, CASES[name], rounds, quick=options.quick)
             if not options.quick:  # after every row: a run that is cut keeps what it measured
                 record = {"shape": SHAPE, "machine": facts, "rows": list(rows.values())}
                 print(protocol.write("metrics", record))
                 tables.write("metrics")
 
 
-def measure(name: str, case: Case, rounds: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+def measure(name: str, case: Case, rounds: int, *, quick: bool) -> dict[str, Any]:
     """Every variant once a round, each round several times over the masks."""
-    preds, target = _masks(case, shape)
+    preds, target = _masks(case, SMALL if quick else SHAPE)
     variants = _variants(case, preds, target)
     values = {who: float(work()) for who, work in variants.items()}
     pairs = ("ours, an image", "MeanIoU")  # a mean over (image, class) pairs, the others over classes
     for same in ([v for who, v in values.items() if who not in pairs], [values[who] for who in pairs if who in values]):
         if same and max(same) - min(same) > 1e-6:
             raise AssertionError(f"{name}: the mean IoUs differ: {values}")
-    repeated = {who: partial(_repeat, work) for who, work in variants.items()}
-    series = protocol.interleave(repeated, rounds=rounds, most=4 * rounds, passes=2)
+    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, passes=2, lasting=0 if quick else 0.2)
     speed = {
         f"{ours} : {theirs}": protocol.compare(series, ours, theirs)
         for ours, theirs in (
@@ -80,16 +79,11 @@ def measure(name: str, case: Case, rounds: int, shape: tuple[int, int, int]) -> 
         if theirs in series
     }
     print(f"{name}: " + ", ".join(f"{pair} {protocol.shown(found)}" for pair, found in speed.items()), flush=True)
-    milliseconds = {who: 1e3 * one.summary()["wall_median"] / REPEATS for who, one in series.items()}
+    milliseconds = {who: 1e3 * one.summary()["wall_median"] for who, one in series.items()}
     return {
         "what": name, "title": case.title, "milliseconds": milliseconds, "speed": speed, "values": values,
         "seconds": {who: one.summary() for who, one in series.items()},
     }  # fmt: skip
-
-
-def _repeat(work: Callable[[], Tensor]) -> None:
-    for _ in range(REPEATS):
-        work()
 
 
 def _masks(case: Case, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

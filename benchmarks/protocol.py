@@ -19,6 +19,7 @@ import gc
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -91,11 +92,14 @@ def interleave(
     best_of: int = 1,
     passes: int = 1,
     steady: Collection[str] | None = None,
+    lasting: float = 0.0,
 ) -> dict[str, Series]:
     """Run every variant `warmup` times, then once a round in turning order; returns the seconds of each.
 
     With `passes` above 1 a round goes through all variants that often, in turn, and counts the mean seconds of each:
-    disturbances shorter than a round then fall on all variants alike.
+    disturbances shorter than a round then fall on all variants alike. A variant that takes less than `lasting` seconds
+    is called so often each time that it takes as long, and the mean of a call counts: of a call of few milliseconds,
+    one turn of the scheduler would be a large part.
 
     With `best_of` above 1 a variant runs that often in each round and its fastest run counts: what a passing
     disturbance does to one run of some seconds is left out, for all variants alike.
@@ -104,9 +108,10 @@ def interleave(
     earlier ones are kept as `dropped`.
     """
     names = list(variants)
+    calls = dict.fromkeys(names, 1)
     for _ in range(warmup):
         for name in names:
-            variants[name]()
+            calls[name] = max(1, math.ceil(lasting / max(timed(variants[name])[0], 1e-9)))
     series = {name: Series() for name in names}
     for number in range(max(rounds, most)):
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -114,7 +119,7 @@ def interleave(
             turn = cycle % len(names)
             for name in names[turn:] + names[:turn]:
                 gc.collect()
-                taken[name].append(min(timed(variants[name]) for _ in range(best_of)))
+                taken[name].append(min(timed(variants[name], calls[name]) for _ in range(best_of)))
         for name, one in series.items():
             wall, cpu = zip(*taken[name], strict=True)
             one.wall.append(statistics.fmean(wall))
@@ -129,11 +134,12 @@ def interleave(
     return series
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of one call: wall clock, and CPU time of the process."""
+def timed(work: Callable[[], object], calls: int = 1) -> tuple[float, float]:
+    """Seconds of one call, the mean of so many: wall clock, and CPU time of the process."""
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
 
 
 def compare(series: Mapping[str, Series], ours: str, baseline: str) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from volvelle.claims import peer_ops
 from volvelle.functional import deform_conv2d, nms, ps_roi_align, roi_align
 
 
+LASTING = 0.2
+
+
 class Case(NamedTuple):
     """One row: what is called, ours and theirs, and the tensors whose gradients are taken (none: forward alone)."""
 
@@ -46,7 +49,7 @@ def main() -> None:
         rows = {row["what"]: row for row in protocol.read("regions").get("rows", [])}
         for name in options.only:
             for case in CASES[name](peer, options.quick):
-                rows[case.title] = measure(case, rounds)
+                rows[case.title] = measure(case, rounds, 0 if options.quick else LASTING)
                 if not options.quick:  # after every row: a run that is cut keeps what it measured
                     record = {"machine": facts, "geometric_mean": geometric(rows), "rows": list(rows.values())}
                     print(protocol.write("regions", record))
@@ -60,12 +63,12 @@ def geometric(rows: dict[str, Any]) -> float | None:
     return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Both in turn, once a round; the values are compared first."""
+def measure(case: Case, rounds: int, lasting: float) -> dict[str, Any]:
+    """Both in turn, three times a round and for so many seconds; the values are compared first."""
     ours, theirs = case.ours(), case.theirs()
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     variants = {"ours": partial(_run, case.ours, case.wanted), "torchvision": partial(_run, case.theirs, case.wanted)}
-    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, passes=3)
+    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, passes=3, lasting=lasting)
     speed = protocol.compare(series, "ours", "torchvision")
     print(f"{case.title}: {protocol.shown(speed)}", flush=True)
     milliseconds = {who: 1e3 * one.summary()["wall_median"] for who, one in series.items()}

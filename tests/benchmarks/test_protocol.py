@@ -41,6 +41,21 @@ def test_a_round_of_several_passes_counts_their_mean(protocol, monkeypatch):
     assert series["b"].wall == pytest.approx([5.0, 7.0])
 
 
+def test_short_calls_are_repeated_and_their_mean_counts(protocol, monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
+
+    def work(name, seconds):
+        calls.append(name)
+        now[0] += seconds
+
+    variants = {"a": lambda: work("a", 0.25), "b": lambda: work("b", 2.0)}
+    series = protocol.interleave(variants, rounds=1, warmup=1, lasting=1.0)
+    assert "".join(calls) == "ab" + "aaaab"
+    assert series["a"].wall == pytest.approx([0.25])
+    assert series["b"].wall == pytest.approx([2.0])
+
+
 def test_ratios(protocol):
     series = {"ours": protocol.Series([1.0, 2.0, 1.0], []), "theirs": protocol.Series([3.0, 3.0, 3.3], [])}
     result = protocol.compare(series, "ours", "theirs")
