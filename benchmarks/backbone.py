@@ -28,7 +28,7 @@ from volvelle.systems.backbone.load import build
 PARTS = {"b0": "efficientnet-b0", "lite0": "efficientnet-lite0"}
 BASELINE = "timm, eager fp32"
 BATCHES = (1, 8)
-PICTURES = 32
+PICTURES = 16
 """Pictures of one variant in a round."""
 Variants = dict[str, Callable[[Tensor], Tensor]]
 
@@ -74,8 +74,8 @@ def measure(name: str, peer: nn.Module, ours: nn.Module, x: Tensor, rounds: int,
     series = protocol.interleave(
         {who: lambda work=work: [work(x) for _ in range(repeats)] for who, work in variants.items()},
         rounds=rounds,
-        most=4 * rounds,
-        passes=1 if quick else 4,
+        most=3 * rounds,
+        passes=1 if quick else 2,
         steady=[BASELINE],
     )
     speed = {who: protocol.compare(series, who, BASELINE) for who in series if who != BASELINE}

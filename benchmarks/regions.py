@@ -26,7 +26,6 @@ from benchmarks import protocol
 from volvelle.claims import peer_ops
 from volvelle.functional import deform_conv2d, nms, ps_roi_align, roi_align
 
-
 LASTING = 0.2
 
 

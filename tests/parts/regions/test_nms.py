@@ -28,9 +28,14 @@ def fixed_point(boxes, scores, groups, threshold):
     return order[file.fixed_point(boxes[order], groups[order], threshold).nonzero()[:, 0]]
 
 
+@pytest.fixture(params=[0, file.RUN], ids=["blocks", "runs"])
+def both_ways(request, monkeypatch):
+    monkeypatch.setattr(file, "RUN", request.param)
+
+
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 150])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
-def test_the_greedy_loop(n, threshold):
+def test_the_greedy_loop(n, threshold, both_ways):
     boxes, scores, groups = crowd(n)
     plain = loops.nms(boxes.tolist(), scores.tolist(), threshold)
     assert nms(boxes, scores, threshold).tolist() == plain
@@ -40,7 +45,7 @@ def test_the_greedy_loop(n, threshold):
     assert fixed_point(boxes, scores, groups * 0, threshold).tolist() == plain
 
 
-def test_groups_are_exact_at_any_number_and_place():
+def test_groups_are_exact_at_any_number_and_place(both_ways):
     """Boxes of 8 pixels, class 1202, in an image of 4000: moving classes apart in fp32 loses their overlaps."""
     boxes, scores, _ = crowd(600, span=3960.0, dtype=torch.float32)
     boxes[:, 2:] = boxes[:, :2] + 8
@@ -52,7 +57,7 @@ def test_groups_are_exact_at_any_number_and_place():
     assert not torch.equal(nms(moved, scores, 0.5), alone), "the case shows nothing"
 
 
-def test_the_threshold_itself_does_not_strike():
+def test_the_threshold_itself_does_not_strike(both_ways):
     """IoU 0.3 rounds up in fp32: compared as numbers it is above 0.3; 0.5 is exact and is not above."""
     boxes, scores = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 3], [0, 0, 10, 5]]), torch.tensor([0.9, 0.8, 0.7])
     assert nms(boxes[:2], scores[:2], 0.3).tolist() == [0]
@@ -60,7 +65,7 @@ def test_the_threshold_itself_does_not_strike():
     assert fixed_point(boxes[:2], scores[:2], torch.zeros(2), 0.3).tolist() == [0]
 
 
-def test_odd_boxes_neither_fall_nor_strike():
+def test_odd_boxes_neither_fall_nor_strike(both_ways):
     boxes, scores, groups = crowd(20)
     kept = set(nms(boxes, scores, 0.4).tolist())
     odd = torch.tensor([[5.0, 5, 5, 5], [9, 9, 2, 2], [math.nan, 0, 9, 9], [0, 0, math.inf, math.inf]]).double()
@@ -73,7 +78,7 @@ def test_odd_boxes_neither_fall_nor_strike():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(dtype):
+def test_sixteen_bits(dtype, both_ways):
     boxes, scores, _ = crowd(80)
     boxes, scores = boxes.to(dtype), scores.to(dtype)
     assert torch.equal(nms(boxes, scores, 0.4), nms(boxes.float(), scores.float(), 0.4))
@@ -114,7 +119,7 @@ def test_one_graph_for_every_number_of_boxes():
 
 
 @pytest.mark.peer
-def test_torchvision_keeps_the_same():
+def test_torchvision_keeps_the_same(both_ways):
     peer = torchvision()
     for seed in range(5):
         boxes, scores, _ = crowd(300, seed, dtype=torch.float32)
@@ -137,5 +142,6 @@ def test_bad_calls_are_named():
 def test_a_form_that_looks_at_fallen_boxes_is_found_out(monkeypatch):
     """A mutant: fallen boxes strike too."""
     boxes, scores, _ = crowd(60)
+    monkeypatch.setattr(file, "RUN", 0)
     monkeypatch.setattr(file, "_walk", lambda pairs: (~pairs.triu(1).any(0)).nonzero()[:, 0].tolist())
     assert nms(boxes, scores, 0.3).tolist() != loops.nms(boxes.tolist(), scores.tolist(), 0.3)

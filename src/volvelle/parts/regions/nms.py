@@ -2,9 +2,10 @@
 
     Going down the scores, keep box i unless IoU(i, j) > threshold for some j kept before it.
 
-Greedy, as in Girshick et al. 2014 (R-CNN), section 2.3. On a CPU the boxes are taken in blocks: within a block the
-pairs are walked through as bits of Python's integers, then the block's survivors strike out all later boxes at once.
-Everywhere else the same set is found as the one fixed point of
+Greedy, as in Girshick et al. 2014 (R-CNN), section 2.3. On a CPU only pairs that lie above each other along x are
+compared where these are few: sorted by x1, they are runs. Where they are many the boxes are taken in blocks: within a
+block the pairs are walked through as bits of Python's integers, then the block's survivors strike out all later boxes
+at once. Everywhere else the same set is found as the one fixed point of
 
     keep_i = no j < i with keep_j and IoU(i, j) > threshold,
 
@@ -25,6 +26,7 @@ from volvelle.parts.regions.boxes import check_boxes, wide
 from volvelle.parts.regions.iou import areas
 
 BLOCK = 64
+RUN, MOST_PAIRS = 256, 1 << 22  # pairs a box, and in all, up to which runs take less time and memory than blocks
 
 
 @export("functional.nms")
@@ -81,10 +83,10 @@ def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor | None, threshold: f
         sorted_groups = None if groups is None else groups[ranked]
         return ranked[fixed_point(boxes[ranked], sorted_groups, threshold).nonzero()[:, 0]]
     if groups is None:
-        return ranked[_in_blocks(boxes[ranked], None, threshold)]
+        return ranked[_of_sorted(boxes[ranked], None, threshold)]
     sorted_groups, by_group = groups[ranked].sort(stable=True)
     order = ranked[by_group]
-    kept = by_group[_in_blocks(boxes[order], sorted_groups, threshold)]
+    kept = by_group[_of_sorted(boxes[order], sorted_groups, threshold)]
     return ranked[kept.sort().values]
 
 
@@ -96,7 +98,7 @@ def by_score(scores: Tensor) -> Tensor:
 def fixed_point(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
     """Which of the boxes (n, 4), sorted by falling score, stay: (n) bool, from all pairs at once."""
     planes = _planes(boxes)
-    strikes = (_iou(planes, planes).double() > threshold).triu(1)
+    strikes = (_iou(planes[:, :, None], planes).double() > threshold).triu(1)
     if groups is not None:
         strikes = strikes & (groups[:, None] == groups)
 
@@ -117,17 +119,56 @@ def fixed_point(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tenso
     return state[0]
 
 
-def _in_blocks(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
+def _of_sorted(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
     """Where the sorted boxes that stay lie, int64 in rising order; groups lie together, each by falling score."""
-    n, cut = len(boxes), _rounded_down(threshold, boxes.dtype)
-    planes = _planes(boxes)
+    cut = _rounded_down(threshold, boxes.dtype)
+    order, runs = _runs(boxes, groups)
+    if int(runs.sum()) <= min(RUN * len(boxes), MOST_PAIRS):
+        return _in_runs(boxes, order, runs, cut)
+    return _in_blocks(boxes, groups, cut)
+
+
+def _runs(boxes: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The order (n) of boxes by group and x1, and how many behind each one there begin left of its right side."""
+    n = len(boxes)
+    left, order = boxes[:, 0].sort()
+    begin = torch.searchsorted(left, boxes[:, 2].contiguous())
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(n))
+    if groups is not None:  # whole numbers, so that no group and no coordinate is rounded
+        first = torch.searchsorted(groups, groups) * (n + 1)
+        places, order = (first + places).sort()
+        begin = torch.searchsorted(places, first + begin)
+    return order, (begin[order] - torch.arange(1, n + 1)).clamp_(min=0)
+
+
+def _in_runs(boxes: Tensor, order: Tensor, runs: Tensor, cut: float) -> Tensor:
+    """`_of_sorted` by the pairs of each box with the run behind it; no other pair has anything in common."""
+    n, planes = len(boxes), _planes(boxes)[:, order]
+    i = torch.repeat_interleave(runs)
+    j = torch.arange(len(i)) + (torch.arange(1, n + 1) + runs - runs.cumsum(0))[i]
+    top, bottom = planes[1], planes[3]
+    meet = ((top[i] < bottom[j]) & (top[j] < bottom[i])).nonzero()[:, 0]
+    i, j = i[meet], j[meet]
+    strikes = (_iou(planes[:, i], planes[:, j]) > cut).nonzero()[:, 0]
+    i, j = order[i[strikes]], order[j[strikes]]
+    strikers, by_score = torch.minimum(i, j).sort()
+    struck = bytearray(n)
+    for striker, falls in zip(strikers.tolist(), torch.maximum(i, j)[by_score].tolist(), strict=True):
+        if not struck[striker]:  # all that could strike it came before
+            struck[falls] = 1
+    return torch.tensor([place for place, falls in enumerate(struck) if not falls], dtype=torch.int64)
+
+
+def _in_blocks(boxes: Tensor, groups: Tensor | None, cut: float) -> Tensor:
+    """`_of_sorted` by blocks of boxes."""
+    n, planes = len(boxes), _planes(boxes)
     ends = [n] * n if groups is None else torch.searchsorted(groups, groups, right=True).tolist()
     struck = torch.zeros(n, dtype=torch.bool)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         alive = start + (~struck[start:stop]).nonzero()[:, 0]
         head = planes[:, alive]
-        pairs = _iou(head, head) > cut
+        pairs = _iou(head[:, :, None], head) > cut
         if groups is not None:
             pairs &= groups[alive, None] == groups[alive]
         keep = _walk(pairs)
@@ -141,7 +182,7 @@ def _in_blocks(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor
         strikers = alive[keep]
         if groups is not None:
             strikers = strikers[groups[strikers] == groups[stop - 1]]
-        struck[rest] = (_iou(planes[:, strikers], planes[:, rest]) > cut).any(0)
+        struck[rest] = (_iou(planes[:, strikers, None], planes[:, rest]) > cut).any(0)
     return (~struck).nonzero()[:, 0]
 
 
@@ -162,8 +203,8 @@ def _planes(boxes: Tensor) -> Tensor:
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU (n, m) of planes (5, n) and (5, m); NaN without any area, in place for the sake of the cache."""
-    x1, y1, x2, y2, own = a[:, :, None]
+    """IoU of planes (5, …) and (5, …) that broadcast; NaN without any area, in place for the sake of the cache."""
+    x1, y1, x2, y2, own = a
     width = torch.minimum(x2, b[2]).sub_(torch.maximum(x1, b[0])).clamp_(min=0)
     common = torch.minimum(y2, b[3]).sub_(torch.maximum(y1, b[1])).clamp_(min=0).mul_(width)
     return common / (own + b[4]).sub_(common)
