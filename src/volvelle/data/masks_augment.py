@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
+from volvelle.data.augment import vary_colour
 from volvelle.data.images import to_tensor
 from volvelle.data.masks import MaskFolder
 from volvelle.data.masks_labels import VOID
@@ -46,29 +47,22 @@ class Augmentation:
                 f"Augmentation: size >= 1, 0 < scale, mirror in [0, 1] and colour in [0, 1) are wanted, got {self}"
             )
 
-    def __call__(self, image: Image.Image, mask: np.ndarray, generator: random.Random) -> tuple[Tensor, Tensor]:
-        """A crop: uint8 (3, height, width) and its class numbers uint8 (height, width)."""
+    def window(self, image: Image.Image, generator: random.Random) -> Window:
+        """A random crop of the picture."""
         low, high = (math.log(value) for value in self.scale)
         scale = math.exp(generator.uniform(low, high))
         across = _place(image.width, self.size[1], scale, generator)
         down = _place(image.height, self.size[0], scale, generator)
-        cut = (across.start, down.start, across.end, down.end)
-        inside = (across.length, down.length)
-        picture = image.resize(inside, Image.Resampling.BILINEAR, box=cut)
-        labels = Image.fromarray(mask).resize(inside, Image.Resampling.NEAREST, box=cut)
-        if generator.random() < self.mirror:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            factor = generator.uniform(1 - self.colour, 1 + self.colour)
-            if self.colour:
-                picture = change(picture).enhance(factor)
-        pixels = torch.full((3, *self.size), FILL, dtype=torch.uint8)
-        numbers = torch.full(self.size, VOID, dtype=torch.uint8)
-        where = (slice(down.offset, down.offset + down.length), slice(across.offset, across.offset + across.length))
-        pixels[(slice(None), *where)] = to_tensor(picture)
-        numbers[where] = to_tensor(labels)[0]
-        return pixels, numbers
+        return Window(self.size, across, down, generator.random() < self.mirror)
+
+    def picture(self, image: Image.Image, window: Window, generator: random.Random) -> Tensor:
+        """What the window shows of the picture, in other colours: uint8 (3, height, width)."""
+        return window.place(vary_colour(window.cut(image, Image.Resampling.BILINEAR), self.colour, generator), FILL)
+
+    def __call__(self, image: Image.Image, mask: np.ndarray, generator: random.Random) -> tuple[Tensor, Tensor]:
+        """A crop: uint8 (3, height, width) and its class numbers uint8 (height, width)."""
+        window = self.window(image, generator)
+        return self.picture(image, window, generator), window.numbers(mask)
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,39 @@ class _Place:
     end: float
     offset: int
     length: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """A crop of a picture: what is cut out along each axis, the crop's size (height, width), and whether mirrored."""
+
+    size: tuple[int, int]
+    across: _Place
+    down: _Place
+    mirrored: bool
+
+    @property
+    def scale(self) -> float:
+        """How many pixels of the crop a pixel of the picture is wide."""
+        return self.across.length / (self.across.end - self.across.start)
+
+    def cut(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        """The part of the picture, resized and perhaps mirrored."""
+        box = (self.across.start, self.down.start, self.across.end, self.down.end)
+        part = image.resize((self.across.length, self.down.length), resampling, box=box)
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirrored else part
+
+    def place(self, part: Image.Image, fill: int) -> Tensor:
+        """What `cut` gave, where it lies in the crop: uint8 (c, height, width), `fill` around it."""
+        pixels = to_tensor(part)
+        whole = torch.full((len(pixels), *self.size), fill, dtype=torch.uint8)
+        down, across = self.down, self.across
+        whole[:, down.offset : down.offset + down.length, across.offset : across.offset + across.length] = pixels
+        return whole
+
+    def numbers(self, mask: np.ndarray, fill: int = VOID) -> Tensor:
+        """The crop of a map of numbers uint8 (y, x), by its nearest pixels: (height, width)."""
+        return self.place(self.cut(Image.fromarray(mask), Image.Resampling.NEAREST), fill)[0]
 
 
 def _place(size: int, wanted: int, scale: float, generator: random.Random) -> _Place:
