@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ PAGES = {
     "backbone": "docs/backbones.md",
     "detection": "docs/detection.md",
     "thundernet": "docs/detection.md",
+    "camvid": "docs/segmentation.md",
+    "bccd": "docs/detection.md",
 }
+RUN_BY = {"camvid": "trained camvid RUN", "bccd": "trained bccd RUN"}  # where the name is not the module's
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
 
@@ -325,6 +329,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "segmentation": vision_tables.segmentation,
     "backbone": vision_tables.backbone,
     "detection": vision_tables.detection,
+    "camvid": partial(vision_tables.trained, columns=vision_tables.CAMVID),
+    "bccd": partial(vision_tables.trained, columns=vision_tables.BCCD),
 }
 
 
@@ -342,7 +348,7 @@ def rendered(name: str) -> str:
     if name in FROM_CODE:
         return "\n".join(FROM_CODE[name]())
     record = protocol.read(name)
-    return "\n".join(TABLES[name](record)) if record else NOTHING.format(name=name)
+    return "\n".join(TABLES[name](record)) if record else NOTHING.format(name=RUN_BY.get(name, name))
 
 
 def place(name: str) -> re.Pattern[str]:

@@ -76,3 +76,30 @@ def thundernet() -> list[str]:
             f"| {name} | {alone:.1f} | {BACKBONE[name]} | {whole:.1f} | {PAPER[name]} | {whole / PAPER[name]:.3f} |"
         )
     return lines
+
+
+CAMVID = {
+    "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "boundary_iou": "boundary IoU",
+    "miou_of_looks": "mean IoU of all looks",
+    "pixel_accuracy_of_looks": "pixel accuracy of all looks",
+}
+BCCD = {"map_50": "mAP at IoU 0.5", "map": "mAP at 0.5 to 0.95"}
+
+
+def trained(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """A line a finished run: what it found on pictures that nothing was chosen by, and how long it took."""
+    lines = [f"| run | {' | '.join(columns.values())} | steps | minutes |", "|---" * (len(columns) + 3) + "|"]
+    for row in record["runs"]:
+        told = " | ".join(f"{row['after'][name]:.3f}" for name in columns)
+        minutes = f"{row['training_seconds'] / 60:.1f} of {row['seconds'] / 60:.1f}"
+        lines.append(f"| {row['run']}, seed {row['seed']} | {told} | {row['steps']} | {minutes} |")
+    machine, dates = record["machine"], sorted({row["date"][:10] for row in record["runs"]})
+    return [
+        *lines,
+        "",
+        f"Minutes: of training, of all from start to report, on {machine['cpus']} cores of {machine['cpu']} that were "
+        f"not idle beside it; {', '.join(sorted({row['precision'] for row in record['runs']}))}, torch "
+        f"{machine['packages']['torch']}, {' and '.join(dates)}. Stored by `python -m benchmarks.trained`.",
+    ]

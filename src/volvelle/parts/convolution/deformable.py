@@ -1,6 +1,5 @@
-"""Deformable convolution: Dai et al. 2017, "Deformable Convolutional Networks", section 2.1; with a mask Zhu et al.
-2019,
-"Deformable ConvNets v2: More Deformable, Better Results", equation 1.
+"""Deformable convolution: Dai et al. 2017, "Deformable Convolutional Networks", section 2.1; with a mask Zhu et
+al. 2019, "Deformable ConvNets v2: More Deformable, Better Results", equation 1.
 
     y(p) = Σ_k w_k m_k(p) x(p + p_k + Δp_k(p))
 
