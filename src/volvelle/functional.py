@@ -81,6 +81,8 @@ from volvelle.parts.regions.iou import distance_box_iou as diou
 from volvelle.parts.regions.iou import distance_box_iou as distance_box_iou
 from volvelle.parts.regions.iou import generalized_box_iou as generalized_box_iou
 from volvelle.parts.regions.iou import generalized_box_iou as giou
+from volvelle.parts.regions.masks import masks_to_boxes as masks_to_boxes
+from volvelle.parts.regions.masks import stability_score as stability_score
 from volvelle.parts.regions.nms import batched_nms as batched_nms
 from volvelle.parts.regions.nms import nms as nms
 from volvelle.parts.regions.ps_roi_align import ps_roi_align as ps_roi_align
@@ -151,6 +153,7 @@ __all__ = [
     "linear_attention",
     "lora_linear",
     "lovasz_softmax",
+    "masks_to_boxes",
     "master_weight_update",
     "max_unpool2d",
     "mean_iou",
@@ -181,6 +184,7 @@ __all__ = [
     "sinusoidal_positions",
     "soft_nms",
     "squeeze_excite",
+    "stability_score",
     "t5_bias",
     "t5_relative_buckets",
     "transformer_xl_bias",

@@ -29,10 +29,11 @@ def is_coco(path: Path) -> bool:
     return all(f'"{name}"' in content for name in LISTS)
 
 
-def read_coco(path: Path) -> Notes:
+def read_coco(path: Path, *, outlines: bool = False) -> Notes:
     """What a file says of its pictures. Raises VolvelleError for one that is not COCO's, or whose pictures are nowhere.
 
-    Entries are named as FILE: annotations[17].
+    Entries are named as FILE: annotations[17]. With `outlines` objects keep their `segmentation` as it stands there,
+    which takes more memory than all else in the file.
     """
     content = _content(path)
     names, images, problems = dict[int, str](), dict[Any, dict[str, Any]](), list[tuple[str, str]]()
@@ -52,7 +53,9 @@ def read_coco(path: Path) -> Notes:
     for number, entry in enumerate(content["annotations"]):
         where = f"{path}: annotations[{number}]"
         try:
-            objects[_image_of(entry, images)].append(_object(entry, names, where))
+            key = _image_of(entry, images)
+            outline = entry.get("segmentation") if outlines else None
+            objects[key].append(_object(entry, names, where, outline))
         except VolvelleError as error:
             problems.append((where, str(error)))
     root = _root(path, [entry["file_name"] for entry in images.values()])
@@ -118,7 +121,7 @@ def _image_of(entry: Any, images: dict[Any, Any]) -> Any:
     return key
 
 
-def _object(entry: dict[str, Any], names: dict[int, str], where: str) -> Object:
+def _object(entry: dict[str, Any], names: dict[int, str], where: str, outline: Any) -> Object:
     box, category = entry.get("bbox"), entry.get("category_id")
     if category not in names:
         raise VolvelleError(f"category_id {category!r} is no category of the file")
@@ -126,7 +129,7 @@ def _object(entry: dict[str, Any], names: dict[int, str], where: str) -> Object:
         raise VolvelleError(f"bbox: four numbers x, y, width, height are wanted, got {_short(box)}")
     x, y, width, height = map(float, box)
     corners = (x, y, x + width, y + height)
-    return Object(names[category], corners, where, bool(entry.get("iscrowd")), _positive(entry.get("area")))
+    return Object(names[category], corners, where, bool(entry.get("iscrowd")), _positive(entry.get("area")), outline)
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Corners = tuple[float, float, float, float]
 
@@ -13,7 +14,8 @@ Corners = tuple[float, float, float, float]
 class Object:
     """One box as a file has it: the class's name, x1 y1 x2 y2, whether it is ignored, its area, and where it stands.
 
-    `area` is that of the object itself where the file knows it, None for the box's.
+    `area` is that of the object itself where the file knows it, None for the box's. `outline` is the file's own record
+    of its mask (COCO's polygons or run lengths), where the reader was asked for it.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Object:
     where: str
     ignored: bool = False
     area: float | None = None
+    outline: Any = None
 
 
 @dataclass(frozen=True)
