@@ -39,15 +39,17 @@ def main() -> None:
     rounds = options.rounds or (2 if options.quick else 5)
     with protocol.alone(), torch.no_grad():
         facts = protocol.machine(("torch", "timm"))
-        rows = {(row["what"], row["batch"]): row for row in protocol.read("backbone").get("rows", [])}
+        rows = protocol.read("backbone").get("rows", [])
         for part in options.only:
             peer, ours = networks(PARTS[part])
             for batch in BATCHES[:1] if options.quick else BATCHES:
                 size = 64 if options.quick else CONFIGS[PARTS[part]].preprocessing.size
                 x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-                rows[part, batch] = measure(PARTS[part], peer, ours, x, rounds, quick=options.quick)
+                rows = protocol.keep(
+                    rows, measure(PARTS[part], peer, ours, x, rounds, quick=options.quick), ("what", "batch")
+                )
                 if not options.quick:
-                    print(protocol.write("backbone", {"machine": facts, "rows": list(rows.values())}))
+                    print(protocol.write("backbone", {"machine": facts, "rows": rows}))
                     tables.write("backbone")
 
 

@@ -137,20 +137,11 @@ class Bench:
 
     def keep(self, row: Row) -> None:
         """Store a row as it comes; one whose ratio was refused does not replace a good one."""
-        key = [row.get(name) for name in ("what", "who", "precision", "drafter")]
-        old = next((x for x in self.rows if [x.get(n) for n in ("what", "who", "precision", "drafter")] == key), None)
-        if old is not None and refused(row) and not refused(old):
-            return
-        self.rows = [x for x in self.rows if x is not old] + [row]
+        self.rows = protocol.keep(self.rows, row, ("what", "who", "precision", "drafter"))
         if not self.options.quick:
             packages = ["torch", "transformers"] + [llama_peer.PACKAGE] * (llama_peer.missing() is None)
             facts = protocol.machine(packages) | self.facts
             protocol.write("decode", {"model": MODEL, "size": vars(self.size), "machine": facts, "rows": self.rows})
-
-
-def refused(row: Row) -> bool:
-    """Whether a ratio of the row was refused."""
-    return any(isinstance(x, dict) and x.get("ratio", 0) is None for x in row.values())
 
 
 def plain_rows(bench: Bench) -> None:

@@ -72,15 +72,15 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch, protocol.alone():
         facts = protocol.machine(("torch", "pillow", "numpy"))
-        rows = {row["what"]: row for row in protocol.read("loader").get("rows", [])}
+        rows = protocol.read("loader").get("rows", [])
         for name in options.only:
             dataset = DATASETS[name](Path(scratch), options.quick)
             if dataset is None:
                 print(f"{name}: the data folder is absent, skipped")
                 continue
-            rows[name] = measure(name, dataset, options.workers, options.rounds)
+            rows = protocol.keep(rows, measure(name, dataset, options.workers, options.rounds))
             if not options.quick:  # after every row: a run that is cut keeps what it measured
-                print(protocol.write("loader", {"batch": BATCH, "machine": facts, "rows": list(rows.values())}))
+                print(protocol.write("loader", {"batch": BATCH, "machine": facts, "rows": rows}))
                 tables.write("loader")
 
 

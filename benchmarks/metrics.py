@@ -49,11 +49,11 @@ def main() -> None:
     rounds = options.rounds or (2 if options.quick else 5)
     with protocol.alone():
         facts = protocol.machine(("torch", "torchmetrics"))
-        rows = {row["what"]: row for row in protocol.read("metrics").get("rows", [])}
+        rows = protocol.read("metrics").get("rows", [])
         for name in options.only:
-            rows[name] = measure(name, CASES[name], rounds, quick=options.quick)
+            rows = protocol.keep(rows, measure(name, CASES[name], rounds, quick=options.quick))
             if not options.quick:  # after every row: a run that is cut keeps what it measured
-                record = {"shape": SHAPE, "machine": facts, "rows": list(rows.values())}
+                record = {"shape": SHAPE, "machine": facts, "rows": rows}
                 print(protocol.write("metrics", record))
                 tables.write("metrics")
 

@@ -209,6 +209,24 @@ def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def keep(rows: Sequence[dict[str, Any]], row: dict[str, Any], key: Sequence[str] = ("what",)) -> list[dict[str, Any]]:
+    """The rows with `row` in the place of the one of the same `key`; a refused ratio does not replace a good one."""
+    same = [all(one.get(name) == row.get(name) for name in key) for one in rows]
+    if not any(same):
+        return [*rows, row]
+    return [row if it and (refused(one) or not refused(row)) else one for one, it in zip(rows, same, strict=True)]
+
+
+def refused(row: Mapping[str, Any]) -> bool:
+    """Whether a ratio of the row, or of a table in it, was refused.
+
+    >>> refused({"speed": {"ratio": None, "refused": "restless"}}), refused({"speed": {"ours": {"ratio": 2.0}}})
+    (True, False)
+    """
+    inner = [value for value in row.values() if isinstance(value, Mapping)]
+    return "refused" in row or any(map(refused, inner))
+
+
 def in_subprocess(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Run `script` with `arguments` in a process of its own; its last line of output is JSON."""
     command = [sys.executable, str(script), *arguments]

@@ -45,18 +45,18 @@ def main() -> None:
     peer = peer_ops.torchvision_ops()
     with protocol.alone():
         facts = protocol.machine(("torch",)) | {"torchvision": peer_ops.version()}
-        rows = {row["what"]: row for row in protocol.read("regions").get("rows", [])}
+        rows = protocol.read("regions").get("rows", [])
         for name in options.only:
             for case in CASES[name](peer, options.quick):
-                rows[case.title] = measure(case, rounds, 0 if options.quick else LASTING)
+                rows = protocol.keep(rows, measure(case, rounds, 0 if options.quick else LASTING))
                 if not options.quick:  # after every row: a run that is cut keeps what it measured
-                    record = {"machine": facts, "geometric_mean": geometric(rows), "rows": list(rows.values())}
+                    record = {"machine": facts, "geometric_mean": geometric(rows), "rows": rows}
                     print(protocol.write("regions", record))
 
 
-def geometric(rows: dict[str, Any]) -> float | None:
+def geometric(rows: list[dict[str, Any]]) -> float | None:
     """The geometric mean of the ratios of all rows but suppression; None while one is missing."""
-    ratios = [row["speed"]["ratio"] for name, row in rows.items() if not name.startswith("nms")]
+    ratios = [row["speed"]["ratio"] for row in rows if not row["what"].startswith("nms")]
     if not ratios or None in ratios:
         return None
     return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))

@@ -41,11 +41,11 @@ def main() -> None:
     with protocol.alone(), torch.no_grad():
         packages = ("torch", "timm") if find_spec("timm") else ("torch",)
         facts = protocol.machine(packages)
-        rows = {row["what"]: row for row in protocol.read("segmentation").get("rows", [])}
+        rows = protocol.read("segmentation").get("rows", [])
         for name in options.only:
-            rows[name] = measure(name, PARTS[name], model, rounds, (96, 128) if options.quick else SIZE)
+            rows = protocol.keep(rows, measure(name, PARTS[name], model, rounds, (96, 128) if options.quick else SIZE))
             if not options.quick:
-                record = {"size": SIZE, "machine": facts, "rows": list(rows.values())}
+                record = {"size": SIZE, "machine": facts, "rows": rows}
                 print(protocol.write("segmentation", record))
                 tables.write("segmentation")
 

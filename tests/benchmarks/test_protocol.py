@@ -130,3 +130,14 @@ def test_a_machine_that_never_calms_down_ends_and_gives_no_ratio(protocol, monke
     series = protocol.interleave({"ours": work, "theirs": work}, rounds=2, warmup=0, most=4)
     assert [len(one.wall) + len(one.dropped) for one in series.values()] == [4, 4]
     assert protocol.compare(series, "ours", "theirs")["ratio"] is None
+
+
+def test_a_refused_row_does_not_replace_a_good_one(protocol):
+    good, bad = {"what": "a", "speed": {"ratio": 2.0}}, {"what": "a", "speed": {"ratio": None, "refused": "restless"}}
+    other = {"what": "b", "speed": {"x": {"ratio": 1.0}}}
+    assert protocol.keep([good, other], bad) == [good, other]
+    assert protocol.keep([bad, other], good) == [good, other]
+    better = {"what": "a", "speed": {"ratio": 3.0}}
+    assert protocol.keep([good, other], better) == [better, other]
+    assert protocol.keep([good], other) == [good, other]
+    assert protocol.refused({"kinds": {"chat": {"over plain": {"ratio": None, "refused": ""}}}})
