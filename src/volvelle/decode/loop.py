@@ -19,6 +19,7 @@ from torch import Tensor
 
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting, Rule, Seen
 from volvelle.decode.request import Request, Token
+from volvelle.decode.sampling import likeliest
 from volvelle.decode.speculation import Help, Speculation
 from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
 
@@ -47,7 +48,7 @@ def choose_next(logits: Tensor, draft: Draft | None, requests: Sequence[Request]
     """The rule for steps without a draft: one token a row from logits (b, n, v) of the last position."""
     last = logits[:, -1]
     if all(request.takes_argmax for request in requests):
-        return Accepted([[token] for token in last.argmax(-1).tolist()])
+        return Accepted([[token] for token in likeliest(last)])
     return Accepted(
         [[] if request.finish else [request.choose(row)] for request, row in zip(requests, last, strict=True)]
     )

@@ -109,6 +109,18 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return logits.softmax(-1)
 
 
+def likeliest(logits: Tensor) -> list[int]:
+    """The likeliest token of each row of logits (n, v), the first of equal ones.
+
+    On a CPU by numpy: torch's argmax takes five times as long, and in 16 bits ten times.
+
+    >>> likeliest(torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]]))
+    [1, 0]
+    """
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return (wide.detach().numpy() if wide.device.type == "cpu" else wide).argmax(-1).tolist()
+
+
 def draw(p: Tensor, generator: torch.Generator | None) -> int:
     """Draw a token from p (v,): the inverse of its distribution function at one uniform number.
 

@@ -223,12 +223,16 @@ class KVCache:
             self._cursor, self._pending = start + n, 0
             return
         path = checked_path("KVCache", self.batch, n, path.to(self._slots.device))
-        m, taken = path.shape[1], path >= 0
+        m = path.shape[1]
+        if path.tolist() == [list(range(m))] * self.batch:  # the usual case: everything lies where it belongs
+            self._keep[:, start + m : start + n] = True
+            self._cursor, self._pending = start + m, 0
+            return
+        taken = path >= 0
         source = torch.where(taken, path, self._slots[:m])
-        if not torch.equal(source, self._slots[:m].expand_as(source)):
-            step = self._storage.narrow(4, start, n)
-            index = source[None, None, :, None, :, None].expand(self.layers, 2, -1, self.kv_heads, -1, self.head_width)
-            step.narrow(4, 0, m).copy_(step.gather(4, index))
+        step = self._storage.narrow(4, start, n)
+        index = source[None, None, :, None, :, None].expand(self.layers, 2, -1, self.kv_heads, -1, self.head_width)
+        step.narrow(4, 0, m).copy_(step.gather(4, index))
         keep = self._keep[:, start : start + n]
         kept = taken & keep.gather(1, source)
         keep.fill_(True)
