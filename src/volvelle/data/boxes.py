@@ -311,7 +311,8 @@ def _all(images: Path, xml: Path) -> Notes:
     return Notes([*noted, *_noted(alone, xml, images, pictures).notes])
 
 
-def _coco(root: Path) -> dict[str, Notes]:
+def coco_files(root: Path) -> dict[str, Path]:
+    """The files of COCO's in a folder, by split; "" is the split of one alone that names none."""
     files = [*sorted(root.glob("*.json")), *sorted((root / "annotations").glob("*.json"))]
     found = {}
     for split, words in SPLITS.items():
@@ -319,9 +320,13 @@ def _coco(root: Path) -> dict[str, Notes]:
         named = [file for file in files if any(word in re.split("[^a-z]+", file.stem.lower()) for word in words)]
         chosen = next((file for file in (*named, *inside) if is_coco(file)), None)
         if chosen is not None:
-            found[split] = read_coco(chosen)
+            found[split] = chosen
     alone = next((file for file in files if is_coco(file)), None) if not found else None
-    return {"": read_coco(alone)} if alone is not None else found
+    return {"": alone} if alone is not None else found
+
+
+def _coco(root: Path) -> dict[str, Notes]:
+    return {split: read_coco(file) for split, file in coco_files(root).items()}
 
 
 def _beside(root: Path) -> dict[str, Notes]:

@@ -1,0 +1,288 @@
+"""Pictures with the masks of objects, for models that are asked by clicks and boxes.
+
+| what the folder holds | objects |
+|---|---|
+| images and masks of class numbers (docs/segmentation.md: layouts) | connected pieces of each class |
+| the same, with numbers=objects | one a number; 0 is the ground, 255 of an 8-bit mask is void |
+| COCO's JSON with polygons or run lengths; FILE.json | one an annotation; crowds are void |
+| sa_1.jpg + sa_1.json, … | SA-1B's files, one a picture, perhaps in train/, val/, test/ |
+
+Pieces and annotations of less than `least` pixels are no objects, nor is a class that is called background.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from volvelle.data.boxes import coco_files
+from volvelle.data.boxes_coco import read_coco
+from volvelle.data.boxes_notes import Note
+from volvelle.data.coco_masks import MaskedObject, read_masks_of, read_segmentation
+from volvelle.data.images import SUFFIXES, check_images, image_size, open_image, read_image
+from volvelle.data.masks import SPLITS, find_pairs, read_mask, read_masks
+from volvelle.data.masks_labels import VOID, Labels
+from volvelle.data.promptable_objects import Listed, Objects, Pieces
+from volvelle.data.run_lengths import RunLengths
+from volvelle.data.text import OnBad
+from volvelle.errors import UsageError, VolvelleError, did_you_mean
+
+Numbers = Literal["classes", "objects"]
+GROUND = "background"
+Progress = Callable[[str, int, int], None]
+
+
+class Marks(Protocol):
+    """Where the objects of one picture are written."""
+
+    def objects(self) -> Objects:
+        """Read them. Raises VolvelleError that names the file."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectFolder:
+    """Pictures of one split with the masks of their objects; item i is (upright RGB image, its `Objects`)."""
+
+    folder: Path
+    files: Sequence[Path]
+    marks: Sequence[Marks]
+    classes: tuple[str, ...]
+    skipped: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
+        return read_image(self.files[index]), self.marks[index].objects()
+
+    def __str__(self) -> str:
+        more = f", {len(self.skipped)} left out" if self.skipped else ""
+        return f"{self.folder}: {len(self):,} pictures with masks of objects ({len(self.classes)} classes){more}"
+
+    def source(self, index: int) -> str:
+        """The picture's path."""
+        return str(self.files[index])
+
+    def part(self, indices: Sequence[int]) -> ObjectFolder:
+        """Some of the pictures."""
+        files, marks = ([values[i] for i in indices] for values in (self.files, self.marks))
+        return replace(self, files=files, marks=marks, skipped=())
+
+
+def read_objects(
+    path: str | Path,
+    *,
+    least: int = 1,
+    numbers: Numbers = "classes",
+    on_bad: OnBad = "stop",
+    progress: Progress | None = None,
+) -> dict[str, ObjectFolder]:
+    """Find and check all pictures with masks of objects, by split ("train", "val", "test", or "").
+
+    Raises UsageError for a path that is none, VolvelleError for one without masks and for bad files; `on_bad="skip"`
+    leaves pictures with bad files out.
+    """
+    root = Path(path)
+    told = progress or (lambda label, done, total: None)
+    if root.is_file():
+        if root.suffix.lower() != ".json":
+            raise UsageError(f"{root}: a folder, or a JSON file of COCO's, is wanted")
+        return {"": _coco(root, least, on_bad, told)}
+    if not root.is_dir():
+        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise UsageError(f"{root}: no such folder", tip=did_you_mean(root.name, beside))
+    single = _single_files(root)
+    if single:
+        return {split: _singles(root, pairs, least, on_bad, told) for split, pairs in single.items()}
+    files = {split: file for split, file in coco_files(root).items() if '"segmentation"' in _text(file)}
+    if files:
+        return {split: _coco(file, least, on_bad, told) for split, file in files.items()}
+    try:
+        splits = find_pairs(root)[1]
+    except VolvelleError as error:
+        raise VolvelleError(
+            f"{root}: holds no pictures with masks of objects",
+            tip="wanted: images/ and masks/, COCO's JSON with segmentations, or a.json beside a.jpg; docs/sam.md",
+        ) from error
+    read = _number_maps if numbers == "objects" else _class_maps
+    return {split: read(root, split, least, on_bad, told) for split in splits}
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """A mask of class numbers."""
+
+    path: Path
+    labels: Labels
+    least: int
+
+    def objects(self) -> Pieces:
+        """The connected pieces of its classes."""
+        grounds = {number for number, name in enumerate(self.labels.names) if name.lower() == GROUND}
+        return Pieces(read_mask(self.path, self.labels), self.least, grounds)
+
+
+@dataclass(frozen=True)
+class NumberMap:
+    """A mask of object numbers: 8 or 16 bits, a palette, or a colour an object; 0 and black are the ground."""
+
+    path: Path
+    least: int
+
+    def objects(self) -> Listed:
+        """One object a number."""
+        values = np.asarray(open_image(self.path))
+        narrow = values.ndim == 2 and values.dtype == np.uint8
+        if values.ndim == 3:
+            values = (values[..., :3].astype(np.int32) << np.array([16, 8, 0])).sum(-1)
+        nothing = values == VOID if narrow else np.zeros(values.shape, dtype=bool)
+        present, counts = np.unique(values, return_counts=True)
+        kept = [v for v, n in zip(present.tolist(), counts.tolist(), strict=True) if v and n >= self.least]
+        masks = [RunLengths.of(values == v) for v in kept if not (narrow and v == VOID)]
+        return Listed(masks, [0] * len(masks), nothing)
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """Annotations of a COCO file about one picture."""
+
+    note: Note
+    size: tuple[int, int]
+    """(width, height)."""
+    classes: tuple[str, ...]
+    least: int
+
+    def objects(self) -> Listed:
+        """One object an annotation that is no crowd."""
+        wide, high = self.size
+        return _listed(read_masks_of(self.note, (high, wide)), (high, wide), self.classes, self.least)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A JSON file about one picture, as SA-1B has them: {"image": {...}, "annotations": [{"segmentation", ...}]}."""
+
+    path: Path
+    least: int
+
+    def objects(self) -> Listed:
+        """One object an annotation."""
+        content = _json(self.path)
+        try:
+            size = int(content["image"]["height"]), int(content["image"]["width"])
+            records = [note["segmentation"] for note in content["annotations"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise VolvelleError(f"{self.path}: not SA-1B's format: {error} is missing or wrong") from error
+        try:
+            masks = [MaskedObject(read_segmentation(record, size)) for record in records]
+        except VolvelleError as error:
+            raise VolvelleError(f"{self.path}: {error}", tip=error.tip) from error
+        return _listed(masks, size, ("object",), self.least)
+
+
+def _listed(masks: Any, size: tuple[int, int], classes: tuple[str, ...], least: int) -> Listed:
+    """Masks of `MaskedObject`s, those that are ignored as void."""
+    nothing = np.zeros(size, dtype=bool)
+    kept, labels = list[RunLengths](), list[int]()
+    for one in masks:
+        if one.ignored:
+            nothing |= one.mask.mask()
+        elif one.mask.area >= max(1, least):
+            kept.append(one.mask)
+            labels.append(classes.index(one.name))
+    return Listed(kept, labels, nothing)
+
+
+def _class_maps(root: Path, split: str, least: int, on_bad: OnBad, told: Progress) -> ObjectFolder:
+    found = read_masks(
+        root, split=split or None, on_bad=on_bad, progress=lambda done, total: told(f"checking {root}", done, total)
+    )
+    marks = [ClassMap(mask, found.labels, least) for _, mask in found.pairs]
+    return ObjectFolder(root, [image for image, _ in found.pairs], marks, found.labels.names, found.skipped)
+
+
+def _number_maps(root: Path, split: str, least: int, on_bad: OnBad, told: Progress) -> ObjectFolder:
+    pairs, lonely = find_pairs(root)[1][split]
+    marks: dict[Path, Marks] = {image: NumberMap(mask, least) for image, mask in pairs}
+    return _checked(root, marks, ("object",), on_bad, told, lonely=lonely)
+
+
+def _coco(file: Path, least: int, on_bad: OnBad, told: Progress) -> ObjectFolder:
+    notes = read_coco(file, outlines=True)
+    marks: dict[Path, Marks] = {}
+    for note in notes.notes:
+        size = note.size or (image_size(note.image) if note.image.is_file() else (1, 1))
+        marks[note.image] = Outlines(note, size, notes.classes, least)
+    return _checked(file, marks, notes.classes, on_bad, told, problems=notes.problems)
+
+
+def _singles(root: Path, pairs: Sequence[tuple[Path, Path]], least: int, on_bad: OnBad, told: Progress) -> ObjectFolder:
+    return _checked(root, {image: SingleFile(file, least) for image, file in pairs}, ("object",), on_bad, told)
+
+
+def _checked(
+    root: Path,
+    marks: Mapping[Path, Marks],
+    classes: tuple[str, ...],
+    on_bad: OnBad,
+    told: Progress,
+    *,
+    lonely: Sequence[Path] = (),
+    problems: Sequence[tuple[str, str]] = (),
+) -> ObjectFolder:
+    """Every picture and its marks read once; bad ones are named or left out."""
+    lock, done = threading.Lock(), 0
+    if problems and on_bad == "stop":
+        raise VolvelleError(f"{problems[0][0]}: {problems[0][1]}", tip="on_bad=skip leaves such objects out")
+
+    def look(image: Path) -> None:
+        nonlocal done
+        if image not in marks:
+            raise VolvelleError(f"{image}: has no mask")
+        objects = marks[image].objects()
+        size, shape = read_image(image).size, objects.void().shape
+        if shape[::-1] != size:
+            shown = [f"{wide} x {high}" for wide, high in (shape[::-1], size)]
+            raise VolvelleError(f"{image}: its masks are {shown[0]} pixels, and it is {shown[1]}")
+        with lock:
+            done += 1
+            told(f"checking {root}", done, len(marks))
+
+    good, skipped = check_images([*marks, *lonely], on_bad=on_bad, source=root, look=look)
+    lost = [f"{where}: {problem}" for where, problem in problems]
+    return ObjectFolder(root, good, [marks[image] for image in good], classes, [*lost, *skipped])
+
+
+def _single_files(root: Path) -> dict[str, list[tuple[Path, Path]]]:
+    """Pictures with a JSON file of their own, by split."""
+    found = {}
+    parts = [(split, root / word) for split, words in SPLITS.items() for word in words] + [("", root)]
+    for split, folder in parts:
+        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+        pictures = {p.stem: p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES} if files else {}
+        pairs = [(pictures[file.stem], file) for file in files if file.stem in pictures]
+        if pairs and '"image"' in _text(pairs[0][1]) and (split or not found):
+            found[split] = pairs
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VolvelleError(f"{path}: cannot be read ({error})") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise VolvelleError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
