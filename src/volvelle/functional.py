@@ -49,6 +49,7 @@ from volvelle.parts.position.convolutional import conv_positions as conv_positio
 from volvelle.parts.position.convolutional import position_readout as position_readout
 from volvelle.parts.position.deberta import deberta_log_buckets as deberta_log_buckets
 from volvelle.parts.position.deberta import disentangled_bias as disentangled_bias
+from volvelle.parts.position.decomposed import decomposed_bias as decomposed_bias
 from volvelle.parts.position.dynamic import dynamic_bias as dynamic_bias
 from volvelle.parts.position.hierarchical import hierarchical_positions as hierarchical_positions
 from volvelle.parts.position.learned import learned_positions as learned_positions
@@ -127,6 +128,7 @@ __all__ = [
     "convert_rope_layout",
     "deberta_log_buckets",
     "decode_boxes",
+    "decomposed_bias",
     "deform_conv2d",
     "deform_ps_roi_pool",
     "deform_roi_pool",

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from volvelle.systems.detection.load import thundernet as thundernet
     from volvelle.systems.language.load import load_language_model as load_language_model
     from volvelle.systems.segmentation.load import gcn as gcn
+    from volvelle.systems.segmentation.sam.load import load_sam as load_sam
+    from volvelle.systems.segmentation.sam.load import sam as sam
 
 _HOMES = {
     "efficientnet": "backbone.load",
     "gcn": "segmentation.load",
     "load_language_model": "language.load",
+    "load_sam": "segmentation.sam.load",
     "rfcn": "detection.load",
+    "sam": "segmentation.sam.load",
     "thundernet": "detection.load",
 }
 

@@ -9,10 +9,11 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from volvelle.parts.attention.sdpa_backward import fused_bf16, own_backward
 from volvelle.parts.attention.spec import Shape, Spec, Terms
+from volvelle.parts.position.encoding import Bias
 
 FOLD_QUERIES = 8
 """Up to this many grouped 16-bit queries are folded: measured 0.5-0.7x the time over 500 to 2000 keys on a CPU."""
@@ -46,7 +47,7 @@ class SDPA:
         if spec.dropout:
             return "with dropout the kernel holds the whole mask, and draws it by torch's own rule"
         if spec.shape.n_q * spec.shape.n_k > SMALL:
-            if spec.learnable_bias:
+            if spec.learnable_bias and not spec.factored:
                 return "the bias needs a gradient, for which the kernel holds all scores"
             if spec.window:
                 return "the kernel computes what the window hides"
@@ -56,6 +57,8 @@ class SDPA:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
         """Return (b, h, n_q, d_v)."""
+        if terms.factored(shape.n_q, shape.n_k):
+            return self._carried(q, k, v, terms, shape)
         grouped, scale = shape.h != shape.h_kv, terms.scale
         if (
             terms.bias is None
@@ -80,6 +83,20 @@ class SDPA:
         else:
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return out if empty is None else out.masked_fill(empty, 0)
+
+    def _carried(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
+        """The same with the bias A B^T in further features: (q, A / scale) · (k, B), scaled, is scale q · k + A B^T.
+
+        The kernel wants v as wide: it is filled up with zeros, whose columns are cut off again.
+        """
+        assert isinstance(terms.bias, Bias)
+        of_query, of_key = terms.bias.factors(q, k)
+        q = torch.cat((q, (of_query / terms.scale).to(q.dtype).expand(*q.shape[:3], -1)), dim=-1)
+        k = torch.cat((k, of_key.to(k.dtype).expand(*k.shape[:3], -1)), dim=-1)
+        wide = max(q.shape[3], shape.d_v)
+        q, k, v = (pad(x, (0, wide - x.shape[3])) for x in (q, k, v))
+        plain = terms._replace(bias=None, q_positions=None, k_positions=None)
+        return self(q, k, v, plain, shape._replace(d=wide, d_v=wide))[..., : shape.d_v]
 
 
 def _merge(allowed: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -35,6 +35,7 @@ class Spec(NamedTuple):
 
     `computed_bias`: the bias is a `Bias` that is no function of distance alone. `blockwise()`: it is that, or one by
     distance at positions with more than one distance on a diagonal, so that it must be asked block by block.
+    `factored`: the bias is a product of two thin matrices (`Bias.factors`), which q and k can carry.
     `order`: how often the result will be differentiated backwards, 0 where no gradient is asked for; `tangents`:
     forward-mode derivatives are under way; `traced`: the call becomes part of a graph (torch.compile, torch.export).
     """
@@ -56,6 +57,7 @@ class Spec(NamedTuple):
     order: int = 0
     tangents: bool = False
     traced: bool = False
+    factored: bool = False
 
 
 class Terms(NamedTuple):
@@ -88,6 +90,11 @@ class Terms(NamedTuple):
         if isinstance(self.bias, Bias):
             return self.bias.tile(q, k, *self.positions(q, k))
         return self.bias
+
+    def factored(self, n_q: int, n_k: int) -> bool:
+        """Whether q and k can carry the bias as further features (`Bias.factors`)."""
+        default = self.q_positions is None and self.k_positions is None
+        return isinstance(self.bias, Bias) and default and self.bias.rank(n_q, n_k) is not None
 
     def first_distance(self, q: Tensor, k: Tensor) -> int | None:
         """Return the distance from the first query to the last key, where distance is constant along every diagonal.
@@ -184,6 +191,7 @@ def spec_of(
         terms.segments is not None, computed,
         lambda: computed or (asked is not None and terms.first_distance(q, k) is None),
         derivatives if differentiated else 0, _tangents(q, k, v, bias), torch.compiler.is_compiling(),
+        terms.factored(shape.n_q, shape.n_k),
     )  # fmt: skip
 
 

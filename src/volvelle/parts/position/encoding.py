@@ -91,6 +91,20 @@ class Bias:
         """
         raise NotImplementedError
 
+    def rank(self, n_q: int, n_k: int) -> int | None:
+        """Return the width of `factors` for all queries against all keys at their default positions, None: it has none.
+
+        A back end then gives q and k so many features more, and holds no block of the bias at all.
+        """
+        return None
+
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A (b or 1, h or 1, n_q, r) and B (b or 1, h_kv or 1, n_k, r), in the dtype of q: the block is A B^T.
+
+        Asked where `rank` gives r.
+        """
+        raise NotImplementedError
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors besides q and k that the block and the value term are made of.
 

@@ -1,0 +1,65 @@
+"""An embedded picture: what Segment Anything computes once, to be kept, saved, and asked as often as one likes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from volvelle.errors import VolvelleError
+from volvelle.files import atomic_path
+
+if TYPE_CHECKING:
+    from volvelle.systems.segmentation.sam.mask_decoder import ImageSide
+
+_MARK = "volvelle.sam.embedding"
+
+
+@dataclass
+class Embedding:
+    """Features (1, c, g, g) of a picture of `original` (height, width), resized to `scaled` in an input of `size`.
+
+    `model` is the name of the model that computed them: no other can read them.
+    """
+
+    features: Tensor
+    original: tuple[int, int]
+    scaled: tuple[int, int]
+    size: int
+    model: str
+    image: ImageSide | None = field(default=None, repr=False, compare=False)
+    """What all prompts without a mask share, computed with the first of them; not saved."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .safetensors file: the features as they are, and the sizes."""
+        from safetensors.torch import save_file
+
+        facts = {"original": self.original, "scaled": self.scaled, "size": self.size, "model": self.model}
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary:
+            tensors = {"features": self.features.detach().cpu().contiguous()}
+            save_file(tensors, temporary, metadata={"format": "pt", _MARK: json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Embedding:
+        """Read what `save` wrote. Raises VolvelleError for a file that is missing, broken or something else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get(_MARK, "null"))
+                features = file.get_tensor("features") if facts else torch.empty(0)
+        except FileNotFoundError:
+            raise VolvelleError(f"{path}: no such file") from None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise VolvelleError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        if not isinstance(facts, dict) or features.dim() != 4:
+            raise VolvelleError(f"{path}: not an embedding that Promptable saved")
+        (height, width), (y, x) = facts["original"], facts["scaled"]
+        return cls(features.to(device or "cpu"), (height, width), (y, x), facts["size"], facts["model"])

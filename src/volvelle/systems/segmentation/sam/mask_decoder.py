@@ -1,0 +1,252 @@
+"""Segment Anything's mask decoder: two blocks in which prompt and image attend to each other, then one product a pixel.
+
+Kirillov et al. 2023, section 3 and appendix A (figure 14). A prompt's tokens are joined by learnt ones, one that will
+say how good each mask is and one a mask. After the blocks the image is doubled in size twice, and a mask's logit at a
+pixel is the product of the pixel's features with what a small network makes of the mask's token.
+
+All prompts of a picture share its embedding: what the first block needs of it is computed once (`ImageSide`), and only
+what prompts have changed in it is held for each. Maps stay in channels-last order throughout, where a transposed
+convolution of kernel and stride 2 is a product with a matrix.
+
+Shapes: b pictures, k prompts a picture, t tokens a prompt, T = 1 + masks + t, g places a side, N = g^2, c channels, m
+masks.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from volvelle.systems.segmentation.sam.config import Decoder, SamConfig
+from volvelle.systems.segmentation.sam.layers import LayerNorm2d, TwoLayers
+from volvelle.systems.segmentation.sam.token_attention import TokenAttention
+
+AT_ONCE = 16
+"""Prompts decoded together where no gradient is wanted: more need more memory and are no faster."""
+
+
+class ImageSide(NamedTuple):
+    """A picture without a mask as a prompt, as the first block meets it: the same for all its prompts."""
+
+    keys: Tensor
+    """The embedding (b, 1, N, c), the vector "no mask" added."""
+    keyed: Tensor
+    """The same with the places' encoding added."""
+    projected: tuple[Tensor, Tensor]
+    """Keys and values (b, h, N, d) of the first block."""
+
+
+class MaskDecoder(nn.Module):
+    """Mask logits (b, k, m, 4 g, 4 g) and the estimated IoU (b, k, m) of prompts over an embedding."""
+
+    def __init__(self, config: SamConfig):
+        super().__init__()
+        spec, c = config.decoder, config.width
+        self.masks = spec.masks
+        self.transformer = TwoWayTransformer(c, spec)
+        self.iou_token = nn.Embedding(1, c)
+        self.mask_tokens = nn.Embedding(spec.masks + 1, c)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(c, c // 4, 2, stride=2),
+            LayerNorm2d(c // 4),
+            nn.GELU(),
+            nn.ConvTranspose2d(c // 4, c // 8, 2, stride=2),
+            nn.GELU(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(Layers(c, c, c // 8, 3) for _ in range(spec.masks + 1))
+        self.iou_prediction_head = Layers(c, spec.iou_width, spec.masks + 1, spec.iou_depth)
+
+    def forward(
+        self,
+        embedding: Tensor,
+        position: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        multimask: bool | None = True,
+        *,
+        image: ImageSide | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits and estimated IoU: of the masks for an ambiguous prompt, or of the one for a clear prompt.
+
+        `multimask` None: of all, that for a clear prompt first.
+
+        `embedding` is (b, c, g, g), `position` (1, c, g, g); `sparse` (b, k, t, c) and `dense`
+        (b, k or 1, c, g or 1, g or 1) are the prompt encoder's. `image` is what `look` gave for this embedding, to be
+        used again for further prompts.
+        """
+        if dense.shape[1] == 1 and image is None:
+            image = self.look(embedding, position, dense)
+        if torch.is_grad_enabled() or sparse.shape[1] <= AT_ONCE:
+            return self.decode(embedding, position, sparse, dense, multimask, image)
+        parts = [
+            self.decode(
+                embedding,
+                position,
+                sparse[:, i : i + AT_ONCE],
+                dense if image is not None else dense[:, i : i + AT_ONCE],
+                multimask,
+                image,
+            )
+            for i in range(0, sparse.shape[1], AT_ONCE)
+        ]
+        return torch.cat([logits for logits, _ in parts], 1), torch.cat([iou for _, iou in parts], 1)
+
+    def look(self, embedding: Tensor, position: Tensor, dense: Tensor) -> ImageSide:
+        """What all prompts without a mask share; `dense` is (b or 1, 1, c, g or 1, g or 1)."""
+        keys = _places(embedding + dense[:, 0])
+        keyed = keys + _places(position)
+        first = self.transformer.layers[0]
+        assert isinstance(first, TwoWayBlock)
+        projected = first.cross_attn_token_to_image.keys_and_values(keyed, keys)
+        return ImageSide(keys.unsqueeze(1), keyed.unsqueeze(1), projected)
+
+    def decode(
+        self,
+        embedding: Tensor,
+        position: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        multimask: bool | None,
+        image: ImageSide | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for all prompts at once; `image` None: `dense` holds a mask for each prompt."""
+        keys, hyper, iou = self.attend(embedding, position, sparse, dense, multimask, image)
+        return self.enlarge(keys, hyper, embedding.shape[2]), iou
+
+    def attend(
+        self,
+        embedding: Tensor,
+        position: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        multimask: bool | None,
+        image: ImageSide | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `enlarge` makes masks of: each prompt's image (b, k, N, c), weights (b, k, m, c / 8); and the IoU."""
+        b, k = sparse.shape[:2]
+        learnt = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
+        tokens = torch.cat((learnt.expand(b, k, *learnt.shape), sparse.to(learnt.dtype)), dim=2)
+        places = _places(position)
+        if image is None:
+            keys = (embedding.unsqueeze(1) + dense).flatten(3).transpose(2, 3)
+            tokens, keys = self.transformer(tokens, keys, keys + places, places)
+        else:
+            tokens, keys = self.transformer(tokens, image.keys, image.keyed, places, image.projected)
+        chosen = range(0 if multimask is None else int(multimask), self.masks + 1 if multimask is not False else 1)
+        networks = [self.output_hypernetworks_mlps[i] for i in chosen]
+        hyper = torch.stack([network(tokens[:, :, 1 + i]) for i, network in zip(chosen, networks, strict=True)], 2)
+        iou = self.iou_prediction_head(tokens[:, :, 0])[..., chosen.start : chosen.stop]
+        return keys, hyper, iou
+
+    def enlarge(self, keys: Tensor, hyper: Tensor, rows: int) -> Tensor:
+        """Logits (b, k, m, 4 g, 4 g) of the image (b, k, N, c) and each mask's weights (b, k, m, c / 8)."""
+        grow, norm, _, again, _ = self.output_upscaling
+        assert isinstance(norm, LayerNorm2d)
+        x = _doubled(keys, grow)  # (b, k, N, 2, 2, c / 4)
+        x = F.gelu(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        x = F.gelu(_doubled(x, again))  # (b, k, N, 2, 2, 2, 2, c / 8)
+        b, k, n = keys.shape[:3]
+        logits = x.flatten(2, 6) @ hyper.mT  # (b, k, 16 N, m)
+        logits = logits.view(b, k, rows, n // rows, 2, 2, 2, 2, -1).permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
+        return logits.reshape(b, k, -1, 4 * rows, 4 * (n // rows))
+
+
+class TwoWayTransformer(nn.Module):
+    """The blocks, and a last look of the tokens at the image."""
+
+    def __init__(self, channels: int, spec: Decoder):
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayBlock(channels, spec, first=i == 0) for i in range(spec.depth))
+        self.final_attn_token_to_image = TokenAttention(channels, channels // spec.downsample, spec.heads)
+        # Every released implementation leaves this norm at torch's own constant.
+        self.norm_final_attn = nn.LayerNorm(channels)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        keys: Tensor,
+        keyed: Tensor,
+        places: Tensor,
+        projected: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens (b, k, T, c) and each prompt's image (b, k, N, c).
+
+        `keys` is the image (b, k or 1, N, c), `keyed` the same with `places` (1, N, c) added; `projected` are the first
+        block's keys and values of an image that all prompts share.
+        """
+        given = tokens
+        for block in self.layers:
+            tokens, keys = block(tokens, given, keys, keyed, projected)
+            keyed, projected = keys + places, None
+        tokens = tokens + self.final_attn_token_to_image.to_image(tokens + given, keyed, keys)
+        return self.norm_final_attn(tokens), keys
+
+
+class TwoWayBlock(nn.Module):
+    """Tokens attend to tokens, tokens to the image, an MLP on tokens, the image to tokens; a norm after each.
+
+    The first block's tokens are all position, so nothing is added to them and its self-attention has no shortcut.
+    """
+
+    def __init__(self, channels: int, spec: Decoder, *, first: bool):
+        super().__init__()
+        narrow = channels // spec.downsample
+        self.first = first
+        self.self_attn = TokenAttention(channels, channels, spec.heads)
+        self.norm1 = nn.LayerNorm(channels, spec.eps)
+        self.cross_attn_token_to_image = TokenAttention(channels, narrow, spec.heads)
+        self.norm2 = nn.LayerNorm(channels, spec.eps)
+        self.mlp = TwoLayers(channels, spec.mlp, F.relu)
+        self.norm3 = nn.LayerNorm(channels, spec.eps)
+        self.norm4 = nn.LayerNorm(channels, spec.eps)
+        self.cross_attn_image_to_token = TokenAttention(channels, narrow, spec.heads)
+
+    def forward(
+        self, tokens: Tensor, given: Tensor, keys: Tensor, keyed: Tensor, projected: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens (b, k, T, c) and the image (b, k, N, c); `given` are the tokens as they came."""
+        if self.first:
+            tokens = self.norm1(self.self_attn(tokens, tokens, tokens))
+        else:
+            asked = tokens + given
+            tokens = self.norm1(tokens + self.self_attn(asked, asked, tokens))
+        if projected is None:
+            found = self.cross_attn_token_to_image.to_image(tokens + given, keyed, keys)
+        else:
+            found = self.cross_attn_token_to_image.to_shared(tokens + given, *projected)
+        tokens = self.norm2(tokens + found)
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        found = self.cross_attn_image_to_token.from_image(keyed, tokens + given, tokens)
+        return tokens, self.norm4(keys + found)
+
+
+class Layers(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, width: int, hidden: int, out: int, depth: int):
+        super().__init__()
+        sizes = [width, *[hidden] * (depth - 1), out]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) of x (..., width)."""
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def _places(maps: Tensor) -> Tensor:
+    """(b, c, g, g) -> (b, N, c)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _doubled(x: Tensor, layer: nn.Module) -> Tensor:
+    """A transposed convolution of kernel and stride 2 on places (..., c): (..., 2, 2, c'), rows before columns."""
+    assert isinstance(layer, nn.ConvTranspose2d)
+    matrix = layer.weight.permute(0, 2, 3, 1)  # (c, 2, 2, c')
+    found = (x @ matrix.flatten(1)).unflatten(-1, matrix.shape[1:])
+    return found if layer.bias is None else found + layer.bias

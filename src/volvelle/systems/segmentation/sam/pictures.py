@@ -1,0 +1,143 @@
+"""Pictures on their way into Segment Anything: the longer side to the input's, zeros below and to the right.
+
+The same bytes as Meta's `ResizeLongestSide` on the picture. Enormous pictures are made smaller before they are
+converted and turned, and JPEG files already while they are decoded, so that memory holds the picture once at most.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from volvelle.data.images import to_rgb, to_tensor
+from volvelle.errors import VolvelleError
+from volvelle.systems.segmentation.sam.config import SamConfig
+
+LARGE = 1 << 25
+"""Pixels above which a picture is first reduced by a whole number: twice the input's side remain."""
+LARGEST = 1 << 30
+"""Pixels of the largest file that is opened."""
+_TURNED = 0x0112
+"""The number of the tag that says how a camera was held."""
+
+
+def scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) when the longer side is `size`, rounded to whole pixels.
+
+    >>> scaled(480, 640, 1024), scaled(3, 4000, 1024)
+    ((768, 1024), (1, 1024))
+    """
+    scale = size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def open_picture(path: str | os.PathLike[str], size: int) -> Image.Image:
+    """A file opened for an input of `size`: a JPEG is decoded no larger than needed where it is enormous.
+
+    Unlike `volvelle.data.images.open_image` it takes pictures up to `LARGEST` pixels. Raises VolvelleError that names
+    the file: missing, not an image, larger.
+    """
+    from volvelle.data.images import MAX_PIXELS, open_image
+
+    path = Path(path)
+    image = _unchecked(path)
+    if image is None or image.width * image.height <= MAX_PIXELS:
+        return open_image(path)
+    if image.width * image.height > LARGEST:
+        raise VolvelleError(f"{path}: {image.width:,} x {image.height:,} pixels are more than {LARGEST:,}")
+    return image
+
+
+def _unchecked(path: Path) -> Image.Image | None:
+    """The file by its own reader, header only, without Pillow's limit on its size; None where none takes it."""
+    Image.init()
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+        for kind in ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP"):
+            factory, accept = Image.OPEN.get(kind, (None, None))
+            if factory is not None and accept is not None and accept(start) is True:
+                return factory(open(path, "rb"), str(path))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return None
+
+
+def as_pixels(image: Image.Image | np.ndarray | Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """The picture resized, uint8 (3, y, x) with the longer side `size`, and its own (height, width), upright.
+
+    `image` is a Pillow image of any mode, or uint8 (y, x), (y, x, 1 to 4) or a tensor (1, 3 or 4, y, x). Raises
+    VolvelleError for anything else, and for pictures without pixels.
+    """
+    picture = image if isinstance(image, Image.Image) else _from_array(image)
+    if min(picture.size) < 1:
+        raise VolvelleError(f"embed: the picture has no pixels, it is {picture.width} x {picture.height}")
+    if picture.width * picture.height > LARGE:
+        picture, original = _reduced(picture, size)
+    else:
+        picture = to_rgb(ImageOps.exif_transpose(picture))
+        original = picture.height, picture.width
+    height, width = scaled(*original, size)
+    return to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR)), original
+
+
+def upright(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
+    """A picture as `as_pixels` takes it, as upright RGB in its own size."""
+    return to_rgb(ImageOps.exif_transpose(image if isinstance(image, Image.Image) else _from_array(image)))
+
+
+def _reduced(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """An enormous picture, upright RGB at about twice the input's side, and its (height, width) before."""
+    width, height = picture.size
+    turned = picture.getexif().get(_TURNED, 1) in (5, 6, 7, 8)
+    original = (width, height) if turned else (height, width)
+    exif = picture.getexif()
+    wanted = max(1, max(width, height) // (2 * size))
+    if hasattr(picture, "draft"):
+        picture.draft(None, (width // wanted, height // wanted))  # only what the decoder can skip; sizes stay larger
+    left = max(1, max(picture.size) // (2 * size))
+    if picture.mode in ("1", "P") or picture.mode.startswith("I;"):  # numbers of which Pillow makes no mean
+        small = picture.resize(
+            (max(1, picture.width // left), max(1, picture.height // left)), Image.Resampling.NEAREST
+        )
+    else:
+        small = picture.reduce(left)
+    small.getexif()[_TURNED] = exif.get(_TURNED, 1)
+    return to_rgb(ImageOps.exif_transpose(small)), original
+
+
+def _from_array(image: Any) -> Image.Image:
+    if isinstance(image, Tensor):
+        pixels = image.detach().cpu()
+        if pixels.dim() == 3 and pixels.shape[0] in (1, 3, 4):
+            pixels = pixels.permute(1, 2, 0)
+        image = pixels.numpy() if pixels.dtype == torch.uint8 else image
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        got = f"{getattr(image, 'dtype', '')} {type(image).__name__}".strip()
+        raise VolvelleError(
+            f"embed: a picture is a Pillow image, a uint8 array or a uint8 tensor, got {got}",
+            tip="pixels in [0, 1] become (255 * pixels).round().astype(uint8)",
+        )
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 2, 3, 4))
+    if not fits or image.size == 0:
+        raise VolvelleError(
+            f"embed: an array is (y, x) or (y, x, 1 to 4), a tensor (1, 3 or 4, y, x); got {tuple(image.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image))
+
+
+def padded(pixels: Tensor, config: SamConfig) -> Tensor:
+    """Normalised input (1, 3, s, s) of resized uint8 (3, y, x): zeros, which are the mean colour, fill it up.
+
+    In 255ths as Meta's code has it, (pixels - 255 mean) / (255 std), so that not a bit differs.
+    """
+    mean, std = (torch.tensor(v, dtype=torch.float64).mul(255).float().view(3, 1, 1) for v in (config.mean, config.std))
+    filled = torch.zeros(1, 3, config.size, config.size)
+    filled[0, :, : pixels.shape[1], : pixels.shape[2]] = (pixels.cpu() - mean) / std
+    return filled
