@@ -99,10 +99,9 @@ def read_objects(
     if not root.is_dir():
         beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UsageError(f"{root}: no such folder", tip=did_you_mean(root.name, beside))
-    single = _single_files(root)
+    single, files = _single_files(root), _outlined(root)
     if single:
         return {split: _singles(root, pairs, least, on_bad, told) for split, pairs in single.items()}
-    files = {split: file for split, file in coco_files(root).items() if '"segmentation"' in _text(file)}
     if files:
         return {split: _coco(file, least, on_bad, told) for split, file in files.items()}
     try:
@@ -114,6 +113,19 @@ def read_objects(
         ) from error
     read = _number_maps if numbers == "objects" else _class_maps
     return {split: read(root, split, least, on_bad, told) for split in splits}
+
+
+def holds_masks(path: str | Path) -> bool:
+    """Whether `read_objects` would find masks there, right or wrong ones."""
+    root = Path(path)
+    if root.is_file():
+        return '"segmentation"' in _text(root)
+    if not root.is_dir():
+        return False
+    try:
+        return bool(_single_files(root) or _outlined(root) or find_pairs(root)[1])
+    except VolvelleError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -259,6 +271,11 @@ def _checked(
     good, skipped = check_images([*marks, *lonely], on_bad=on_bad, source=root, look=look)
     lost = [f"{where}: {problem}" for where, problem in problems]
     return ObjectFolder(root, good, [marks[image] for image in good], classes, [*lost, *skipped])
+
+
+def _outlined(root: Path) -> dict[str, Path]:
+    """COCO's files that hold masks, by split."""
+    return {split: file for split, file in coco_files(root).items() if '"segmentation"' in _text(file)}
 
 
 def _single_files(root: Path) -> dict[str, list[tuple[Path, Path]]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from volvelle.train.phase import Loss as Loss
     from volvelle.train.phase import Objective as Objective
     from volvelle.train.phase import Phase as Phase
+    from volvelle.train.promptable import train_promptable as train_promptable
     from volvelle.train.resume import resume_run as resume_run
     from volvelle.train.scratch import train_language as train_language
     from volvelle.train.segment import train_segment as train_segment
@@ -43,6 +44,7 @@ _HOMES = {
     "train_detect": "detect",
     "train_draft": "draft",
     "train_language": "scratch",
+    "train_promptable": "promptable",
     "train_segment": "segment",
     "train_summarize": "summarize",
 }

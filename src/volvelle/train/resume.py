@@ -73,6 +73,13 @@ def _detect() -> tuple[type, Callable[..., Outcome]]:
     return TrainDetect, train_detect
 
 
+def _promptable() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.promptable import train_promptable
+    from volvelle.train.recipes.promptable import TrainPromptable
+
+    return TrainPromptable, train_promptable
+
+
 KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "adapt": _adapt,
     "classify": _classify,
@@ -80,6 +87,7 @@ KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "detect": _detect,
     "draft": _draft,
     "language": _language,
+    "promptable": _promptable,
     "segment": _segment,
     "summarize": _summarize,
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from volvelle.cli import classifying, detecting, segmenting
+from volvelle.cli import classifying, detecting, prompting, segmenting
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams
@@ -20,6 +20,7 @@ EXAMPLES = (
     "volvelle eval runs/adapt-smollm2-lora-1 data=dev.jsonl outputs=100",
     "volvelle eval runs/segment-1 data=camvid scales=0.75,1,1.5 mirror=true",
     "volvelle eval runs/detect-1 data=bccd",
+    "volvelle eval runs/promptable-1 data=camvid",
 )
 
 
@@ -50,7 +51,7 @@ class Options:
     show: int = 3
     """Answers to print."""
     split: str | None = None
-    """Segmenters, detectors: the part of the folder to measure on (train, val, test); None: val when there is one."""
+    """Runs on pictures: the part of the folder to measure on (train, val, test); None: val when there is one."""
     scales: tuple[float, ...] = (1.0,)
     """Segmenters: magnifications whose probabilities are averaged, such as 0.75,1,1.5."""
     mirror: bool = False
@@ -60,7 +61,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Print loss, perplexity, BLEU and ROUGE, with a few answers; IoU for a segmenter, mAP for a detector."""
+    """Print loss, perplexity, BLEU and ROUGE, with a few answers; IoU, by clicks perhaps, or mAP for pictures."""
     if segmenting.is_segmentation(options.model):
         return segmenting.evaluate(
             Path(options.model),
@@ -71,6 +72,8 @@ def main(options: Options) -> int:
         )
     if detecting.is_detection(options.model):
         return detecting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
+    if prompting.is_promptable(options.model):
+        return prompting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
     if classifying.is_classification(options.model):
         return classifying.evaluate(options.model, options.data, batch=options.batch, on_bad=options.on_bad)
     from volvelle.data.text import read_corpus

@@ -1,0 +1,149 @@
+"""What `eval` does with a run that trained a promptable model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from volvelle.cli.console import result, say, table
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.runs import RunFolder
+
+if TYPE_CHECKING:
+    from volvelle.systems.segmentation.sam.model import Sam
+    from volvelle.train.observer import Observer
+    from volvelle.train.precision import Kind
+
+KIND = "promptable"
+"""The kind of runs that this file knows."""
+SHOWN = 6
+"""Pictures on the page of an evaluation by boxes."""
+
+
+def is_promptable(path: str | Path) -> bool:
+    """Whether the path is a run folder of `train promptable`."""
+    folder = Path(path)
+    return (folder / "manifest.json").is_file() and RunFolder.open(folder).manifest.get("kind") == KIND
+
+
+def open_promptable(run: Path) -> Sam:
+    """The run's model. VolvelleError where it has no weights yet."""
+    from volvelle.systems.segmentation.sam.load import is_sam, load_sam
+
+    folder = RunFolder.open(run)
+    if not is_sam(folder.path / "weights"):
+        raise VolvelleError(f"{run}: has no weights yet ({folder.status})", tip=f"volvelle resume {run}")
+    return load_sam(folder.path / "weights")
+
+
+def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal["stop", "skip"] = "stop") -> int:
+    """Measure a run's model on pictures with masks of objects, by clicks; on pictures with boxes alone, by these."""
+    from volvelle.cli.training import console
+    from volvelle.data.promptable import holds_masks
+
+    model, config = open_promptable(run), RunFolder.open(run).config()
+    with console() as observer:
+        if holds_masks(data):
+            return _by_clicks(run, model, data, config, split, on_bad, observer)
+        return _by_boxes(run, model, data, config.get("precision", "fp32"), split, on_bad, observer)
+
+
+def _by_clicks(
+    run: Path,
+    model: Sam,
+    data: str,
+    config: dict[str, Any],
+    split: str | None,
+    on_bad: Literal["stop", "skip"],
+    observer: Observer,
+) -> int:
+    from volvelle.data.promptable import read_objects
+    from volvelle.train.promptable_measure import measure
+
+    parts = read_objects(
+        data,
+        least=int(config.get("least", 1)),
+        numbers=config.get("numbers", "classes"),
+        on_bad=on_bad,
+        progress=observer.work,
+    )
+    pictures = parts[_chosen(data, list(parts), split)]
+    observer.say(str(pictures))
+    found = measure(
+        model,
+        pictures,
+        clicks=config.get("clicks", (1, 2, 3, 5)),
+        more=True,
+        precision=config.get("precision", "fp32"),
+        progress=lambda done, total: observer.work("pictures", done, total),
+    )
+    rows = found.rows(pictures.classes)
+    headers = ("class", "objects", "one click", "all clicks", "best of three")
+    table(headers, [(name, f"{count:,}", *map(_percent, values)) for name, count, *values in rows])
+    worst = [f"{pictures.source(one.picture)} at {one.clicks[0].x},{one.clicks[0].y}" for one in found.worst(3)]
+    say("", *(f"worst    {name}" for name in worst), "")
+    for name, value in found.metrics.items():
+        say(f"{name:<14} {_percent(value)}")
+    keys = ("objects", "one_click", "all_clicks", "best_of_three")
+    classes = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
+    result({"run": str(run), "data": data, **found.metrics, "classes": classes, "worst": worst})
+    return 0
+
+
+def _by_boxes(
+    run: Path,
+    model: Sam,
+    data: str,
+    precision: Kind,
+    split: str | None,
+    on_bad: Literal["stop", "skip"],
+    observer: Observer,
+) -> int:
+    from volvelle.data.boxes import read_boxes
+    from volvelle.data.text import spread
+    from volvelle.train.promptable_boxes import measure_boxes, picture_of_boxes
+    from volvelle.train.report import Report
+
+    parts = read_boxes(data, on_bad=on_bad, progress=lambda done, total: observer.work(f"checking {data}", done, total))
+    pictures = parts[_chosen(data, list(parts), split)]
+    observer.say(f"{pictures}; no masks there, so boxes are the prompts")
+    found = measure_boxes(
+        model,
+        pictures,
+        precision=precision,
+        progress=lambda done, total: observer.work("pictures", done, total),
+    )
+    words = {
+        "inside": "of a mask's pixels lie inside its box",
+        "fit": "IoU of the mask's own box with its box",
+        "empty": "of the boxes got no mask",
+        "overlap": "of the smaller of two neighbours' masks is the other's too",
+        "boxes_overlap": "the same of their boxes",
+        "separated": "of neighbours' masks overlap by a tenth at most",
+    }
+    for name, value in found.metrics.items():
+        say(f"{name:<14} {_percent(value):>9}   {words[name]}")
+    page = Report(f"{run.name} on {Path(data).name}", subtitle="Boxes as prompts; nothing of this was trained on.")
+    page.tiles([(name, _percent(value), "") for name, value in found.metrics.items()])
+    page.text(f"{len(found.boxes) + found.empty:,} boxes, {len(found.pairs):,} pairs of neighbours. " + "; ".join(
+        f"{name}: {text}" for name, text in words.items()
+    ) + ".")  # fmt: skip
+    for index in spread(range(len(pictures)), SHOWN):
+        page.figure(picture_of_boxes(model, pictures, index), Path(pictures.source(index)).name)
+    file = page.write(run / f"eval-{Path(data).stem}.html")
+    say(f"page     {file}")
+    counts = {"boxes": len(found.boxes) + found.empty, "neighbours": len(found.pairs)}
+    result({"run": str(run), "data": data, **found.metrics, **counts, "page": str(file)})
+    return 0
+
+
+def _chosen(data: str, parts: Sequence[str], split: str | None) -> str:
+    chosen = split or next((name for name in ("val", "test") if name in parts), parts[0])
+    if chosen not in parts:
+        raise UsageError(f"{data}: has no {split} part", tip=f"it has: {', '.join(filter(None, parts)) or 'no parts'}")
+    return chosen
+
+
+def _percent(value: float) -> str:
+    return "none" if value < 0 or value != value else f"{100 * value:.2f} %"

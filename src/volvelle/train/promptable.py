@@ -1,0 +1,195 @@
+"""The recipe `train promptable` from end to end: data, model, training by simulated clicks, figures by clicks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from volvelle.data.loader import Loader
+from volvelle.data.masks_augment import Augmentation, split_in_runs
+from volvelle.data.promptable import ObjectFolder, read_objects
+from volvelle.data.promptable_views import ObjectViews, collate_objects
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.runs import RunFolder
+from volvelle.systems.segmentation.sam.config import Light, find_config
+from volvelle.systems.segmentation.sam.load import load_sam, sam, write_sam
+from volvelle.systems.segmentation.sam.model import Sam
+from volvelle.train.loop import FitResult, fit
+from volvelle.train.observer import Observer
+from volvelle.train.outcome import Outcome, settled
+from volvelle.train.promptable_measure import Measured, measure
+from volvelle.train.promptable_objective import PromptObjective
+from volvelle.train.promptable_report import write_report
+from volvelle.train.random_state import seed_all
+from volvelle.train.ranks import Ranks
+from volvelle.train.recipes.promptable import TrainPromptable
+from volvelle.train.scenes import data_path
+from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Pictures to train on, to choose the best moment by, and to measure the result on; `where` says what the last is.
+
+    None of the three shares a picture with another.
+    """
+
+    train: ObjectFolder
+    selection: ObjectFolder
+    test: ObjectFolder
+    where: str
+
+
+def train_promptable(
+    recipe: TrainPromptable,
+    run: RunFolder,
+    *,
+    observer: Observer | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> Outcome:
+    """Train Segment Anything and leave its best weights, metrics and a report with pictures in the run folder.
+
+    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
+    """
+    observer, ranks = observer or Observer(), ranks or Ranks()
+    with closing(run):
+        sets = read_sets(recipe, data_path(recipe.data, run, observer, ranks, seed=recipe.seed), observer)
+        device, where = choose_device(recipe.device)
+        seed_all(recipe.seed)
+        model = build_model(recipe).to(device)
+        subtitle = _first_line(recipe, model, where)
+        observer.say(subtitle)
+        objective = PromptObjective(model, recipe, selection=sets.selection)
+        loader = training_loader(recipe, sets.train)
+        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
+        if not ranks.leads:
+            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
+        return _close(recipe, run, objective, sets, result, subtitle, observer)
+
+
+def read_sets(recipe: TrainPromptable, path: Path, observer: Observer) -> Sets:
+    """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
+    splits = read_parts(recipe, path, observer)
+    train = splits.get("train") or next(iter(splits.values()))
+    if len(train) < 3:
+        raise VolvelleError(f"{path}: {len(train)} pictures cannot be split", tip="three are the least")
+    other = next((name for name in ("val", "test") if name in splits), None)
+    if recipe.held_out is None and not (other is not None and "train" in splits):
+        kept, rest = split_in_runs(len(train), max(2 / len(train), 2 * recipe.selection_share), recipe.seed)
+        parts = train.part(kept), train.part(rest[::2]), train.part(rest[1::2])
+        return Sets(*parts, "pictures set aside before training")
+    kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)
+    if recipe.held_out is not None:
+        held = read_parts(recipe, Path(recipe.held_out), observer)
+        test = next((held[name] for name in ("val", "test", "") if name in held), next(iter(held.values())))
+        return Sets(train.part(kept), train.part(chosen), test, recipe.held_out)
+    assert other is not None
+    return Sets(train.part(kept), train.part(chosen), splits[other], f"the {other} part of {path.name}")
+
+
+def read_parts(recipe: TrainPromptable, path: Path, observer: Observer) -> dict[str, ObjectFolder]:
+    """The splits of a folder or file, with what there is to say of them."""
+    splits = read_objects(
+        path, least=recipe.least, numbers=recipe.numbers, on_bad=recipe.on_bad, progress=observer.work
+    )
+    for split, found in splits.items():
+        observer.say(str(found) + (f" ({split})" if split else ""))
+        for line in found.skipped[:5]:
+            observer.say(f"  left out {line}")
+    return splits
+
+
+def build_model(recipe: TrainPromptable) -> Sam:
+    """The model of the recipe, in training mode."""
+    config = find_config(recipe.model, recipe.size)
+    if recipe.weights == "none":
+        return sam(config).train()
+    if recipe.weights == "imagenet":
+        if not isinstance(config.encoder, Light):
+            raise UsageError(
+                f"weights=imagenet: {recipe.model} has none here",
+                tip="weights=FILE of Segment Anything's, or weights=none",
+            )
+        return sam(config, weights="imagenet").train()
+    model = load_sam(recipe.weights)
+    if (model.config.encoder, model.config.size) != (config.encoder, config.size):
+        raise UsageError(
+            f"weights={recipe.weights}: is {model.config.name} at {model.config.size} pixels, "
+            f"and the recipe says {recipe.model} at {recipe.size}",
+            tip=f"model={model.config.name} size={model.config.size}",
+        )
+    return model.train()
+
+
+def training_loader(recipe: TrainPromptable, train: ObjectFolder) -> Loader:
+    """Seeded batches of random crops. The last, smaller batch of an epoch is left out when one batch is there."""
+    scale = (recipe.scale[0], recipe.scale[1])
+    augmentation = Augmentation(recipe.crop_size, scale, recipe.mirror, recipe.colour)
+    views = ObjectViews(
+        train,
+        augmentation,
+        side=recipe.size,
+        prompts=recipe.prompts,
+        least=recipe.least,
+        central=recipe.central,
+    )
+    return Loader(
+        views,
+        recipe.batch,
+        seed=recipe.seed,
+        collate=collate_objects,
+        drop_last=len(train) >= recipe.batch,
+        workers=recipe.worker_kind,
+        num_workers=recipe.workers,
+    )
+
+
+def _first_line(recipe: TrainPromptable, model: Sam, where: str) -> str:
+    """What was decided: device, number format, model and where it begins, what is trained."""
+    count = sum(p.numel() for p in model.parameters())
+    inside = sum(p.numel() for p in model.image_encoder.parameters())
+    start = "random weights" if recipe.weights == "none" else f"{recipe.weights} weights"
+    high, wide = recipe.crop_size
+    return (
+        f"{where}; {NUMBERS[recipe.precision]}; {recipe.model} at {recipe.size} px ({start}), crops {high} x {wide}; "
+        f"trains all {count:,} parameters, {count - inside:,} of them behind the image encoder"
+    )
+
+
+def _close(
+    recipe: TrainPromptable,
+    run: RunFolder,
+    objective: PromptObjective,
+    sets: Sets,
+    result: FitResult,
+    subtitle: str,
+    observer: Observer,
+) -> Outcome:
+    """Save the best weights and measure them on pictures that nothing was chosen by, unless the run was interrupted."""
+    found: Measured | None = None
+    commands: tuple[str, ...] = (resume_command(run),)
+    if not result.interrupted:
+        objective.use_best()
+        model = objective.model.eval()
+        write_sam(model, run.path / "weights")
+        observer.say(f"saved {run.path / 'weights'}; measuring on {sets.where}")
+        found = measure(
+            model,
+            sets.test,
+            clicks=recipe.clicks,
+            more=True,
+            precision=recipe.precision,
+            progress=lambda done, total: observer.work("pictures", done, total),
+        )
+        data = run.path / "data" if (run.path / "data").is_dir() else recipe.held_out or recipe.data
+        first = found.objects[0].clicks[0] if found.objects else None
+        point = f" points={first.x},{first.y}" if first else ""
+        picture = sets.test.files[found.objects[0].picture if found.objects else 0]
+        commands = (f"volvelle predict {run.path} {picture}{point}", f"volvelle eval {run.path} data={data}")
+    report = write_report(
+        run, result, objective.model, sets, found=found, samples=recipe.samples, subtitle=subtitle, commands=commands
+    )
+    facts = {"measured_on": sets.where}
+    after = found.metrics if found else {}
+    return settled(run, result, before={}, after=after, report=report, commands=commands, facts=facts)

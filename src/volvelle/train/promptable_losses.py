@@ -1,0 +1,51 @@
+"""Losses of promptable segmentation: focal and dice on masks that may cover part of a cell, the best of several masks.
+
+    focal(p, t) = |t - p|^γ BCE(p, t)           mean over known cells
+    dice(p, t)  = 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)
+
+Kirillov et al. 2023, section 3: focal to dice as 20 to 1, the mean squared error of the estimated IoU added, and of the
+masks of an ambiguous prompt only the one with the least loss learns. t is the share of a cell (4 x 4 pixels) that the
+object covers, so that outlines are learnt finer than cells.
+
+Shapes: b pictures, k prompts, m masks, y x cells.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FOCAL, GAMMA = 20.0, 2.0
+
+
+def mask_losses(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
+    """20 focal + dice of each mask: logits (b, k, m, y, x), cover (b, k, y, x), known (b, y, x) -> (b, k, m).
+
+    >>> right = torch.tensor([[[[0.0, 1.0]]]])
+    >>> sure = torch.tensor([[[[[-9.0, 9.0]], [[9.0, -9.0]]]]])
+    >>> [round(x, 2) for x in mask_losses(sure, right, torch.ones(1, 1, 2)).flatten().tolist()]
+    [0.0, 180.66]
+    """
+    logits, target, weight = logits.float(), cover.unsqueeze(2), known[:, None, None].float()
+    p = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
+    count = weight.sum((-2, -1)).clamp(min=1)
+    focal = (weight * (target - p).abs().pow(GAMMA) * entropy).sum((-2, -1)) / count
+    both = (weight * p * target).sum((-2, -1))
+    either = (weight * p).sum((-2, -1)) + (weight * target).sum((-2, -1))
+    return FOCAL * focal + 1 - (2 * both + 1) / (either + 1)
+
+
+@torch.no_grad()
+def overlaps(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
+    """IoU (b, k, m) of the masks logits > 0 with the objects, by the cells' known shares."""
+    weight = known[:, None, None].float()
+    seen, target = (logits > 0) * weight, cover.unsqueeze(2) * weight
+    both = (seen * target).sum((-2, -1))
+    return both / (seen.sum((-2, -1)) + target.sum((-2, -1)) - both).clamp(min=1e-6)
+
+
+def best_of(losses: Tensor) -> Tensor:
+    """The least loss of each prompt's masks (b, k, m) -> (b, k); only that mask gets a gradient."""
+    return losses.amin(-1)
