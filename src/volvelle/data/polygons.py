@@ -43,10 +43,11 @@ def trace_polygons(mask: np.ndarray, *, tolerance: float = 0.0) -> list[list[flo
     >>> trace_polygons(np.array([[0, 1, 1], [0, 1, 1]], dtype=bool))
     [[1.0, 0.0, 1.0, 2.0, 3.0, 2.0, 3.0, 0.0]]
     """
-    from scipy.ndimage import label
+    from scipy import ndimage
 
     filled = np.ascontiguousarray(mask, dtype=bool)
-    pieces, count = label(filled)
+    pieces = np.zeros(filled.shape, dtype=np.int32)
+    count = int(ndimage.label(filled, output=pieces))  # pyright: ignore[reportArgumentType]
     outlines: list[list[np.ndarray]] = [[] for _ in range(count)]
     for ring in _rings(np.pad(filled, 1)):
         # A ring's first corner is its leftmost of the topmost row: the pixel below right of it is inside an outline,

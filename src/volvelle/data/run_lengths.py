@@ -195,7 +195,7 @@ def expand(text: str | bytes) -> np.ndarray:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
 
 
 def _told(counts: np.ndarray) -> str:

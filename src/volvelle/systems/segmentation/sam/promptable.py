@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from volvelle.systems.segmentation.sam.prompts import Numbers, Prompts, prepare
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from volvelle.systems.segmentation.sam.everything import Everything
+    from volvelle.systems.segmentation.sam.options import EverythingOptions
 
 THRESHOLD = 0.0
 """The logit from which a pixel belongs to a mask."""
@@ -115,11 +119,18 @@ class Promptable:
             logits, iou = decoder(embedding.features, position, sparse, dense, multimask, image=image)
         return logits[0], iou[0]
 
-    def everything(self, image: Image | np.ndarray | Tensor, **options: Any) -> Any:
+    def everything(
+        self,
+        image: Image | np.ndarray | Tensor,
+        *,
+        options: EverythingOptions | None = None,
+        max_memory: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Everything:
         """Find all masks of a picture; see `volvelle.systems.segmentation.sam.everything.everything`."""
         from volvelle.systems.segmentation.sam.everything import everything
 
-        return everything(self, image, **options)
+        return everything(self, image, options=options, max_memory=max_memory, progress=progress)
 
     def _check(self, embedding: Embedding) -> None:
         config = self.model.config
