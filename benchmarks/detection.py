@@ -58,7 +58,7 @@ def heads(rounds: int, *, quick: bool) -> dict[str, Any]:
         model = detector(name, 20).eval()
         for count in REGIONS[:: len(REGIONS) - 1] if quick else REGIONS:
             variants[f"{who}, {count}"] = behind_the_backbone(model, size, count)
-    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, lasting=0 if quick else 1)
+    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, best_of=1 if quick else 5)
     slopes = {who: protocol.compare(series, f"{who}, {REGIONS[0]}", f"{who}, {REGIONS[-1]}") for who in HEADS}
     for who, slope in slopes.items():
         print(f"heads: {who}: {REGIONS[-1]} regions cost {protocol.shown(slope)} of {REGIONS[0]}", flush=True)

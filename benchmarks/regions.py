@@ -22,11 +22,11 @@ from torch import Tensor
 
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import protocol
+from benchmarks import protocol, tables
 from volvelle.claims import peer_ops
 from volvelle.functional import deform_conv2d, nms, ps_roi_align, roi_align
 
-LASTING = 0.2
+LASTING = 0.1
 
 
 class Case(NamedTuple):
@@ -52,22 +52,22 @@ def main() -> None:
                 if not options.quick:  # after every row: a run that is cut keeps what it measured
                     record = {"machine": facts, "geometric_mean": geometric(rows), "rows": rows}
                     print(protocol.write("regions", record))
+                    tables.write("regions")
 
 
 def geometric(rows: list[dict[str, Any]]) -> float | None:
-    """The geometric mean of the ratios of all rows but suppression; None while one is missing."""
+    """The geometric mean of the ratios that were not refused, of all rows but suppression."""
     ratios = [row["speed"]["ratio"] for row in rows if not row["what"].startswith("nms")]
-    if not ratios or None in ratios:
-        return None
-    return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
+    measured = [ratio for ratio in ratios if ratio is not None]
+    return math.exp(statistics.fmean(map(math.log, measured))) if measured else None
 
 
 def measure(case: Case, rounds: int, lasting: float) -> dict[str, Any]:
-    """Both in turn, three times a round and for so many seconds; the values are compared first."""
+    """Both in turn, the fastest of five in each round, each of so many seconds; the values are compared first."""
     ours, theirs = case.ours(), case.theirs()
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     variants = {"ours": partial(_run, case.ours, case.wanted), "torchvision": partial(_run, case.theirs, case.wanted)}
-    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, passes=3, lasting=lasting)
+    series = protocol.interleave(variants, rounds=rounds, most=4 * rounds, best_of=5, lasting=lasting)
     speed = protocol.compare(series, "ours", "torchvision")
     print(f"{case.title}: {protocol.shown(speed)}", flush=True)
     milliseconds = {who: 1e3 * one.summary()["wall_median"] for who, one in series.items()}

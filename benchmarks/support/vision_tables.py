@@ -78,6 +78,17 @@ def thundernet() -> list[str]:
     return lines
 
 
+def regions(record: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of each operator beside torchvision's, and the mean of the ratios."""
+    lines = ["| operator | ours | torchvision | ours : torchvision |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        told = " | ".join(f"{row['milliseconds'][who]:.1f} ms" for who in ("ours", "torchvision"))
+        lines.append(f"| {row['what']} | {told} | {protocol.shown(row['speed'])} |")
+    measured = [row for row in record["rows"] if row["speed"]["ratio"] is not None and row["what"][:3] != "nms"]
+    mean = f"Geometric mean of the {len(measured)} ratios without nms: {record['geometric_mean']:.2f}. "
+    return [*lines, "", mean + footer("regions", record["machine"])]
+
+
 CAMVID = {
     "miou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
