@@ -13,6 +13,7 @@ Memory holds the picture's embedding, a few prompts on their way through the dec
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ class FoundMask:
         x1, y1, x2, y2 = self.crop
         facts = {
             "predicted_iou": self.iou,
-            "stability_score": self.stability,
+            "stability_score": None if math.isnan(self.stability) else self.stability,
             "point_coords": [list(self.point)],
             "crop_box": [x1, y1, x2 - x1, y2 - y1],
         }

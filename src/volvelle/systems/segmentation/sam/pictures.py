@@ -92,6 +92,13 @@ def upright(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
     return to_rgb(ImageOps.exif_transpose(image if isinstance(image, Image.Image) else _from_array(image)))
 
 
+def shrunk(picture: Image.Image, size: tuple[int, int], step: int) -> Image.Image:
+    """A picture whose upright `size` is (height, width), in RGB, with one pixel for `step` x `step`."""
+    height, width = (-(-side // step) for side in size)
+    small = _reduced(picture, max(height, width))[0] if picture.width * picture.height > LARGE else upright(picture)
+    return small if small.size == (width, height) else small.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def _reduced(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
     """An enormous picture, upright RGB at about twice the input's side, and its (height, width) before."""
     width, height = picture.size
