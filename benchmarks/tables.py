@@ -36,6 +36,7 @@ PAGES = {
     "backbone": "docs/backbones.md",
     "detection": "docs/detection.md",
     "thundernet": "docs/detection.md",
+    "sam": "docs/sam.md",
     "regions": "docs/regions.md",
     "camvid": "docs/segmentation.md",
     "bccd": "docs/detection.md",
@@ -331,6 +332,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "backbone": vision_tables.backbone,
     "detection": vision_tables.detection,
     "regions": vision_tables.regions,
+    "sam": vision_tables.sam,
     "camvid": partial(vision_tables.trained, columns=vision_tables.CAMVID),
     "bccd": partial(vision_tables.trained, columns=vision_tables.BCCD),
 }

@@ -63,6 +63,53 @@ def detection(record: Mapping[str, Any]) -> list[str]:
     return [*lines, footer("detection", record["machine"])]
 
 
+def sam(record: Mapping[str, Any]) -> list[str]:
+    """Seconds of the encoder, of a click and of all masks, beside the peers, and how far the answers lie apart."""
+    lines: list[str] = []
+    if "encoder" in record:
+        found = record["encoder"]
+        lines += [
+            f"| image encoder, {found['model']} | seconds | : transformers | relative error |",
+            "|---|---|---|---|",
+        ]
+        for who, one in found["seconds"].items():
+            told = protocol.shown(found["speed"][who]) if who in found["speed"] else "baseline"
+            lines.append(f"| {who} | {one['wall_median']:.2f} | {told} | {found['far'][who]:.1e} |")
+        lines.append("")
+    if "decoder" in record:
+        clicks = record["decoder"]["clicks"]
+        lines += [
+            f"| a click, {record['decoder']['model']} | at once | ms each | : segment_anything | relative error |"
+        ]
+        lines += ["|---|---|---|---|---|"]
+        for count, found in clicks.items():
+            for who, one in found["seconds"].items():
+                told = protocol.shown(found["speed"][who]) if who in found["speed"] else "baseline"
+                each = 1000 * one["wall_median"] / int(count)
+                lines.append(f"| {who} | {count} | {each:.1f} | {told} | {found['far'][who]:.1e} |")
+        lines.append("")
+    for name in [name for name in record if name.startswith("everything")]:
+        lines += [*_everything(name, record[name]), ""]
+    packages = record["machine"]
+    return [*lines, footer("sam", packages)]
+
+
+def _everything(name: str, found: Mapping[str, Any]) -> list[str]:
+    """One picture by both generators: stages, ratio, masks that agree, memory."""
+    stages = list(dict.fromkeys(stage for times in found["stages"].values() for stage in times if times[stage] > 0))
+    title = f"{name}: {found['model']}, {found['points']} x {found['points']} points, {found['masks']} masks"
+    lines = [f"| {title} | seconds | {' | '.join(stages)} | : theirs | masks as theirs | least IoU | memory |"]
+    lines.append("|---" * (len(stages) + 6) + "|")
+    for who, one in found["seconds"].items():
+        times = " | ".join(f"{found['stages'][who].get(stage, 0):.2f}" for stage in stages)
+        same = found["alike"].get(who)
+        told = protocol.shown(found["speed"][who]) if same else "baseline"
+        alike = f"{same['common']} of {same['ours']} | {same['least_iou']:.4f}" if same else " | "
+        held = f"{found['memory'][who]['rss_growth'] / 2**20:.0f} MiB" if who in found["memory"] else ""
+        lines.append(f"| {who} | {one['wall_median']:.2f} | {times} | {told} | {alike} | {held} |")
+    return lines
+
+
 def thundernet() -> list[str]:
     """Products of the detectors at 320 pixels, counted now, beside the paper's figures."""
     from volvelle.claims.thundernet import BACKBONE, PAPER, costs

@@ -96,7 +96,7 @@ def predict(
         notes = file.with_name(file.name.removesuffix("overlay.png") + "masks.json")
         file.write_bytes(png(_overlay(picture, size, objects, asked if grid is None else None)))
         name = Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()
-        write_coco_masks(notes, [(name, size[::-1])], [objects])
+        write_coco_masks(notes, [(name, (size[1], size[0]))], [objects])
         say(f"{path}: {len(objects):,} masks", *_told(objects), f"  overlay  {file}", f"  masks    {notes}")
         if not objects:
             say("  none was sure and stable enough; lower grid.iou or grid.stability")
