@@ -61,6 +61,7 @@ class MaskDecoder(nn.Module):
         )
         self.output_hypernetworks_mlps = nn.ModuleList(Layers(c, c, c // 8, 3) for _ in range(spec.masks + 1))
         self.iou_prediction_head = Layers(c, spec.iou_width, spec.masks + 1, spec.iou_depth)
+        _begin_near_the_prompt(self.transformer)
 
     def forward(
         self,
@@ -239,6 +240,19 @@ class Layers(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         return self.layers[-1](x)
+
+
+@torch.no_grad()
+def _begin_near_the_prompt(transformer: TwoWayTransformer) -> None:
+    """Start between tokens and image with W_q = W_k, from N(0, 1 / c).
+
+    The score of a prompt and a place is then near B z · B z' of their Fourier features, which is highest where the two
+    lie together: a fresh decoder looks where it is asked to, which it would else have to find out first.
+    """
+    for name, module in transformer.named_modules():
+        if isinstance(module, TokenAttention) and not name.endswith("self_attn"):
+            nn.init.normal_(module.k_proj.weight, std=module.k_proj.in_features**-0.5)
+            module.q_proj.weight.copy_(module.k_proj.weight)
 
 
 def _places(maps: Tensor) -> Tensor:
