@@ -42,7 +42,7 @@ def overlaps(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
     """IoU (b, k, m) of the masks logits > 0 with the objects, by the cells' known shares."""
     weight = known[:, None, None].float()
     seen, target = (logits > 0) * weight, cover.unsqueeze(2) * weight
-    both = (seen * target).sum((-2, -1))
+    both = (target * (logits > 0)).sum((-2, -1))
     return both / (seen.sum((-2, -1)) + target.sum((-2, -1)) - both).clamp(min=1e-6)
 
 

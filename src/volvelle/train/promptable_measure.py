@@ -167,7 +167,7 @@ class _Asking:
             found = self.prompted.predict(
                 self.embedding, points=points, labels=labels, masks=before, multimask=multimask
             )
-        return found.masks.cpu().numpy(), found.iou.argmax(1).tolist(), found.logits
+        return found.masks.cpu().numpy(), found.iou.argmax(1).tolist(), found.logits.float()
 
     def _ious(self, masks: np.ndarray) -> list[float]:
         return [self._iou(some[0], truth) for some, truth in zip(masks, self.truths, strict=True)]
@@ -205,5 +205,5 @@ def replay(model: Sam, image: Image.Image, clicks: Sequence[Click], *, precision
             found = prompted.predict(embedding, points=points, labels=labels, masks=before, multimask=count == 1)
             rank = int(found.iou[0].argmax())
             masks.append(found.masks[0, rank].cpu().numpy())
-            before = found.logits[:, rank]
+            before = found.logits[:, rank].float()
     return masks
