@@ -307,8 +307,8 @@ def _alike(ours: Everything, theirs: list[dict[str, Any]]) -> dict[str, Any]:
         apart, common = apart + wrong[at], common + 1
         del candidates[at]
     return {
-        "ours": len(ours.masks), "theirs": len(theirs), "common": common, "least_iou": min(overlaps, default=1.0),
-        "pixels": apart,
+        "ours": len(ours.masks), "theirs": len(theirs), "common": common, "pixels": apart,
+        "least_iou": float(min(overlaps, default=1.0)),
     }  # fmt: skip
 
 

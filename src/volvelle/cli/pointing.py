@@ -71,6 +71,7 @@ def predict(
 
     With `grid` everything is looked for, else what was `asked`. `memory` is in GB.
     """
+    from volvelle.cli.prompting import is_promptable, open_promptable
     from volvelle.cli.segmenting import free_name
     from volvelle.data.coco_masks import write_coco_masks
     from volvelle.systems.segmentation.sam.load import load_sam
@@ -83,7 +84,7 @@ def predict(
         raise UsageError("predict: a promptable model wants to be asked", tip=tip)
     if memory is not None and not memory > 0:
         raise UsageError(f"memory: must be above 0 GB, got {memory}")
-    promptable = Promptable(load_sam(model))
+    promptable = Promptable(open_promptable(Path(model)) if is_promptable(model) else load_sam(model))
     pictures = [(path, open_picture(path, promptable.model.config.size)) for path in images]  # before any is written
     out.mkdir(parents=True, exist_ok=True)
     records = list[dict[str, Any]]()

@@ -51,13 +51,7 @@ class RunLengths:
 
         Nothing as large as the mask is made.
         """
-        wide, high = columns.shape
-        framed = np.zeros((wide, high + 2), dtype=bool)  # a 0 above and below each column: its runs begin and end
-        framed[:, 1:-1] = columns
-        at = np.flatnonzero(framed[:, 1:] != framed[:, :-1])
-        column, row = np.divmod(at, high + 1)
-        edges = (column + corner[0]) * size[0] + row + corner[1]
-        return cls.between(edges, size)
+        return cls.between(edges_of(columns, corner, size[0]), size)
 
     @classmethod
     def between(cls, edges: np.ndarray, size: tuple[int, int]) -> RunLengths:
@@ -135,6 +129,22 @@ class RunLengths:
             told = f"{size[0]} x {size[1]} = {total}"
             raise VolvelleError(f"run lengths: counts must be above 0 and add up to {told}, got {_told(found)}")
         return cls((int(size[0]), int(size[1])), found)
+
+
+def edges_of(columns: np.ndarray, corner: tuple[int, int], height: int) -> np.ndarray:
+    """Where the runs of bool `columns` (x, y) begin and end, in turn, in a mask of that height; `corner` is (x, y).
+
+    Runs end with their column: where one goes on in the next, an index stands twice. Edges of columns that follow each
+    other, one behind the other, are those of all of them.
+
+    >>> edges_of(np.array([[0, 1, 1], [1, 1, 0]], dtype=bool), (2, 0), 3).tolist()
+    [7, 9, 9, 11]
+    """
+    wide, high = columns.shape
+    framed = np.zeros((wide, high + 2), dtype=bool)  # a 0 above and below each column: its runs begin and end
+    framed[:, 1:-1] = columns
+    column, row = np.divmod(np.flatnonzero(framed[:, 1:] != framed[:, :-1]), high + 1)
+    return (column + corner[0]) * height + row + corner[1]
 
 
 def union(masks: Sequence[RunLengths]) -> RunLengths:

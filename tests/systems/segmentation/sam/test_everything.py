@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,22 @@ def test_bands_are_what_two_interpolations_give(low, used, box, size, smooth):
         assert stability == pytest.approx(stability_score(whole[number], 0.25).item(), abs=1e-5, nan_ok=True)
     stable = [number for number, _, _ in Upsampler(low, 4 * low, used, box, size).masks(z, threshold=0.25, least=0.6)]
     assert stable == (stability_score(whole, 0.25) >= 0.6).nonzero()[:, 0].tolist()
+
+
+def test_no_map_of_the_picture_is_made():
+    at = torch.linspace(-1, 1, 64)
+    z = 20 * (0.5 - torch.hypot(at, at[:, None]))[None]
+    way = Upsampler(64, 256, (192, 256), (0, 0, 4000, 3000), (3000, 4000))
+    tracemalloc.start()
+    try:
+        ((_, stability, mask),) = way.masks(z)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.6 < stability < 0.75
+    assert mask.area > 2_000_000
+    assert peak < 3_000_000, "the mask itself has 12,000,000 pixels"
+    assert way.bytes_needed() < 3_000_000
 
 
 # The peer.

@@ -6,7 +6,7 @@ linear and act on each axis alone, so together they are two matrices whose rows 
     M = A_y L A_x^T,    M is L in the picture's size
 
 Only where M can pass the lowest threshold is it computed, in bands of columns that stay in the processor's cache; of a
-band what is kept is one bit a pixel and two counts. No map of the picture's size in floating point exists.
+band what is kept is where its runs begin and end, and two counts. No map of the picture's size exists, in bits neither.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from volvelle.data.run_lengths import RunLengths
+from volvelle.data.run_lengths import RunLengths, edges_of
 from volvelle.parts.regions.masks import masks_to_boxes
 
 CACHED = 2**15
 """Numbers of a band on a processor: 128 KiB."""
-LARGE = 2**22
+LARGE = 2**20
 """Numbers of a band on other devices, where many small steps cost more than memory."""
 
 
@@ -74,9 +74,9 @@ class Upsampler:
         self.numbers = CACHED if torch.device(device).type == "cpu" else LARGE
 
     def bytes_needed(self) -> int:
-        """The most that one mask takes: bits as bytes twice, what lies between the two matrices, and three bands."""
-        wide, high = len(self.x.weights), len(self.y.weights)
-        return 2 * wide * (high + 2) + 4 * self.x.weights.shape[1] * high + 12 * (self.numbers + high)
+        """The most that one mask takes besides its run lengths: what lies between the two matrices, and a band."""
+        low, high = self.x.weights.shape[1], len(self.y.weights)
+        return 4 * low * high + 48 * (self.numbers + high)
 
     def masks(
         self, logits: Tensor, *, threshold: float = 0.0, offset: float = 1.0, least: float = 0.0
@@ -91,33 +91,32 @@ class Upsampler:
         found = []
         for number, (one, (left, top, right, bottom)) in enumerate(zip(logits, windows, strict=True)):
             xs, ys = self.x.reach(left, right + 1), self.y.reach(top, bottom + 1)
-            columns, high, low = self._threshold(one, xs, ys, threshold, offset)
+            edges, high, low = self._threshold(one, xs, ys, threshold, offset)
             stability = float(np.float32(high) / np.float32(low)) if low else float("nan")
             if least <= 0 or stability >= np.float32(least):
-                corner = xs[0] + self.corner[0], ys[0] + self.corner[1]
-                found.append((number, stability, RunLengths.placed(columns, corner, self.size)))
+                found.append((number, stability, RunLengths.between(edges, self.size)))
         return found
 
     def _threshold(
         self, logits: Tensor, xs: tuple[int, int], ys: tuple[int, int], threshold: float, offset: float
     ) -> tuple[np.ndarray, int, int]:
-        """The mask of a window as columns (x, y), and how many pixels pass the higher and the lower threshold."""
-        wide, tall = max(xs[1] - xs[0], 0), max(ys[1] - ys[0], 0)
-        columns = np.empty((wide, tall), dtype=bool)
-        if not columns.size:
-            return columns, 0, 0
+        """Where the runs of a window begin and end, and how many pixels pass the higher and the lower threshold."""
+        tall = ys[1] - ys[0]
+        if xs[1] <= xs[0] or tall <= 0:
+            return np.zeros(0, dtype=np.int64), 0, 0
         begin, end = self.x.needs(*xs)
         middle = self._along_y(logits[:, begin:end], ys)
-        high = low = 0
+        edges, high, low = list[np.ndarray](), 0, 0
         step = max(1, self.numbers // tall)
         for start in range(xs[0], xs[1], step):
             stop = min(start + step, xs[1])
             first, last = self.x.needs(start, stop)
             band = (self.x.weights[start:stop, first:last] @ middle[first - begin : last - begin]).cpu().numpy()
-            np.greater(band, threshold, out=columns[start - xs[0] : stop - xs[0]])
+            corner = start + self.corner[0], ys[0] + self.corner[1]
+            edges.append(edges_of(band > threshold, corner, self.size[0]))
             high += int(np.count_nonzero(band > threshold + offset))
             low += int(np.count_nonzero(band > threshold - offset))
-        return columns, high, low
+        return np.concatenate(edges), high, low
 
     def _along_y(self, logits: Tensor, ys: tuple[int, int]) -> Tensor:
         """Columns of the logits (low, n) on rows ys of the crop: (n, y)."""
