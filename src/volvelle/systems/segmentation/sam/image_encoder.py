@@ -60,7 +60,7 @@ class _Patches(nn.Module):
         self.proj = nn.Conv2d(3, width, STRIDE, stride=STRIDE)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).permute(0, 2, 3, 1)
+        return self.proj(pixels).permute(0, 2, 3, 1).contiguous()  # or all that follows goes through memory in strides
 
 
 class Block(nn.Module):

@@ -3,8 +3,7 @@
 A head's score of a token i against a place j is (W_q t_i) · (W_k z_j) = (W_k^T W_q t_i) · z_j: the key's projection can
 be moved to the token's side, and likewise the value's projection behind the sum, Σ_j p_ij W_v z_j = W_v Σ_j p_ij z_j.
 With T tokens and h heads this costs h T columns of z where projecting z costs as many as the attention is wide, and
-nothing of the size of the image is written for keys and values. Terms that are equal for all keys leave softmax alone
-and are left out.
+nothing of the size of the image is written for keys and values.
 
 Shapes: b pictures, k prompts a picture, T tokens a prompt, N places, c channels, h heads of d features.
 """
@@ -46,8 +45,9 @@ class TokenAttention(nn.Module):
     def to_image(self, q: Tensor, keyed: Tensor, keys: Tensor) -> Tensor:
         """Tokens q (b, k, T, c) attend to an image of their own (b, k, N, c), `keyed` with its position."""
         asked = self._heads(self.q_proj(q) * self.scale)  # (b, k, T, h, d)
+        offset = self._offset(asked, self.k_proj).flatten(2, 3)
         asked = torch.einsum("bkthd,hdc->bkhtc", asked, self._by_head(self.k_proj)).flatten(2, 3)
-        weights = (asked @ keyed.mT).softmax(-1)  # (b, k, h T, N)
+        weights = (asked @ keyed.mT + offset).softmax(-1)  # (b, k, h T, N)
         seen = (weights @ keys).unflatten(2, (self.heads, -1))
         seen = torch.einsum("bkhtc,hdc->bkthd", seen, self._by_head(self.v_proj)).flatten(-2)
         assert self.v_proj.bias is not None
@@ -57,18 +57,17 @@ class TokenAttention(nn.Module):
         """Places (b, k or 1, N, c) attend to each prompt's tokens k and v (b, k, T, c); the result is (b, k, N, c)."""
         b, prompts, count, _ = k.shape
         held = self._heads(self.k_proj(k) * self.scale)  # (b, k, T, h, d)
-        asked = torch.einsum("bkthd,hdc->bkcht", held, self._by_head(self.q_proj))
-        assert self.q_proj.bias is not None
-        offset = torch.einsum("bkthd,hd->bkht", held, self.q_proj.bias.view(self.heads, -1)).unsqueeze(2)
-        if keyed.shape[1] == 1:  # one image for all prompts: a product with the tokens of all, not a copy for each
-            columns = asked.permute(0, 2, 1, 3, 4).flatten(2)  # (b, c, k h T)
-            scores = (keyed[:, 0] @ columns).view(b, -1, prompts, self.heads, count).transpose(1, 2)
-        else:
-            scores = (keyed @ asked.flatten(-2)).unflatten(-1, (self.heads, count))
-        weights = (scores + offset).softmax(-1).flatten(-2)  # (b, k, N, h T)
+        asked = torch.einsum("bkthd,hdc->bkhtc", held, self._by_head(self.q_proj))
+        offset = self._offset(held, self.q_proj)
+        # One image for all prompts: a product with the tokens of all, not a copy for each.
+        shared = keyed.shape[1] == 1
+        scores = asked.flatten(1, 3) @ keyed[:, 0].mT if shared else asked.flatten(2, 3) @ keyed.mT
+        scores = scores.view(b, prompts, self.heads, count, keyed.shape[2])
+        # Over the tokens, which are not the last dimension: the kernel then works on many places at once.
+        weights = (scores + offset).softmax(-2).flatten(2, 3)  # (b, k, h T, N)
         given = self.out_proj.weight.view(-1, self.heads, held.shape[-1])
         values = torch.einsum("bkthd,chd->bkhtc", self._heads(self.v_proj(v)), given).flatten(2, 3)
-        return weights @ values + self.out_proj.bias
+        return weights.mT @ values + self.out_proj.bias
 
     @property
     def scale(self) -> float:
@@ -82,6 +81,11 @@ class TokenAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """(..., h d) -> (..., h, d)."""
         return x.unflatten(-1, (self.heads, -1))
+
+    def _offset(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        """What a moved projection's bias adds to the scores of tokens x (b, k, T, h, d): (b, k, h, T, 1)."""
+        assert layer.bias is not None
+        return torch.einsum("bkthd,hd->bkht", x, layer.bias.view(self.heads, -1)).unsqueeze(-1)
 
     def _by_head(self, layer: nn.Linear) -> Tensor:
         """A projection's matrix as (h, d, c)."""

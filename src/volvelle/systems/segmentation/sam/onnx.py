@@ -1,0 +1,110 @@
+"""Segment Anything as two ONNX files: the image encoder, and everything that answers a prompt.
+
+encoder.onnx: `pixels` (b, 3, s, s), normalised, zeros where the picture ends -> `image_embeddings`
+(b, c, s / 16, s / 16).
+
+decoder.onnx: `image_embeddings` (1, c, s / 16, s / 16), `point_coords` (k, n, 2), `point_labels` (k, n), `mask_input`
+(k, 1, s / 4, s / 4), `has_mask_input` (1,) -> `low_res_masks` (k, 4, s / 4, s / 4), `iou_predictions` (k, 4).
+
+Names and meaning are those of Meta's export of the decoder, all in fp32: coordinates are pixels of the input; labels
+are 1 foreground, 0 background, 2 and 3 a box's corners, -1 nothing, and prompts without a box end with one of those. Of
+the masks the first is the one for a clear prompt, the others are for an ambiguous one. k, n and b are free.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from volvelle.errors import VolvelleError
+from volvelle.files import atomic_path
+from volvelle.systems.modes import evaluating
+from volvelle.systems.segmentation.sam.model import Sam
+
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+LARGE = 1 << 30
+"""Bytes of weights from which a file of their own holds them: one of protobuf's cannot exceed 2 GB."""
+
+
+class PromptAnswerer(nn.Module):
+    """Prompt encoder and mask decoder in one call of tensors, without a branch: what decoder.onnx holds."""
+
+    def __init__(self, model: Sam):
+        super().__init__()
+        self.prompt_encoder, self.mask_decoder = model.prompt_encoder, model.mask_decoder
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of all masks and their estimated IoU."""
+        encoder = self.prompt_encoder
+        sparse = encoder.embed(point_coords, point_labels).unsqueeze(0)
+        without = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        dense = torch.where(has_mask_input > 0, encoder.mask_downscaling(mask_input), without).unsqueeze(0)
+        logits, iou = self.mask_decoder.decode(image_embeddings, encoder.position(), sparse, dense, None, None)
+        return logits[0], iou[0]
+
+
+def export_onnx(model: Sam, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write encoder.onnx and decoder.onnx into a folder and return their paths.
+
+    The model is left as it was; weights are written in fp32. Raises VolvelleError where onnx or onnxscript is missing.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise VolvelleError("export to ONNX needs onnxscript", tip="pip install 'volvelle[onnx]'") from error
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise VolvelleError("export to ONNX wants weights in fp32", tip="model.float()")
+    config, device = model.config, model.prompt_encoder.no_mask_embed.weight.device
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    b, k, n = (torch.export.Dim(name, min=1) for name in ("b", "k", "n"))
+    pixels = torch.zeros(2, 3, config.size, config.size, device=device)
+    embedding = torch.zeros(1, config.width, config.grid, config.grid, device=device)
+    side = config.size // 4
+    prompts = (torch.zeros(2, 3, 2), torch.zeros(2, 3), torch.zeros(2, 1, side, side), torch.zeros(1))
+    answerer = PromptAnswerer(model)
+    with torch.no_grad(), evaluating(model, answerer):
+        encoder = _write(
+            model.image_encoder, (pixels,), ({0: b},), (("pixels",), ("image_embeddings",)), target / ENCODER
+        )
+        names = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
+        free = (None, {0: k, 1: n}, {0: k, 1: n}, {0: k}, None)
+        inputs = (embedding, *(x.to(device) for x in prompts))
+        decoder = _write(answerer, inputs, free, (names, ("low_res_masks", "iou_predictions")), target / DECODER)
+    return encoder, decoder
+
+
+def _write(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    free: tuple,
+    names: tuple[tuple[str, ...], tuple[str, ...]],
+    path: Path,
+) -> Path:
+    program = torch.onnx.export(
+        module,
+        inputs,
+        dynamo=True,
+        dynamic_shapes=free,
+        input_names=names[0],
+        output_names=names[1],
+        verbose=False,
+    )
+    assert program is not None
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    if size > LARGE:  # two files belong together by name, so they are not renamed into place
+        program.save(str(path), external_data=True)
+        return path
+    with atomic_path(path) as temporary:
+        program.save(str(temporary))
+    return path
