@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,9 @@ from volvelle.cli.console import Progress, result, say
 from volvelle.errors import UsageError, VolvelleError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from volvelle.data.promptable_clicks import Click
     from volvelle.systems.segmentation.sam.options import EverythingOptions
     from volvelle.train.promptable_engine import Session
 
@@ -134,7 +137,7 @@ def _show(session: Session, preview: Path) -> None:
     say(f"  a mask of {int(answer.mask.sum()):,} pixels, estimated IoU {answer.iou:.2f}; preview {preview}")
 
 
-def drawn(mask, clicks, columns: int = COLUMNS) -> list[str]:
+def drawn(mask: np.ndarray, clicks: Sequence[Click], columns: int = COLUMNS) -> list[str]:
     """A mask (y, x) in letters: # where it is, + and - for clicks. A letter is about twice as high as wide.
 
     >>> import numpy as np

@@ -47,6 +47,18 @@ class Marks(Protocol):
         ...
 
 
+class Pictures(Protocol):
+    """Pictures with objects, from files or not."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Objects]: ...
+
+    def source(self, index: int, /) -> str:
+        """What the picture is called in messages."""
+        ...
+
+
 @dataclass(frozen=True)
 class ObjectFolder:
     """Pictures of one split with the masks of their objects; item i is (upright RGB image, its `Objects`)."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from volvelle.data.masks_augment import Augmentation
-from volvelle.data.promptable import ObjectFolder
+from volvelle.data.promptable import Pictures
 from volvelle.data.promptable_clicks import box_around, first_click
 from volvelle.data.promptable_objects import choose
 
@@ -44,7 +44,7 @@ class ObjectViews:
 
     def __init__(
         self,
-        folder: ObjectFolder,
+        folder: Pictures,
         augmentation: Augmentation,
         *,
         side: int,

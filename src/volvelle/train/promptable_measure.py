@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from volvelle.data.promptable import ObjectFolder
+from volvelle.data.promptable import Pictures
 from volvelle.data.promptable_clicks import Click, box_around, middle, next_click
 from volvelle.data.promptable_objects import Objects
 from volvelle.systems.modes import evaluating
@@ -80,7 +80,7 @@ class Measured:
 
 def measure(
     model: Sam,
-    folder: ObjectFolder,
+    folder: Pictures,
     *,
     clicks: Sequence[int] = (1, 2, 3, 5),
     more: bool = False,

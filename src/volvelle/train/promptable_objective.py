@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from volvelle.data.promptable import ObjectFolder
+from volvelle.data.promptable import Pictures
 from volvelle.data.promptable_clicks import COARSE, next_click
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.segmentation.sam.config import STRIDE
@@ -95,7 +95,7 @@ class PromptObjective(BestMoment):
 
     best = ("iou_1", "max")
 
-    def __init__(self, model: Sam, options: TrainPromptable, *, selection: ObjectFolder | None = None):
+    def __init__(self, model: Sam, options: TrainPromptable, *, selection: Pictures | None = None):
         super().__init__(model)
         self.model, self.options, self.selection = model, options, selection
 
