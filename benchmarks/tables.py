@@ -40,8 +40,13 @@ PAGES = {
     "regions": "docs/regions.md",
     "camvid": "docs/segmentation.md",
     "bccd": "docs/detection.md",
+    "clicks": "docs/sam.md",
 }
-RUN_BY = {"camvid": "trained camvid RUN", "bccd": "trained bccd RUN"}  # where the name is not the module's
+RUN_BY = {
+    "camvid": "trained camvid RUN",
+    "bccd": "trained bccd RUN",
+    "clicks": "trained clicks RUN",
+}  # where the name is not the module's
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
 
@@ -335,6 +340,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "sam": vision_tables.sam,
     "camvid": partial(vision_tables.trained, columns=vision_tables.CAMVID),
     "bccd": partial(vision_tables.trained, columns=vision_tables.BCCD),
+    "clicks": partial(vision_tables.trained, columns=vision_tables.CLICKS),
 }
 
 

@@ -1,6 +1,6 @@
 """The figures of finished training runs, for the pages that quote them.
 
-    python -m benchmarks.trained camvid|bccd RUN [RUN …]
+    python -m benchmarks.trained camvid|bccd|clicks RUN [RUN …]
 
 Reads the run folders of `volvelle train`, and adds what they found to results/NAME.json; a run of the same name is
 replaced. Nothing is trained here; the page says with which command.
@@ -20,7 +20,7 @@ from benchmarks import protocol, tables
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 
-KINDS = {"camvid": "segment", "bccd": "detect"}
+KINDS = {"camvid": "segment", "bccd": "detect", "clicks": "promptable"}
 
 
 def figures(path: Path, kind: str) -> dict[str, Any]:

@@ -143,6 +143,15 @@ CAMVID = {
     "miou_of_looks": "mean IoU of all looks",
     "pixel_accuracy_of_looks": "pixel accuracy of all looks",
 }
+CLICKS = {
+    "iou_1": "1 click",
+    "iou_2": "2 clicks",
+    "iou_3": "3 clicks",
+    "iou_5": "5 clicks",
+    "best_of_three": "the best of 1 click's three",
+    "single": "1 click, asked for one mask",
+    "iou_box": "a box",
+}
 BCCD = {"map_50": "mAP at IoU 0.5", "map": "mAP at 0.5 to 0.95"}
 
 
