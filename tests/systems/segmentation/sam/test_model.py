@@ -138,5 +138,5 @@ def test_prompts_that_do_not_fit(net):
         net.prompt_encoder(points=given["points"])
     with pytest.raises(ValueError, match=r"labels must be \(1, 2, 3\), got \(1, 2, 2\)"):
         net.prompt_encoder(given["points"], given["labels"][..., :2])
-    with pytest.raises(ValueError, match=r"masks must be \(b, k, 40, 40\), got \(1, 2, 40, 39\)"):
+    with pytest.raises(ValueError, match=r"masks must be \(1, 2, 40, 40\), got \(1, 2, 40, 39\)"):
         net.prompt_encoder(masks=given["masks"][..., :39])

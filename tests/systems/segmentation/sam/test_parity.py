@@ -63,8 +63,8 @@ def test_prompt_encoder_and_mask_decoder(kind, ours, meta):
     for multimask in (True, False):
         wanted = meta.mask_decoder(embedding, place, their_sparse, their_dense, multimask)
         found = ours.mask_decoder(embedding, place, sparse, dense, multimask)
+        assert wanted[0].std() > 0.1
         for mine, theirs in zip(found, wanted, strict=True):
-            assert theirs.std() > 0.01
             torch.testing.assert_close(mine[0], theirs, **CLOSE)
 
 
