@@ -65,7 +65,8 @@ class Pieces:
             where = self.classes == label
             rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
             part = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-            pieces = np.asarray(ndimage.label(where[part])[0])  # pyright: ignore[reportIndexIssue]
+            pieces = np.empty(where[part].shape, dtype=np.int32)
+            ndimage.label(where[part], output=pieces)
             count = int(pieces.max())
             kept = np.bincount(pieces.reshape(-1), minlength=count + 1) >= self.least
             kept[0] = False
