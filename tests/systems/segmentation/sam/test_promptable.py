@@ -119,3 +119,10 @@ def test_an_embedding_survives_the_disk(clicker, embedding, tmp_path):
     again.model = "vit_b"
     with pytest.raises(VolvelleError, match=r"an embedding of vit_b .* the model is small"):
         clicker.predict(again, points=[[9, 9]])
+
+
+def test_an_answer_of_16_bits_is_a_prompt_again(clicker, embedding):
+    first = clicker.predict(embedding, points=[[[20, 10]]], multimask=False)
+    again = clicker.predict(embedding, points=[[[20, 10]]], masks=first.logits[:, 0].bfloat16(), multimask=False)
+    wide = clicker.predict(embedding, points=[[[20, 10]]], masks=first.logits[:, 0].bfloat16().float(), multimask=False)
+    assert torch.equal(again.logits, wide.logits)

@@ -121,7 +121,7 @@ def _filled(points: Sequence[Any], labels: Any) -> tuple[Tensor, Tensor]:
 
 def _tensor(numbers: Numbers, name: str) -> Tensor:
     try:
-        return torch.as_tensor(np.asarray(numbers.detach().cpu()) if isinstance(numbers, Tensor) else numbers).double()
+        return (numbers.detach().cpu() if isinstance(numbers, Tensor) else torch.as_tensor(numbers)).double()
     except (TypeError, ValueError, RuntimeError) as error:
         raise VolvelleError(f"predict: {name} must be numbers in a regular table ({error})") from error
 
