@@ -48,7 +48,8 @@ def test_the_list_says_what_is_here(capsys, monkeypatch, tmp_path):
 
 
 def test_every_script_has_a_row(repository):
-    scripts = {path.stem for path in (repository / "benchmarks").glob("*.py")} - {"__init__", "protocol", "tables"}
+    aids = {"__init__", "protocol", "tables", "trained"}  # the last reads runs that have finished
+    scripts = {path.stem for path in (repository / "benchmarks").glob("*.py")} - aids
     assert scripts <= {row.name for row in bench.BENCHES}
 
 

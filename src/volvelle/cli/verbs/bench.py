@@ -44,6 +44,7 @@ BENCHES = (
     Bench("segmentation", "pictures segmented, folded and in bf16, beside eager fp32"),
     Bench("regions", "region and deformable parts beside torchvision's compiled ones"),
     Bench("detection", "R-FCN's head by the number of regions, and ThunderNet from picture to boxes"),
+    Bench("sam", "Segment Anything: encoder, a click, and everything, beside transformers and the authors' code"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
 
