@@ -25,7 +25,7 @@ def mask_losses(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
     >>> right = torch.tensor([[[[0.0, 1.0]]]])
     >>> sure = torch.tensor([[[[[-9.0, 9.0]], [[9.0, -9.0]]]]])
     >>> [round(x, 2) for x in mask_losses(sure, right, torch.ones(1, 1, 2)).flatten().tolist()]
-    [0.0, 180.66]
+    [0.0, 180.62]
     """
     logits, target, weight = logits.float(), cover.unsqueeze(2), known[:, None, None].float()
     p = logits.sigmoid()

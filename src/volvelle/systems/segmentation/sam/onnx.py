@@ -59,7 +59,7 @@ def export_onnx(model: Sam, folder: str | os.PathLike[str]) -> tuple[Path, Path]
     The model is left as it was; weights are written in fp32. Raises VolvelleError where onnx or onnxscript is missing.
     """
     try:
-        import onnxscript  # noqa: F401
+        import onnxscript  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise VolvelleError("export to ONNX needs onnxscript", tip="pip install 'volvelle[onnx]'") from error
     if any(p.dtype != torch.float32 for p in model.parameters()):
