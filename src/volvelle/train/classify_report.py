@@ -11,11 +11,11 @@ from PIL import Image
 from volvelle.data.images import to_rgb
 from volvelle.data.images_labelled import Labelled
 from volvelle.parts.metrics.overlap import class_accuracy
-from volvelle.runs import RunFolder, environment
+from volvelle.runs import RunFolder
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.classify_objective import Measured
 from volvelle.train.loop import FitResult
-from volvelle.train.report import Report, training_curves
+from volvelle.train.report import Report, begun, ended, tiles_of_work, training_curves
 from volvelle.train.segment_pictures import confusion_picture, png
 
 SIDE = 180
@@ -37,11 +37,8 @@ class Page:
 
 def write_report(run: RunFolder, result: FitResult, page: Page, *, subtitle: str, commands: Sequence[str]) -> Path:
     """Write report.html into the run folder."""
-    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
-    if result.interrupted:
-        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
-    minutes, seconds = divmod(round(result.seconds), 60)
-    report.tiles([*_tiles(page), ("steps", f"{result.step:,}", ""), ("time", f"{minutes}:{seconds:02d}", "")])
+    report = begun(run, result, subtitle)
+    report.tiles([*_tiles(page), *tiles_of_work(result)])
     if page.found is not None:
         report.text(f"Measured on {len(page.found.labels):,} pictures that were not trained on.")
     records = run.metrics()
@@ -50,10 +47,7 @@ def write_report(run: RunFolder, result: FitResult, page: Page, *, subtitle: str
     if page.found is not None:
         _add_classes(report, page.classes, page.found)
         _add_misses(report, page, page.found)
-    report.heading("Next").commands(commands)
-    report.heading("Settings").details("Options (config.yaml)", run.config())
-    report.details("Environment (env.json)", environment())
-    return report.write(run.path / "report.html")
+    return ended(report, run, commands)
 
 
 def _tiles(page: Page) -> list[tuple[str, str, str]]:

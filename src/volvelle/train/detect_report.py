@@ -12,12 +12,12 @@ from volvelle.data.boxes import BoxFolder
 from volvelle.data.masks_labels import Colour
 from volvelle.data.text import spread
 from volvelle.parts.metrics.box_matching import Picture
-from volvelle.runs import RunFolder, environment
+from volvelle.runs import RunFolder
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.detect_measure import Measured, judged
 from volvelle.train.detect_pictures import WRONG, Drawn, draw_boxes
 from volvelle.train.loop import FitResult
-from volvelle.train.report import Report, training_curves
+from volvelle.train.report import Report, begun, ended, tiles_of_work, training_curves
 from volvelle.train.segment_pictures import colours_of, legend, png
 
 NAMES = {
@@ -49,13 +49,10 @@ class Page:
 
 def write_report(run: RunFolder, result: FitResult, page: Page, *, subtitle: str, commands: Sequence[str]) -> Path:
     """Write report.html into the run folder."""
-    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
-    if result.interrupted:
-        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
-    minutes, seconds = divmod(round(result.seconds), 60)
+    report = begun(run, result, subtitle)
     metrics = page.found.metrics if page.found else {}
     tiles = [(label, _percent(metrics[name]), "%") for name, label in NAMES.items() if name in metrics]
-    report.tiles([*tiles, ("steps", f"{result.step:,}", ""), ("time", f"{minutes}:{seconds:02d}", "")])
+    report.tiles([*tiles, *tiles_of_work(result)])
     if page.found is not None:
         report.text(
             f"Measured on {len(page.test)} pictures: {page.where}. "
@@ -67,10 +64,7 @@ def write_report(run: RunFolder, result: FitResult, page: Page, *, subtitle: str
     report.figure(line_chart(curves, y_label="%"), "Mean average precision on the pictures set aside to watch by.")
     if page.found is not None:
         add_figures(report, page, page.found)
-    report.heading("Next").commands(commands)
-    report.heading("Settings").details("Options (config.yaml)", run.config())
-    report.details("Environment (env.json)", environment())
-    return report.write(run.path / "report.html")
+    return ended(report, run, commands)
 
 
 def add_figures(report: Report, page: Page, found: Measured) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volvelle.data.text import spread
-from volvelle.runs import RunFolder, environment
+from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.sam.model import Sam
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.loop import FitResult
 from volvelle.train.promptable_measure import Measured, Seen, replay
 from volvelle.train.promptable_pictures import panels, veiled, with_clicks
-from volvelle.train.report import Report, training_curves
+from volvelle.train.report import Report, begun, ended, tiles_of_work, training_curves
 
 if TYPE_CHECKING:
     from volvelle.data.promptable import ObjectFolder
@@ -35,12 +35,8 @@ def write_report(
     commands: Sequence[str],
 ) -> Path:
     """Write the page; `found` is what was measured on `sets.test`, nothing yet when interrupted."""
-    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
-    if result.interrupted:
-        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
-    minutes, seconds = divmod(round(result.seconds), 60)
-    tiles = [("steps", f"{result.step:,}", ""), ("time", f"{minutes}:{seconds:02d}", "")]
-    report.tiles([*(tiles_of(found.metrics) if found else []), *tiles])
+    report = begun(run, result, subtitle)
+    report.tiles([*(tiles_of(found.metrics) if found else []), *tiles_of_work(result)])
     if found is not None:
         report.text(
             f"Measured on {len(found.objects):,} objects in {len(sets.test)} pictures: {sets.where}. The first click "
@@ -55,10 +51,7 @@ def write_report(
     report.figure(line_chart([Series("IoU after one click, pictures set aside", points, dots=True)], y_label="%"))
     if found is not None:
         add_pictures(report, model, sets.test, found, samples)
-    report.heading("Next").commands(commands)
-    report.heading("Settings").details("Options (config.yaml)", run.config())
-    report.details("Environment (env.json)", environment())
-    return report.write(run.path / "report.html")
+    return ended(report, run, commands)
 
 
 def tiles_of(metrics: dict[str, float]) -> list[tuple[str, str, str]]:

@@ -12,11 +12,15 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volvelle.files import write_atomic
+from volvelle.runs import RunFolder, environment
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.outcome import Sample
+
+if TYPE_CHECKING:
+    from volvelle.train.loop import FitResult
 
 
 class Report:
@@ -120,6 +124,29 @@ class Report:
         """Write the page in one step."""
         write_atomic(path, self.render())
         return path
+
+
+def begun(run: RunFolder, result: FitResult, subtitle: str) -> Report:
+    """The head of a training's page."""
+    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
+    if result.interrupted:
+        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
+    return report
+
+
+def tiles_of_work(result: FitResult) -> list[tuple[str, str, str]]:
+    """How many steps a training took, and how long."""
+    minutes, seconds = divmod(round(result.seconds), 60)
+    most = f"of {result.steps:,}" if result.interrupted else ""
+    return [("steps", f"{result.step:,}", most), ("time", f"{minutes}:{seconds:02d}", "")]
+
+
+def ended(report: Report, run: RunFolder, commands: Sequence[str]) -> Path:
+    """Write the page with its foot: commands to try, the run's options, what it ran on."""
+    report.heading("Next").commands(commands)
+    report.heading("Settings").details("Options (config.yaml)", run.config())
+    report.details("Environment (env.json)", environment())
+    return report.write(run.path / "report.html")
 
 
 def training_curves(report: Report, records: Sequence[Mapping[str, Any]]) -> Report:

@@ -11,12 +11,12 @@ import torch
 
 from volvelle.data.images import to_tensor
 from volvelle.data.text import spread
-from volvelle.runs import RunFolder, environment
+from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.inference import labels
 from volvelle.systems.segmentation.model import Segmenter
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.loop import FitResult
-from volvelle.train.report import Report, training_curves
+from volvelle.train.report import Report, begun, ended, tiles_of_work, training_curves
 from volvelle.train.segment_measure import Measured
 from volvelle.train.segment_pictures import colours_of, confusion_picture, legend, row_of_panels
 
@@ -47,12 +47,9 @@ def write_report(
     commands: Sequence[str],
 ) -> Path:
     """Write the page; `found` and `after` are what was measured on `sets.test`, nothing yet when interrupted."""
-    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
-    if result.interrupted:
-        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
-    minutes, seconds = divmod(round(result.seconds), 60)
+    report = begun(run, result, subtitle)
     tiles = [(label, f"{100 * after[name]:.2f}", "%") for name, label in NAMES.items() if name in after]
-    report.tiles([*tiles, ("steps", f"{result.step:,}", ""), ("time", f"{minutes}:{seconds:02d}", "")])
+    report.tiles([*tiles, *tiles_of_work(result)])
     if found is not None:
         report.text(
             f"Measured on {len(sets.test)} pictures: {sets.where}. Void pixels are left out, classes that occur "
@@ -66,10 +63,7 @@ def write_report(
     report.figure(line_chart([Series("mean IoU of the pictures set aside", points, dots=True)], y_label="%"))
     if found is not None:
         add_figures(report, model, sets.test, found, samples)
-    report.heading("Next").commands(commands)
-    report.heading("Settings").details("Options (config.yaml)", run.config())
-    report.details("Environment (env.json)", environment())
-    return report.write(run.path / "report.html")
+    return ended(report, run, commands)
 
 
 def add_figures(report: Report, model: Segmenter, pictures: MaskFolder, found: Measured, samples: int) -> None:

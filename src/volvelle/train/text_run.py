@@ -20,7 +20,7 @@ from volvelle.data.tokens import ONE_TEXT, Layout, Tokenizer
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.files import write_atomic
 from volvelle.inspect.threads_peek import answer_threads
-from volvelle.runs import RunFolder, environment
+from volvelle.runs import RunFolder
 from volvelle.systems.language.encoder_decoder_config import ModelConfig
 from volvelle.systems.language.mtp import MTP
 from volvelle.systems.language.tokenizer import TextTokenizer
@@ -32,7 +32,7 @@ from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample, settled
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.text import TextOptions
-from volvelle.train.report import Report, training_curves
+from volvelle.train.report import begun, ended, tiles_of_work, training_curves
 
 SHOWN = 8
 """Samples in the report; all are in samples.json."""
@@ -291,9 +291,7 @@ def _report(
     subtitle: str,
     commands: tuple[str, ...],
 ) -> Path:
-    report = Report(str(run.manifest.get("name", run.path.name)), subtitle=subtitle)
-    if result.interrupted:
-        report.text(f"Interrupted by {result.interrupted} after step {result.step} of {result.steps}.")
+    report = begun(run, result, subtitle)
     left_out = sum(result.skipped.values())
     if left_out:
         report.text(f"{left_out} updates were left out: their gradients overflowed, or were NaN.")
@@ -306,10 +304,7 @@ def _report(
     if samples:
         many = f"{SHOWN} of {len(samples)}; all are in samples.json" if len(samples) > SHOWN else ""
         report.heading("What it writes, on held-out prompts").text(many).samples(samples[:SHOWN])
-    report.heading("Next").commands(commands)
-    report.heading("Settings").details("Options (config.yaml)", run.config())
-    report.details("Environment (env.json)", environment())
-    return report.write(run.path / "report.html")
+    return ended(report, run, commands)
 
 
 def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) -> list[tuple[str, str, str]]:
@@ -328,7 +323,4 @@ def tiles(before: dict[str, float], after: dict[str, float], result: FitResult) 
             continue
         note = f"before: {before[name]:.4g}" if after and name in before else "" if after else "before training"
         shown.append((label, f"{found[name]:.4g}", note))
-    shown.append(("steps", f"{result.step:,}", f"of {result.steps:,}" if result.interrupted else ""))
-    minutes, seconds = divmod(round(result.seconds), 60)
-    shown.append(("time", f"{minutes}:{seconds:02d}", ""))
-    return shown
+    return [*shown, *tiles_of_work(result)]
