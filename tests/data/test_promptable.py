@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -235,11 +236,14 @@ def test_views_and_batches(maps):
             assert 0 <= x1 < x2 <= 48
             assert 0 <= y1 < y2 <= 32
             assert not (mask.bool() & ~view.known.bool()).any()
+            assert len(view.classes[mask.bool()].unique()) == 1
+        assert torch.equal(view.classes != 255, view.known.bool())
     assert all(len(view.masks) in (0, 5) for view in found)
     nothing = found[0]._replace(**{name: getattr(found[0], name)[:0] for name in ("masks", "points", "boxes")})
     batch = collate_objects([found[0], nothing])
     assert batch["masks"].shape == (2, 5, 32, 48)
     assert batch["there"].tolist() == [[True] * 5, [False] * 5]
+    assert torch.equal(batch["classes"][0], found[0].classes)
     assert collate_objects([nothing])["there"].tolist() == [[False]]
     again = views.draw(0, random.Random(0))
     assert all((a == b).all() for a, b in zip(again, found[0], strict=True))

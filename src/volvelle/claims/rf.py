@@ -92,7 +92,8 @@ def extents(net: nn.Module) -> tuple[int, int]:
     size = receptive_field(net, (1, 3, 64, 32)).features.local[0]
     field = receptive_field(net, (1, 3, 32 * math.ceil(size / 32) + 64, 32))
     features = field.features
-    middle = (0, 0, features.shape[2] // 2, 0)
+    # All channels: where branches or halves stand side by side, one alone sees less than the layer does.
+    middle = (0, slice(None), features.shape[2] // 2, 0)
     rows = local_support(field, features.name, middle)[0]
     return features.local[0], max(rows) - min(rows) + 1
 

@@ -109,15 +109,16 @@ def _costs(name: str, size: int, passes: int) -> list[Finding]:
     pixels = torch.zeros(1, 3, size, size)
     points, labels = torch.full((1, 1, 1, 2), size / 2), torch.ones(1, 1, 1, dtype=torch.int64)
     with torch.no_grad():
-        embedding, position = model.image_encoder(pixels), model.prompt_encoder.position()
+        features, position = model.image_encoder.features(pixels), model.prompt_encoder.position()
+        embedding, fine = features.embedding, features.fine
         dense = model.prompt_encoder(points, labels)[1]
         seen = model.mask_decoder.look(embedding, position, dense)
 
         def click() -> None:
             sparse, dense = model.prompt_encoder(points, labels)
-            model.mask_decoder(embedding, position, sparse, dense, image=seen)
+            model.mask_decoder(embedding, position, sparse, dense, image=seen, fine=fine)
 
-        encoder, prompt = _milliseconds(lambda: model.image_encoder(pixels), passes), _milliseconds(click, 20)
+        encoder, prompt = _milliseconds(lambda: model.image_encoder.features(pixels), passes), _milliseconds(click, 20)
     shown = f"{name} at {size} pixels"
     return [
         Finding(f"{shown}: image encoder", encoder, "ms"),
@@ -159,7 +160,9 @@ def train(scenes: Nested, steps: int, seed: int) -> Sam:
     torch.manual_seed(seed)
     model = sam("lite0", size=SIZE, weights="imagenet")
     model.image_encoder.backbone.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
-    recipe = TrainPromptable(size=SIZE, crop=(SIZE, SIZE), prompts=4, refined=2, rounds=3, boxes=0.0, seed=seed)
+    recipe = TrainPromptable(
+        size=SIZE, crop=(SIZE, SIZE), prompts=4, refined=2, rounds=3, boxes=0.0, others=0.0, seed=seed
+    )
     objective = PromptObjective(model, recipe)
     views = ObjectViews(scenes, Augmentation((SIZE, SIZE), (1.0, 1.2), 0.5, 0.2), side=SIZE, prompts=4, least=64)
     weights = [p for p in model.parameters() if p.requires_grad]

@@ -96,3 +96,18 @@ def test_a_large_score_does_not_overflow():
     inputs = tensors(1, 2, 1, 140, 64, scale=12.0)
     for x in gradients(lambda q, k, v: attention(q, k, v, causal=True), inputs, torch.bfloat16):
         assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1,), (2,)])
+def test_features_that_do_not_lie_side_by_side(which):
+    # As a convolution over a map gives them: (b, d, n), seen as (b, 1, n, d).
+    inputs = tensors(2, 1, 1, 49, 32)
+    inputs = [x.mT.contiguous().mT if i in which else x for i, x in enumerate(inputs)]
+    assert any(x.stride(-1) != 1 for x in inputs)
+    compare(inputs, lambda *t: attention(*t), lambda *t: scaled_dot_product_attention(*t))
+    for ours, plain in zip(
+        gradients(attention, inputs, torch.bfloat16),
+        gradients(attention, [x.contiguous() for x in inputs], torch.bfloat16),
+        strict=True,
+    ):
+        assert torch.equal(ours, plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from volvelle.cli.tour import claims, language, vision
+from volvelle.cli.tour import claims, generation, language, vision
 from volvelle.cli.tour.frame import Stage
 
 STAGES: tuple[tuple[str, Stage], ...] = (
@@ -10,5 +10,6 @@ STAGES: tuple[tuple[str, Stage], ...] = (
     ("Adapting it with LoRA, on a table-to-text task", language.adapt),
     ("What is in a picture, and what a unit sees of it", vision.classify),
     ("A segmenter, trained for a moment", vision.segment),
+    ("Pictures drawn from codes", generation.draw),
     ("Claims of papers, measured here", claims.claims),
 )

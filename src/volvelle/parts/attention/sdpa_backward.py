@@ -47,6 +47,8 @@ class _FusedBF16(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
         added = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # Called directly, the kernel takes it for granted that features lie side by side, and reads amiss where not.
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         out, log_sum = kernel(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
         ctx.save_for_backward(q, k, v, out, log_sum, mask)
         ctx.causal, ctx.scale = causal, scale

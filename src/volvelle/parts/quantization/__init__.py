@@ -1,1 +1,1 @@
-"""Weights on grids of a few bits: a linear layer's matrix as small integers, with a scale for each group of inputs."""
+"""Numbers from a small set: weights on grids of a few bits, with a scale for each group of inputs; vectors as codes."""

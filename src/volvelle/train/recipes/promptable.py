@@ -29,7 +29,7 @@ class TrainPromptable(FitOptions):
     """What to do with files that cannot be read or do not fit each other."""
 
     model: str = "lite0"
-    """lite0 (EfficientNet-Lite0), vit_b, vit_l or vit_h."""
+    """lite0 (EfficientNet-Lite0), lite0_fine (with finer maps: docs/sam.md), vit_b, vit_l or vit_h."""
     weights: str = "imagenet"
     """What it begins with: imagenet (lite0's encoder), a run, file or folder of Segment Anything's, or none."""
     size: int = 512
@@ -54,6 +54,10 @@ class TrainPromptable(FitOptions):
     """Of these objects, how many get further clicks, where the answer was wrong; 0: none."""
     rounds: int = 4
     """The most further clicks; each step draws how many, from 1 on."""
+    others: float = 0.0
+    """Of the loss of three masks, the share that all bear; the best one bears the rest, and all of it in the paper."""
+    classes_weight: float = 0.0
+    """Weight of a loss by which the encoder's finest map names the class of each cell, where pixels have one."""
 
     encoder_rate: float = 0.3
     """The backbone's learning rate as a share of the others'."""
@@ -98,13 +102,13 @@ class TrainPromptable(FitOptions):
             raise UsageError(f"crop: {self.model} takes only whole inputs", tip="crop=0,0")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(f"scale: wanted least,largest above 0, got {self.scale}")
-        for name, high in (("mirror", 1), ("boxes", 1), ("central", 1), ("colour", 0.99)):
+        for name, high in (("mirror", 1), ("boxes", 1), ("central", 1), ("others", 1), ("colour", 0.99)):
             if not 0 <= getattr(self, name) <= high:
                 raise UsageError(f"{name}: must lie between 0 and {high}, got {getattr(self, name)}")
         if min(self.prompts, self.least, self.rounds) < 1 or not 0 <= self.refined <= self.prompts:
             raise UsageError("prompts, least and rounds: at least 1 is wanted, and refined from 0 to prompts")
-        if not self.clicks or min(self.clicks) < 1 or min(self.encoder_rate, self.samples) < 0:
-            raise UsageError("clicks: 1 or more are wanted; encoder_rate and samples: must not be negative")
+        if not self.clicks or min(self.clicks) < 1 or min(self.encoder_rate, self.samples, self.classes_weight) < 0:
+            raise UsageError("clicks: 1 or more are wanted; encoder_rate, samples, classes_weight: from 0 on")
 
     @property
     def crop_size(self) -> tuple[int, int]:

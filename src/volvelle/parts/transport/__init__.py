@@ -1,0 +1,1 @@
+"""Distances between distributions by the cost of moving one onto the other: exact, entropic, sliced, certified."""

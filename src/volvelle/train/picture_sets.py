@@ -1,0 +1,81 @@
+"""Pictures that a generating system trains on and is measured on: how all its recipes find them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from volvelle.data.pictures import PictureSet, read_pictures
+from volvelle.data.text import OnBad, spread
+from volvelle.errors import VolvelleError
+from volvelle.runs import RunFolder
+from volvelle.train.classify import data_folder
+from volvelle.train.observer import Observer
+from volvelle.train.ranks import Ranks
+from volvelle.train.scenes import data_path
+
+
+class Asked(Protocol):
+    """What a recipe says of its pictures."""
+
+    @property
+    def data(self) -> str:
+        """A folder, a known data set, or scenes."""
+        ...
+
+    @property
+    def held_out(self) -> str | None:
+        """A folder to measure on."""
+        ...
+
+    @property
+    def held_out_share(self) -> float:
+        """The share set aside where there is nothing else to measure on."""
+        ...
+
+    @property
+    def on_bad(self) -> OnBad:
+        """What to do with files that cannot be read."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """What says which are set aside."""
+        ...
+
+
+@dataclass(frozen=True)
+class PictureParts:
+    """Pictures to train on and to measure on; `where` says what the latter are."""
+
+    train: PictureSet
+    held: PictureSet
+    where: str
+
+
+def read_picture_parts(recipe: Asked, run: RunFolder, observer: Observer, ranks: Ranks) -> PictureParts:
+    """Find and check all pictures. Raises VolvelleError for bad files, and for one picture only."""
+    folder = data_folder(str(data_path(recipe.data, run, observer, ranks, seed=recipe.seed)))
+    train, held = read_pictures(folder, on_bad=recipe.on_bad)
+    where = f"the part of {recipe.data} that is for that"
+    if recipe.held_out is not None:
+        read = read_pictures(data_folder(recipe.held_out), on_bad=recipe.on_bad)
+        held, where = read[1] or read[0], recipe.held_out
+    observer.say(f"{recipe.data}: {train}")
+    for line in train.skipped[:5]:
+        observer.say(f"  left out {line}")
+    if held is None:
+        if len(train) < 2:
+            raise VolvelleError(f"{recipe.data}: one picture leaves none to measure on", tip="give held_out=FOLDER")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        count = min(len(train) - 1, max(1, round(recipe.held_out_share * len(train))))
+        train, held = train.part(sorted(order[count:])), train.part(sorted(order[:count]))
+        where = "pictures set aside before training"
+    return PictureParts(train, held, where)
+
+
+def few(pictures: PictureSet, most: int | None) -> PictureSet:
+    """At most so many of the pictures, spread over all."""
+    return pictures if most is None or len(pictures) <= most else pictures.part(spread(range(len(pictures)), most))
