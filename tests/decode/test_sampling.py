@@ -150,6 +150,8 @@ def test_tokens_of_probability_zero_are_never_drawn():
         ({"top_p": 1.5}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": 2.5}, r"presence_penalty must be in \[-2, 2\], got 2.5"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty must be"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -157,9 +159,23 @@ def test_options_are_checked(options, message):
         Sampling(**options)
 
 
-def test_the_penalty_needs_to_know_the_tokens():
+def test_the_penalties_need_to_know_the_tokens():
     with pytest.raises(ValueError, match="needs `seen`"):
         process(torch.zeros(3), Sampling(repetition_penalty=1.1))
+    with pytest.raises(ValueError, match="need `counts`"):
+        process(torch.zeros(3), Sampling(presence_penalty=1.0))
+
+
+def test_penalties_by_count_token_by_token(logits):
+    """The definition of OpenAI's API reference, in a loop."""
+    presence, frequency = 0.7, -0.4
+    counts = torch.randint(0, 4, logits.shape)
+    found = process(logits, Sampling(presence_penalty=presence, frequency_penalty=frequency), counts=counts)
+    for row in range(len(logits)):
+        for token in range(logits.shape[1]):
+            times = int(counts[row, token])
+            expected = float(logits[row, token]) - times * frequency - float(times > 0) * presence
+            assert float(found[row, token]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_options_file_does_not_import_torch():

@@ -14,6 +14,7 @@ A picture's size is read from its header first: one that would unpack to more th
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -55,6 +56,18 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         _refuse_bomb(image, path)
         image.load()
         return ImageOps.exif_transpose(image)
+
+
+def decode_image(content: bytes, *, source: str = "image", largest: int = MAX_PIXELS) -> Image.Image:
+    """The picture in the bytes of a file, upright 8-bit RGB, for content that somebody sent.
+
+    Raises VolvelleError that names `source` and the reason: not an image, truncated, more than `largest` pixels (which
+    its header says, before anything is decoded).
+    """
+    with _named(source), Image.open(io.BytesIO(content)) as image:
+        _refuse_bomb(image, source, largest)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image), source=source)
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -186,11 +199,11 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise VolvelleError(f"{path}: cannot be decoded ({error or type(error).__name__})") from error
 
 
-def _refuse_bomb(image: Image.Image, path: str | os.PathLike[str]) -> None:
+def _refuse_bomb(image: Image.Image, path: str | os.PathLike[str], largest: int = MAX_PIXELS) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > largest:
         raise VolvelleError(
-            f"{path}: {width:,} x {height:,} pixels are more than {MAX_PIXELS:,}",
+            f"{path}: {width:,} x {height:,} pixels are more than {largest:,}",
             tip="make it smaller first; such a file can also be an attack",
         )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from volvelle.decode.drafters.opening import open_drafter
     from volvelle.decode.drafters.prompt_lookup import PromptLookup
     from volvelle.decode.generation import generate, generate_batch, stream
+    from volvelle.decode.images import draw_images
     from volvelle.decode.options import Beams, Rules, Sampling
     from volvelle.decode.policy import Adaptive
     from volvelle.decode.request import Generation, Token
@@ -37,6 +38,7 @@ _HOME = {
     "Medusa": "drafters.medusa",
     "NGram": "drafters.ngram",
     "PromptLookup": "drafters.prompt_lookup",
+    "draw_images": "images",
     "open_drafter": "drafters.opening",
     "Adaptive": "policy",
     **dict.fromkeys(("Draft", "Drafter", "Drafting"), "contract"),
@@ -66,6 +68,7 @@ __all__ = [
     "Token",
     "Typical",
     "beam_search",
+    "draw_images",
     "generate",
     "generate_batch",
     "open_drafter",

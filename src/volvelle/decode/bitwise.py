@@ -24,6 +24,7 @@ from torch import Tensor
 from volvelle.decode.loop import Read, read_once, step
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.parts.attention.cache import Cache, KVCache
+from volvelle.parts.attention.seat_cache import SeatCache
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.native.step import MOST
 
@@ -96,8 +97,8 @@ class FixedWidth:
         return logits[:, real - n : real], states[:, :real]
 
 
-def _check(cache: Cache, mask: Tensor | None, n: int, width: int) -> KVCache:
-    if not isinstance(cache, KVCache):
+def _check(cache: Cache, mask: Tensor | None, n: int, width: int) -> KVCache | SeatCache:
+    if not isinstance(cache, KVCache | SeatCache):
         raise VolvelleError("exact=bitwise needs softmax attention: a state of sums has no slots to keep in order")
     if mask is not None and mask.dim() == 3:
         raise VolvelleError(

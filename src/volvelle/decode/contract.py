@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from volvelle.errors import VolvelleError
+
 if TYPE_CHECKING:
     from volvelle.decode.options import Sampling
     from volvelle.decode.request import Request
@@ -133,6 +135,16 @@ class Drafting(Protocol):
 
     def observe(self, requests: Sequence[Request], accepted: Accepted, draft: Draft | None) -> None:
         """Learn what came of a step, once the requests hold its tokens; for statistics of acceptance."""
+
+    def join(self, row: int, request: Request) -> None:
+        """Another text takes the place of row `row`, which had finished; its prompt comes with what is seen next.
+
+        Raises VolvelleError where texts can only begin together, as they do unless an heir says otherwise.
+        """
+        raise VolvelleError(
+            f"{type(self).__name__}: texts that come and go cannot be drafted for with this",
+            tip="prompt lookup, n-grams, Medusa's heads and a smaller model can",
+        )
 
 
 class Drafter(Protocol):

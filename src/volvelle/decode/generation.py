@@ -42,6 +42,7 @@ def generate(
     acceptance: Acceptance = EXACT,
     policy: Policy | None = None,
     exact: Exactness = "default",
+    logprobs: int | None = None,
     on_token: Callable[[Token], object] | None = None,
 ) -> Generation:
     """Continue one prompt; an encoder-decoder reads it and writes an answer to it.
@@ -53,7 +54,10 @@ def generate(
     A `drafter` proposes tokens that the model checks several at a time; `acceptance` says which stay (by default
     those that leave the answer what it is without drafts), `policy` how many are worth proposing (by default an
     `Adaptive` one of its own). `exact` = "bitwise" computes all steps alike, so that not even rounding tells an answer
-    with drafts from one without (decode/bitwise.py).
+    with drafts from one without (decode/bitwise.py). `logprobs` = m notes how likely the model found each token, and
+    its m likeliest ones there.
+
+    With `logprobs` = m the answer says of each token how likely the model found it, and its m likeliest there.
 
     Raises VolvelleError when the prompt is empty, when the prompt and `max_tokens` do not fit into the context (nothing
     is cut silently), and when the drafter does not fit the model.
@@ -70,6 +74,7 @@ def generate(
         acceptance=acceptance,
         policy=policy,
         exact=exact,
+        logprobs=logprobs,
     )
     while True:
         try:
@@ -93,13 +98,14 @@ def stream(
     acceptance: Acceptance = EXACT,
     policy: Policy | None = None,
     exact: Exactness = "default",
+    logprobs: int | None = None,
 ) -> Generator[Token, None, Generation]:
     """Continue one prompt as an iterator of Tokens, whose texts join to the answer's; it returns the Generation.
 
     The arguments are those of `generate`, and are checked at once, before the first token is asked for. A part of a
     stop string or of a UTF-8 character is never in a Token's text.
     """
-    request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules))
+    request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules, logprobs))
     help = _help(drafter, acceptance, policy, exact)
 
     def tokens() -> Generator[Token, None, Generation]:
@@ -126,6 +132,7 @@ def generate_batch(
     acceptance: Acceptance = EXACT,
     policy: Policy | None = None,
     exact: Exactness = "default",
+    logprobs: int | None = None,
     on_token: Callable[[int, Token], object] | None = None,
 ) -> list[Generation]:
     """Continue several prompts in one batch, padded on the left; rows finish when they finish.
@@ -140,7 +147,7 @@ def generate_batch(
         raise UsageError(f"generate_batch: {len(prompts)} prompts, but {len(sampling)} samplings")
     if not prompts:
         return []
-    ends = limits(max_tokens, stop, eos_ids, rules)
+    ends = limits(max_tokens, stop, eos_ids, rules, logprobs)
     requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
     events = _events(model, requests, _help(drafter, acceptance, policy, exact), exact)
     while True:
@@ -196,13 +203,22 @@ def finished(request: Request, seconds: float, lossless: bool = True, *, prompt_
         accepted=request.accepted,
         lossless=lossless,
         near_ties=request.near_ties,
+        logprobs=None if request.logprobs is None else request.logprobs[: len(request.tokens)],
     )
 
 
-def limits(max_tokens: int | None, stop: Sequence[str], eos_ids: Sequence[int] | None, rules: Rules) -> Limits:
+def limits(
+    max_tokens: int | None,
+    stop: Sequence[str],
+    eos_ids: Sequence[int] | None,
+    rules: Rules,
+    logprobs: int | None = None,
+) -> Limits:
     """The arguments of the calls above as one."""
+    if logprobs is not None and logprobs < 0:
+        raise UsageError(f"logprobs: 0 or more of the likeliest tokens can be noted, got {logprobs}")
     StopText(stop)  # checks it: a lone string would be taken for one stop string a character
-    return Limits(max_tokens, tuple(stop), None if eos_ids is None else tuple(eos_ids), rules)
+    return Limits(max_tokens, tuple(stop), None if eos_ids is None else tuple(eos_ids), rules, logprobs)
 
 
 def _for_row(sampling: Sampling, row: int) -> Sampling:

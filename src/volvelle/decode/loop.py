@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting, Rule, Seen
-from volvelle.decode.request import Request, Token
-from volvelle.decode.sampling import likeliest
+from volvelle.decode.request import Request, Token, distributions
+from volvelle.decode.sampling import draw_rows, likeliest
 from volvelle.decode.speculation import Help, Speculation
 from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
 
@@ -49,9 +49,90 @@ def choose_next(logits: Tensor, draft: Draft | None, requests: Sequence[Request]
     last = logits[:, -1]
     if all(request.takes_argmax for request in requests):
         return Accepted([[token] for token in likeliest(last)])
-    return Accepted(
-        [[] if request.finish else [request.choose(row)] for request, row in zip(requests, last, strict=True)]
-    )
+    live = [row for row, request in enumerate(requests) if request.finish is None]
+    if len(live) == 1:
+        chosen = [requests[live[0]].choose(last[live[0]])]
+    else:
+        chosen = choose_rows(last[live], [requests[row] for row in live])
+    tokens: list[list[int]] = [[] for _ in requests]
+    for row, token in zip(live, chosen, strict=True):
+        tokens[row] = [token]
+    return Accepted(tokens)
+
+
+def choose_rows(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """The next token of every request from its row of logits (r, v), as `Request.choose` chooses it, all at once."""
+    p = distributions(requests, logits, [()] * len(requests))
+    uniform = torch.tensor([request.uniform() for request in requests], dtype=torch.float64)
+    return draw_rows(p, uniform).tolist()
+
+
+class Decoding:
+    """Rows that are decoded together, one `step` after the other; `requests` are the rows.
+
+    Without drafts the rule is `choose`, with them that of `drafts`. `forward` computes a step (default: `step`). The
+    first step is that of the prompts, unless the `cache` holds the texts already and they are `read`.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        requests: Sequence[Request],
+        cache: Cache,
+        *,
+        choose: Rule = choose_next,
+        drafts: Speculation | None = None,
+        forward: Forward | None = None,
+        read: bool = False,
+    ):
+        self.writer, self.requests, self.cache, self.drafts = writer, list(requests), cache, drafts
+        self.model: LanguageModel = writer.model if isinstance(writer, Answering) else writer
+        self.choose, self.forward = choose, forward or step
+        self.read: Read = read_once if drafts is None else drafts.drafting.read
+        self._has_read = read
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rows are."""
+        return all(request.finish for request in self.requests)
+
+    def step(self) -> list[Event]:
+        """Propose, score, accept, commit, observe: what the rows gained. At least one must be unfinished."""
+        with computing(self.model):
+            draft, ids, mask, n = self._ask()
+            logits, states = self.forward(self.writer, self.cache, ids, mask, n, self.read)
+            if self.drafts is None or draft is None:
+                accepted = self.choose(logits, draft, self.requests)
+            else:
+                accepted = self.drafts.accept(logits, draft, self.requests)
+            note_logprobs(logits, accepted, self.requests)
+            self.cache.commit(accepted.path)
+            if accepted.rows is not None:
+                self.cache.reorder(torch.tensor(accepted.rows, device=self.model.device))
+                self.requests = [self.requests[row].fork() for row in accepted.rows]
+            if self.drafts is None:
+                return observe(self.requests, accepted)
+            told = self.drafts.scored(logits, accepted, draft, self.requests)
+            events = observe(self.requests, accepted)
+            self.drafts.gained(told, self.cache, self.requests, Seen(ids, states, mask))
+            return events
+
+    def _ask(self) -> tuple[Draft | None, Tensor, Tensor | None, int]:
+        """The draft, the step's tokens (b, n) with their mask, and how many of them at the end are scored."""
+        if not self._has_read:
+            self._has_read = True
+            ids, mask = left_pad([request.prompt for request in self.requests], self.model.device)
+            return None, ids, mask, 1
+        draft = None
+        if self.drafts is not None:
+            draft = self.drafts.propose(self.cache, self.requests)
+        elif any(request.finish for request in self.requests):
+            forget_overfull(self.cache, self.model, self.requests)
+        ids = torch.tensor([[request.last] for request in self.requests], device=self.model.device)
+        if draft is None:
+            return None, ids, None, 1
+        ids = torch.cat((ids, draft.tokens.clamp(min=0)), dim=1)
+        return draft, ids, tree_mask(draft, len(self.requests)), ids.shape[1]
 
 
 def run(
@@ -68,49 +149,17 @@ def run(
     `choose` is the rule for steps without a draft; `help` makes drafts and has a rule for steps with one. `forward`
     computes a step (default: `step`) and may touch `spare` slots of the cache behind the step's own.
     """
-    forward = forward or step
     room = max(len(request.prompt) for request in requests) + max(request.max_tokens for request in requests)
     drafts: Speculation | None = None
     with computing(model):
         writer = reader(model, requests)
         if help is not None:
-            drafts = Speculation(model, writer, requests, help, forward, room)
+            drafts = Speculation(model, writer, requests, help, forward or step, room)
             spare += drafts.spare
         cache = writer.new_cache(len(requests), room + spare)
-    read = read_once if drafts is None else drafts.drafting.read
-    ids, mask = left_pad([request.prompt for request in requests], model.device)
-    draft, n = None, 1
-    while True:
-        with computing(model):
-            logits, states = forward(writer, cache, ids, mask, n, read)
-            if drafts is None or draft is None:
-                accepted = choose(logits, draft, requests)
-            else:
-                accepted = drafts.accept(logits, draft, requests)
-            cache.commit(accepted.path)
-            if accepted.rows is not None:
-                cache.reorder(torch.tensor(accepted.rows, device=model.device))
-                requests = [requests[row].fork() for row in accepted.rows]
-        if drafts is None:
-            events = observe(requests, accepted)
-        else:
-            with computing(model):
-                told = drafts.scored(logits, accepted, draft, requests)
-                events = observe(requests, accepted)
-                drafts.gained(told, cache, requests, Seen(ids, states, mask))
-        yield events
-        if all(request.finish for request in requests):
-            return
-        with computing(model):
-            if drafts is not None:
-                draft = drafts.propose(cache, requests)
-            elif any(request.finish for request in requests):
-                forget_overfull(cache, model, requests)
-            ids, mask = torch.tensor([[request.last] for request in requests], device=model.device), None
-            if draft is not None:
-                ids = torch.cat((ids, draft.tokens.clamp(min=0)), dim=1)
-                mask = tree_mask(draft, len(requests))
-            n = ids.shape[1]
+    decoding = Decoding(writer, requests, cache, choose=choose, drafts=drafts, forward=forward)
+    while not decoding.finished:
+        yield decoding.step()
 
 
 def reader(model: LanguageModel, requests: Sequence[Request]) -> Writer:
@@ -146,6 +195,14 @@ def observe(requests: Sequence[Request], accepted: Accepted) -> list[Event]:
                 break
             events.append(Event(row, request.add(token, drafted=number < len(tokens) - 1)))
     return events
+
+
+def note_logprobs(logits: Tensor, accepted: Accepted, requests: Sequence[Request]) -> None:
+    """Tell the requests that want to know how likely their new tokens were; logits (b, n, v)."""
+    for row, request in enumerate(requests):
+        if request.logprobs is not None and request.finish is None:
+            tokens = accepted.tokens[row]
+            request.note(logits[row, -1:] if accepted.path is None else logits[row, accepted.path[row]], tokens)
 
 
 def forget_overfull(cache: Cache, model: LanguageModel, requests: Sequence[Request]) -> None:

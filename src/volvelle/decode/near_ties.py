@@ -9,6 +9,7 @@ Shapes: b rows, r choices, v vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,8 @@ def measure_error(model: nn.Module, kind: Any, alone: Tensor, beside: Tensor) ->
     cache differ as well once drafts were accepted, so it says how large such changes are, and is no bound.
     """
     change = beside.float() - alone.float()
-    error = float((change.amax(-1) - change.amin(-1)).max())
+    never = change.isnan()  # tokens that are never written have -inf on both sides
+    error = float((change.masked_fill(never, -math.inf).amax(-1) - change.masked_fill(never, math.inf).amin(-1)).max())
     _MEASURED.setdefault(model, {})[kind] = error
     return error
 

@@ -15,10 +15,12 @@ class Sampling:
     """Options for choosing tokens; the defaults are greedy decoding.
 
     The rules apply in this order, as in transformers: `repetition_penalty` (> 1 makes tokens of the prompt and of the
-    answer less likely; Keskar et al. 2019), `temperature` (0 = always the likeliest token), `top_k` (keep the k
-    likeliest), `top_p` (keep the likeliest tokens up to that share; Holtzman et al. 2020), `min_p` (keep tokens of at
-    least that fraction of the likeliest one's probability; Nguyen et al. 2024). With a `seed` a request gives the same
-    tokens every time, whatever else is in its batch; without one it is drawn from torch's global generator.
+    answer less likely; Keskar et al. 2019), `presence_penalty` and `frequency_penalty` (what is taken off the logit of
+    a token that the answer holds, once and for each time; OpenAI's, from -2 to 2), `temperature` (0 = always the
+    likeliest token), `top_k` (keep the k likeliest), `top_p` (keep the likeliest tokens up to that share; Holtzman et
+    al. 2020), `min_p` (keep tokens of at least that fraction of the likeliest one's probability; Nguyen et al. 2024).
+    With a `seed` a request gives the same tokens every time, whatever else is in its batch; without one it is drawn
+    from torch's global generator.
 
     >>> Sampling(temperature=0.7, top_p=0.9).greedy, Sampling().greedy
     (False, True)
@@ -29,6 +31,8 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -42,6 +46,8 @@ class Sampling:
             f"repetition_penalty must be above 0, got {self.repetition_penalty}": (
                 0 < self.repetition_penalty < float("inf")
             ),
+            f"presence_penalty must be in [-2, 2], got {self.presence_penalty}": -2 <= self.presence_penalty <= 2,
+            f"frequency_penalty must be in [-2, 2], got {self.frequency_penalty}": -2 <= self.frequency_penalty <= 2,
         }
         for message, holds in checks.items():
             if not holds:
@@ -51,6 +57,11 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often the answer holds a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,16 @@ class Token(NamedTuple):
     drafted: bool = False
 
 
+class Scored(NamedTuple):
+    """The log-probability that the model gave to a token of its answer, and its likeliest tokens there with theirs.
+
+    By the model alone, before temperature, penalties and rules.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Generation:
     """A finished answer.
@@ -46,6 +56,8 @@ class Generation:
     whether the acceptance rule leaves the distribution of answers as it is without drafts. `near_ties` counts the
     greedily chosen tokens that were ahead of the next best by less than what the width of a step changes in this model
     (None: not counted): there, above all, rounding may make the answer differ from the one without drafts.
+
+    `logprobs` says of each token how likely it was, where that was asked for.
     """
 
     tokens: list[int]
@@ -60,6 +72,7 @@ class Generation:
     accepted: list[int] = field(default_factory=list)
     lossless: bool = True
     near_ties: int | None = None
+    logprobs: list[Scored] | None = None
 
     @property
     def accepted_per_step(self) -> float:
@@ -77,13 +90,15 @@ class Generation:
 class Limits:
     """When an answer ends, and what it may hold.
 
-    It ends after `max_tokens` (None: when the context is full), at an eos id, at a stop string.
+    It ends after `max_tokens` (None: when the context is full), at an eos id, at a stop string. `logprobs` is how many
+    of the likeliest tokens are noted beside each one's own log-probability; None: nothing is.
     """
 
     max_tokens: int | None = 256
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] | None = None
     rules: Rules = NO_RULES
+    logprobs: int | None = None
 
 
 class Request:
@@ -114,11 +129,16 @@ class Request:
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros(model.config.vocabulary, dtype=torch.bool, device=model.device)
             self._seen[torch.tensor(self.prompt)] = True
+        self._counts: Tensor | None = None
+        if sampling.counts:
+            self._counts = torch.zeros(model.config.vocabulary, dtype=torch.int32, device=model.device)
         self.tokens: list[int] = []
         self.drafted: list[bool] = []
         self.proposed: list[int] = []
         self.accepted: list[int] = []
         self.near_ties: int | None = None
+        self.logprobs: list[Scored] | None = None if limits.logprobs is None else []
+        self._top = limits.logprobs or 0
         self.text = ""
         self.steps = 0
         self.finish: Finish | None = None
@@ -126,7 +146,7 @@ class Request:
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token is the likeliest, with no rule before it."""
-        return self.sampling.greedy and self._seen is None and not self.is_bound
+        return self.sampling.greedy and self._seen is None and self._counts is None and not self.is_bound
 
     def all_argmax(self, count: int) -> bool:
         """Whether that holds for each of the next `count` tokens."""
@@ -158,7 +178,7 @@ class Request:
 
     def choose(self, logits: Tensor) -> int:
         """Pick the next token from logits (v,) with this request's rules and random numbers."""
-        return choose(self.constrain(logits), self.sampling, self._seen, self._generator)
+        return choose(self.constrain(logits), self.sampling, self._seen, self._generator, self._counts)
 
     def constrain(self, scores: Tensor, drafted: Sequence[int] = ()) -> Tensor:
         """The scores (v,) of the token behind the answer and `drafted` ones, as this request's rules leave them."""
@@ -173,9 +193,16 @@ class Request:
             return self._seen
         return self._seen.index_fill(0, torch.tensor(drafted, device=self._seen.device), True)
 
+    def counts(self, drafted: Sequence[int] = ()) -> Tensor | None:
+        """How often the answer holds each token (v,), `drafted` ones included; None where no rule asks."""
+        if self._counts is None or not drafted:
+            return self._counts
+        more = torch.tensor(drafted, device=self._counts.device)
+        return self._counts.index_add(0, more, torch.ones_like(more, dtype=self._counts.dtype))
+
     def scores(self, logits: Tensor, drafted: Sequence[int] = ()) -> Tensor:
         """The logits (v,) of the token after the answer so far and `drafted` ones, as all rules leave them."""
-        return process(self.constrain(logits, drafted), self.rule, self.seen(drafted))
+        return process(self.constrain(logits, drafted), self.rule, self.seen(drafted), self.counts(drafted))
 
     def count(self, proposed: int, accepted: int) -> None:
         """Note that a draft reached `proposed` places behind the newest token, and that `accepted` tokens stayed."""
@@ -183,6 +210,15 @@ class Request:
             counts.extend([0] * (proposed - len(counts)))
             for place in range(reached):
                 counts[place] += 1
+
+    def note(self, logits: Tensor, tokens: Sequence[int]) -> None:
+        """Note how likely the next `tokens` were by logits (m, v), of which the first are theirs."""
+        if self.logprobs is None:
+            return
+        for token, scores in zip(tokens, logits.float().log_softmax(-1), strict=False):
+            best = scores.topk(min(self._top, len(scores)))
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            self.logprobs.append(Scored(float(scores[token]), top))
 
     def uniform(self) -> float:
         """The next of this request's random numbers, from 0 to below 1; greedy requests use none."""
@@ -195,6 +231,8 @@ class Request:
         other = copy.copy(self)
         other.tokens, other.drafted, other._stream = list(self.tokens), list(self.drafted), None
         other._seen = None if self._seen is None else self._seen.clone()
+        other.logprobs = None if self.logprobs is None else list(self.logprobs)
+        other._counts = None if self._counts is None else self._counts.clone()
         return other
 
     def add(self, token: int, drafted: bool = False) -> Token:
@@ -203,6 +241,8 @@ class Request:
         self.drafted.append(drafted)
         if self._seen is not None:
             self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
         ended = token in self.eos_ids
         piece = "" if ended or self._stream is None else self._stop.push(self._stream.push(token))
         if ended:
@@ -242,8 +282,11 @@ def distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequence
 
 def _distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequence[Sequence[int]]) -> Tensor:
     """The same for rows of one sampling."""
-    seen = [mask for r, behind in zip(requests, drafted, strict=True) if (mask := r.seen(behind)) is not None]
-    return probabilities(logits, requests[0].rule, torch.stack(seen) if seen else None)
+    pairs = list(zip(requests, drafted, strict=True))
+    seen = [mask for r, behind in pairs if (mask := r.seen(behind)) is not None]
+    counts = [found for r, behind in pairs if (found := r.counts(behind)) is not None]
+    rule = requests[0].rule
+    return probabilities(logits, rule, torch.stack(seen) if seen else None, torch.stack(counts) if counts else None)
 
 
 def seeded(seed: int | None) -> torch.Generator:

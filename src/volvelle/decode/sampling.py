@@ -26,6 +26,15 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def penalise_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """Take `presence` off the logits of tokens that occurred and `frequency` for each time: counts (..., v).
+
+    >>> penalise_counts(torch.tensor([2.0, 2.0, 2.0]), torch.tensor([0, 1, 3]), 1.0, 0.5)
+    tensor([ 2.0000,  0.5000, -0.5000])
+    """
+    return logits - presence * (counts > 0) - frequency * counts
+
+
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Remove all but the k largest logits; ties with the k-th stay.
 
@@ -72,16 +81,21 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
 
 
-def process(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Apply the rules of `sampling` to logits (..., v), in fp32. `seen` (..., v) is needed for the penalty only.
+def process(logits: Tensor, sampling: Sampling, seen: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    """Apply the rules of `sampling` to logits (..., v), in fp32.
 
-    For greedy sampling only the penalty applies: the others do not change which token is the likeliest.
+    The penalties need `seen` (..., v), which tokens have occurred, and `counts` (..., v), how often in the answer. For
+    greedy sampling only they apply: the others do not change which token is the likeliest.
     """
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
         if seen is None:
             raise ValueError("process: repetition_penalty needs `seen`, which tokens have occurred")
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.counts:
+        if counts is None:
+            raise ValueError("process: presence_penalty and frequency_penalty need `counts`, those of the answer")
+        logits = penalise_counts(logits, counts, sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.greedy:
         return logits
     if sampling.temperature != 1.0:
@@ -95,7 +109,9 @@ def process(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> T
     return logits
 
 
-def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+def probabilities(
+    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
     """The distribution (..., v) that tokens are drawn from; all on the likeliest token when greedy.
 
     Target and draft models both go through this one function, so acceptance rules compare like with like.
@@ -103,7 +119,7 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     >>> probabilities(torch.tensor([1.0, 2.0, 3.0]), Sampling())
     tensor([0., 0., 1.])
     """
-    logits = process(logits, sampling, seen)
+    logits = process(logits, sampling, seen, counts)
     if sampling.greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     return logits.softmax(-1)
@@ -144,11 +160,18 @@ def draw_rows(p: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
 
 
-def choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> int:
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    seen: Tensor | None,
+    generator: torch.Generator | None,
+    counts: Tensor | None = None,
+) -> int:
     """Pick the next token from logits (v,)."""
     if sampling.greedy:
-        return int(process(logits, sampling, seen).argmax()) if seen is not None else int(logits.argmax())
-    return draw(probabilities(logits, sampling, seen), generator)
+        plain = seen is None and counts is None
+        return int(logits.argmax()) if plain else int(process(logits, sampling, seen, counts).argmax())
+    return draw(probabilities(logits, sampling, seen, counts), generator)
 
 
 def _stronger(values: Tensor, total: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Speculation:
         self._kind = self.model.dtype, getattr(forward, "__name__", type(forward).__name__)
         self._error = known_error(model, self._kind)
         self._alone: Tensor | None = None  # logits of the newest tokens, run without the first draft
+        self._rows = len(requests)
         for request in requests:
             request.near_ties = 0 if request.sampling.greedy else None
 
@@ -93,7 +94,7 @@ class Speculation:
             limit = min(limit, deepest)
         asked = self.pacing.choose(limit, self._length)
         if asked > 0:
-            seen, self._seen = together(self._seen), []
+            seen, self._seen = together(self._seen, requests), []
             draft = drafting.propose(requests, seen, asked)
         if draft is not None:
             if draft.tokens.shape[1] > asked:
@@ -141,6 +142,16 @@ class Speculation:
                 checked = Drafted(draft.tokens.shape[1], draft.parents, kept, draft.chances)
             self.pacing.observe(self._length, checked, step_seconds=seconds, draft_seconds=self._draft_seconds)
         self._tidy(cache, requests, running)
+
+    def join(self, row: int, request: Request, prompt: Seen) -> None:
+        """Another text takes the place of row `row`, which had finished; `prompt` holds all of it, as one row."""
+        request.near_ties = 0 if request.sampling.greedy else None
+        self.drafting.join(row, request)
+        others = [emptied(seen, row) for seen in self._seen]
+        ids, hidden = (x.expand(self._rows, *x.shape[1:]) for x in (prompt.ids, prompt.hidden))
+        there = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+        there[row] = True
+        self._seen = [*others, Seen(ids, hidden, there)]
 
     def _newest_alone(self, cache: Cache, requests: Sequence[Request]) -> Tensor:
         """Logits (b, v) of the newest tokens as a plain step gives them; it stays open, the next one overwrites it."""
@@ -193,15 +204,22 @@ def kept_of(step: Seen, path: Tensor | None, live: Sequence[bool]) -> Seen:
     return Seen(ids, hidden, mask)
 
 
-def together(seen: Sequence[Seen]) -> Seen:
-    """What several steps gave, as one."""
+def emptied(seen: Seen, row: int) -> Seen:
+    """The same without the tokens of this row."""
+    mask = torch.ones_like(seen.ids, dtype=torch.bool) if seen.mask is None else seen.mask.clone()
+    mask[row] = False
+    return seen._replace(mask=mask)
+
+
+def together(seen: Sequence[Seen], requests: Sequence[Request]) -> Seen:
+    """What several steps gave, as one. Of rows that have finished since, nothing is left to be observed."""
     if len(seen) == 1:
         return seen[0]
     mask = None
     if any(part.mask is not None for part in seen):
         whole = [torch.ones_like(part.ids, dtype=torch.bool) if part.mask is None else part.mask for part in seen]
-        # A row that has finished since is not to be observed further.
-        mask = torch.cat([part & whole[-1].any(1, keepdim=True) for part in whole], 1)
+        mask = torch.cat(whole, 1)
+        mask &= torch.tensor([request.finish is None for request in requests], device=mask.device)[:, None]
     return Seen(torch.cat([part.ids for part in seen], 1), torch.cat([part.hidden for part in seen], 1), mask)
 
 

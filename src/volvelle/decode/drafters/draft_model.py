@@ -20,7 +20,7 @@ from volvelle.decode.contract import Draft, Drafter, Drafting, Seen
 from volvelle.decode.loop import reader
 from volvelle.decode.request import Request, distributions
 from volvelle.decode.sampling import draw_rows
-from volvelle.decode.speculation import slack, together
+from volvelle.decode.speculation import emptied, slack, together
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
 from volvelle.systems.language.tokenizer import TextTokenizer
@@ -130,9 +130,17 @@ class ModelDrafting(Drafting):
         together_q = None if q[0] is None else torch.stack([one for one in q if one is not None], 1)
         return Draft(self._only(torch.stack(tokens, 1), live), None, together_q)
 
+    def join(self, row: int, request: Request) -> None:
+        """Empty the row; a model that reads sources cannot."""
+        if request.source is not None:
+            super().join(row, request)
+        self.cache.forget(torch.tensor([row], device=self.model.device))
+        self._forgotten.discard(row)
+        self._behind = [emptied(seen, row) for seen in self._behind]
+
     def _catch_up(self, requests: Sequence[Request], live: list[int], longest: int) -> Tensor:
         """Read what the cache lacks and the newest tokens; returns the states (b, 1, width) of the latter."""
-        ids, _, mask = together(self._behind)
+        ids, _, mask = together(self._behind, requests)
         first = 1 if self._has_newest else 0
         newest = torch.tensor([[request.last] for request in requests], device=ids.device)
         ids = torch.cat((ids[:, first:], newest), 1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting, Seen
-from volvelle.decode.speculation import together
+from volvelle.decode.speculation import emptied, together
 from volvelle.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,12 +75,18 @@ class FirstOfDrafting(Drafting):
         for untold in self.untold:
             untold.append(seen)
         for part, untold in zip(self.parts, self.untold, strict=True):
-            draft = part.propose(requests, together(untold), min(k, part.width))
+            draft = part.propose(requests, together(untold, requests), min(k, part.width))
             untold.clear()
             self.drafted = part if draft is not None else None
             if draft is not None:
                 return draft
         return None
+
+    def join(self, row: int, request: Request) -> None:
+        """Tell all; what they were not told of the text before goes with it."""
+        for part in self.parts:
+            part.join(row, request)
+        self.untold = [[emptied(seen, row) for seen in untold] for untold in self.untold]
 
     def observe(self, requests: Sequence[Request], accepted: Accepted, draft: Draft | None) -> None:
         """Tell the one that drafted what came of it, the others that there was a step."""

@@ -140,6 +140,9 @@ class MedusaDrafting(Drafting):
             if ranks:
                 self.acceptance.observe(ranks)
 
+    def join(self, row: int, request: Request) -> None:
+        """The row's newest state comes with its prompt."""
+
     def _take(self, seen: Seen) -> None:
         """The newest state of every row that has gained any."""
         if seen.mask is None:

@@ -96,11 +96,18 @@ class NGramDrafting(Drafting):
 
     def __init__(self, drafter: NGram, requests: Sequence[Request], device: torch.device):
         self.width, self.drafter, self.device = drafter.k, drafter, device
-        self.own = [GrowingCounts(drafter.n) for _ in requests]
-        for counts, request in zip(self.own, requests, strict=True):
-            counts.extend(request.source or ())
-            counts.extend(request.prompt, apart=True)
+        self.own = [self._begun(request) for request in requests]
         self.known = [0] * len(requests)
+
+    def join(self, row: int, request: Request) -> None:
+        """Count another prompt."""
+        self.own[row], self.known[row] = self._begun(request), 0
+
+    def _begun(self, request: Request) -> GrowingCounts:
+        counts = GrowingCounts(self.drafter.n)
+        counts.extend(request.source or ())
+        counts.extend(request.prompt, apart=True)
+        return counts
 
     def propose(self, requests: Sequence[Request], seen: Seen, k: int) -> Draft | None:
         """A tree for a single unfinished row, for several of them a chain each; None where nothing is likely."""

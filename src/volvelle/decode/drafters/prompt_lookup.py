@@ -148,11 +148,18 @@ class LookupDrafting(Drafting):
 
     def __init__(self, options: PromptLookup, requests: Sequence[Request], device: torch.device):
         self.width, self.options, self.device = options.k, options, device
-        self.own = [options.index() for _ in requests]
-        for index, request in zip(self.own, requests, strict=True):
-            index.extend(request.source or ())
-            index.extend(request.prompt, apart=True)
+        self.own = [self._begun(request) for request in requests]
         self.known = [0] * len(requests)
+
+    def join(self, row: int, request: Request) -> None:
+        """Index another prompt."""
+        self.own[row], self.known[row] = self._begun(request), 0
+
+    def _begun(self, request: Request) -> Index:
+        index = self.options.index()
+        index.extend(request.source or ())
+        index.extend(request.prompt, apart=True)
+        return index
 
     def propose(self, requests: Sequence[Request], seen: Seen, k: int) -> Draft | None:
         """Look up every unfinished row; None where no row finds anything.

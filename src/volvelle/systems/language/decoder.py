@@ -7,14 +7,17 @@ Shapes: b batch, n new tokens, m tokens in reach (cache included), v vocabulary.
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.before import Past, Recorder
 from volvelle.parts.attention.cache import Cache, KVCache
+from volvelle.parts.attention.seat_cache import SeatCache
 from volvelle.parts.attention.state_cache import StateCache
 from volvelle.parts.position.encoding import Bias, PositionEncoding
 from volvelle.parts.position.hierarchical import HierarchicalPositions
@@ -99,10 +102,11 @@ class Trunk(nn.Module):
 class Decoder(Prefaced):
     """A language model: `hidden` runs the blocks, `logits` the vocabulary head, `forward` both.
 
-    `config` is the LanguageConfig, `tokenizer` the TextTokenizer or None. Set `gradient_checkpointing` to recompute
-    each block in the backward pass instead of keeping its activations. Fresh weights are drawn from N(0, init_std);
-    in pre-norm blocks the projections back into the residual stream are scaled by 1/sqrt(2 depth) (Radford et al.
-    2019, section 2.3). Build under `torch.device("meta")` to allocate nothing.
+    `config` is the LanguageConfig, `tokenizer` the TextTokenizer or None. With `written` only ids below it have a
+    chance (a model of pictures reads captions and writes codes): the logits of all others are -inf. Set
+    `gradient_checkpointing` to recompute each block in the backward pass instead of keeping its activations. Fresh
+    weights are drawn from N(0, init_std); in pre-norm blocks the projections back into the residual stream are scaled
+    by 1/sqrt(2 depth) (Radford et al. 2019, section 2.3). Build under `torch.device("meta")` to allocate nothing.
 
     >>> from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
     >>> config = LanguageConfig(
@@ -119,6 +123,7 @@ class Decoder(Prefaced):
         super().__init__()
         self.config = config
         self.tokenizer: TextTokenizer | None = None
+        self.written: int | None = None
         self.model = Trunk(config)
         head = config.head
         self.head_transform = nn.Identity() if head.transform is None else HeadTransform(config, head.transform)
@@ -170,6 +175,18 @@ class Decoder(Prefaced):
             self.device,
         )
 
+    def new_seats(self, batch: int, context: int) -> SeatCache:
+        """Allocate a cache for texts that come and go: `batch` rows of up to `context` tokens.
+
+        What comes before a text comes with it (`SeatCache.adopt`). Raises VolvelleError for linear attention and for a
+        masked language model.
+        """
+        config = self.config
+        if self._linear or not config.causal:
+            raise VolvelleError("texts come and go in a cache of keys and values, which this model does not have")
+        sizes = (config.depth, batch, config.kv_heads, context, config.head_width)
+        return SeatCache.allocate(*sizes, self.dtype, self.device)
+
     def forward(
         self,
         ids: Tensor,
@@ -187,7 +204,10 @@ class Decoder(Prefaced):
         """Final hidden states (..., width) -> logits (..., v)."""
         x = self.head_transform(hidden)
         straight = self.model.prepared(x)
-        return apply_linear(self.lm_head, x) if straight is None else straight.logits(self.lm_head, x)
+        logits = apply_linear(self.lm_head, x) if straight is None else straight.logits(self.lm_head, x)
+        if self.written is None:
+            return logits
+        return pad(logits[..., : self.written], (0, logits.shape[-1] - self.written), value=-inf)
 
     def hidden(
         self,

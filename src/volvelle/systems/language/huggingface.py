@@ -23,6 +23,7 @@ from volvelle.parts.position.sinusoidal import sinusoidal_positions
 from volvelle.systems.key_map import Binding
 from volvelle.systems.language import bart
 from volvelle.systems.language.config import LanguageConfig
+from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.encoder_decoder import EncoderDecoder
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
 from volvelle.systems.language.key_maps import KEY_MAPS
@@ -30,6 +31,8 @@ from volvelle.systems.language.models import LanguageModel, build
 from volvelle.systems.language.mtp_names import left_out
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SUPPRESSED = "suppress_tokens"
+"""The field of generation_config.json that lists tokens which are never written."""
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
@@ -83,6 +86,8 @@ def read_folder(
         dtype=dtype,
         device=device,
     )
+    if isinstance(model, Decoder):
+        model.written = _written(folder / "generation_config.json", model.config.vocabulary)
     if (folder / "tokenizer.json").is_file():
         from volvelle.systems.language.tokenizer import TextTokenizer
 
@@ -159,6 +164,8 @@ def write_folder(model: LanguageModel, path: str | os.PathLike[str], *, shard_si
     write_atomic(folder / "config.json", _json(ours | {"dtype": name, "torch_dtype": name}))
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id", *bart.GENERATION)
     special = {key: values[key] for key in tokens if values.get(key) is not None}
+    if isinstance(model, Decoder) and model.written is not None:
+        special[SUPPRESSED] = list(range(model.written, model.config.vocabulary))
     write_atomic(folder / "generation_config.json", _json({"_from_model_config": True, **special}))
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
@@ -185,6 +192,14 @@ def _generation(path: Path) -> dict[str, Any]:
     """The fields of a configuration that transformers 5 keeps beside it."""
     values = read_json(path) if path.is_file() else {}
     return {name: values[name] for name in bart.GENERATION if name in values}
+
+
+def _written(path: Path, vocabulary: int) -> int | None:
+    """The id from which on all are suppressed, where the file says so; other lists concern transformers alone."""
+    found = read_json(path).get(SUPPRESSED) if path.is_file() else None
+    if not isinstance(found, list) or not found or not isinstance(found[0], int):
+        return None
+    return found[0] if found == list(range(found[0], vocabulary)) else None
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ struct Call {
   void *x, *cache;          // (b, n, width); slots (layers, 2, b, g, context, d)
   const float *cos, *sin;   // (1 or b, n, rotated)
   const uint8_t *mask;      // (…, n, m) bool, or null
+  const int64_t *starts;    // (b) keys before each text's new ones, or null: `past` of all
 };
 
 static bool tiles_granted() { static bool granted = ask_for_tiles(); return granted; }
@@ -150,6 +151,8 @@ template <class T> struct Step {
     }
   }
 
+  int64_t start(int text) const { return c.starts ? c.starts[text] : c.past; }
+
   T *slot(int64_t layer, int value, int text, int head, int64_t key) const {
     T *layer_slots = (T *)c.cache + layer * c.layer_stride + value * c.value_stride;
     return layer_slots + text * c.text_stride + head * c.head_stride + key * d;
@@ -172,7 +175,7 @@ template <class T> struct Step {
           for (int k = 0; k < r; k++) y[k] = x[k] * cos[k] + x[k < r / 2 ? k + r / 2 : k - r / 2] * sin[k];
       }
       if (head < h) { memcpy(x, y, sizeof(float) * d); continue; }
-      T *to = slot(layer, head >= h + g, text, (head - h) % g, c.past + token);
+      T *to = slot(layer, head >= h + g, text, (head - h) % g, start(text) + token);
       for (int k = 0; k < d; k++) put(to + k, y[k]);
     }
   }
@@ -185,7 +188,7 @@ template <class T> struct Step {
           uint16_t bits = 0;
           for (int lane = 0; lane < LANES && l * LANES + lane < lanes; lane++) {
             int64_t token = (l * LANES + lane) % c.n;
-            const bool in_order = !c.causal || j <= c.past + token;
+            const bool in_order = !c.causal || j <= start(text) + token;
             const bool may = c.mask ? c.mask[text * c.mask_text + token * c.mask_token + j] : in_order;
             bits |= (uint16_t)may << lane;
           }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.parts.attention.cache import KVCache
+from volvelle.parts.attention.seat_cache import SeatCache
 from volvelle.parts.position.rope import Rotation
 from volvelle.parts.quantization.int4 import Int4Linear
 from volvelle.parts.quantization.int8 import Int8Linear
@@ -67,7 +68,7 @@ _COUNTS = (
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, _NUMBER) for name in _COUNTS),
-        *((name, _POINTER) for name in ("x", "cache", "cos", "sin", "mask")),
+        *((name, _POINTER) for name in ("x", "cache", "cos", "sin", "mask", "starts")),
     ]
 
 
@@ -122,7 +123,7 @@ class NativeStep:
         return (
             x.shape[0] * x.shape[1] <= MOST
             and x.dtype is self.dtype
-            and isinstance(cache, KVCache)
+            and (isinstance(cache, KVCache) or (isinstance(cache, SeatCache) and cache.in_turn))
             and cache.storage.dtype is self.dtype
             and cache.length + x.shape[1] <= LONGEST
             and cache.reach is None
@@ -134,7 +135,9 @@ class NativeStep:
         b, n, _ = x.shape
         x = x.clone(memory_format=torch.contiguous_format)  # written to
         call, cache = _Call(b=b, n=n, causal=int(step.causal), threads=torch.get_num_threads()), step.cache
-        assert isinstance(cache, KVCache)
+        assert isinstance(cache, KVCache | SeatCache)
+        if isinstance(cache, SeatCache):
+            call.starts = cache.starts.data_ptr()
         call.x, call.past, call.cache = x.data_ptr(), cache.length, cache.storage.data_ptr()
         call.layer_stride, call.value_stride, call.text_stride, call.head_stride = cache.storage.stride()[:4]
         rotation = step.rotation

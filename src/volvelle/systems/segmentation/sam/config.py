@@ -5,7 +5,7 @@ Kirillov et al. 2023, "Segment Anything", section 3 and appendix A.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
@@ -39,9 +39,13 @@ class ViT:
 
 @dataclass(frozen=True)
 class Light:
-    """A convolutional image encoder: a backbone by name whose maps of stride 8, 16 and 32 are summed at stride 16."""
+    """A convolutional image encoder: a backbone by name whose maps of stride 8, 16 and 32 are summed at stride 16.
+
+    With `fine` it also gives maps of stride 8 and 4 for the mask decoder.
+    """
 
     backbone: str = "efficientnet-lite0"
+    fine: bool = False
 
 
 Encoder = ViT | Light
@@ -93,6 +97,13 @@ class SamConfig:
         """Places of the embedding along a side."""
         return self.size // STRIDE
 
+    @property
+    def fine(self) -> tuple[tuple[int, int, int], ...]:
+        """Channels and sides of the encoder's finer maps, as the mask decoder grows: of stride 8 and 4, or none."""
+        if not isinstance(self.encoder, Light) or not self.encoder.fine:
+            return ()
+        return (self.width // 4, 2 * self.grid, 2 * self.grid), (self.width // 8, 4 * self.grid, 4 * self.grid)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json."""
         kind = next(name for name, encoder in ENCODERS.items() if type(self.encoder) is encoder)
@@ -134,7 +145,12 @@ def lite0(size: int = 512) -> SamConfig:
     return SamConfig("lite0", Light(), size, mean=half, std=half)
 
 
-PRESETS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h, "lite0": lite0}
+def lite0_fine(size: int = 512) -> SamConfig:
+    """The same with maps of stride 8 and 4 for the mask decoder: an experiment, see docs/sam.md."""
+    return replace(lite0(size), name="lite0_fine", encoder=Light(fine=True))
+
+
+PRESETS = {"vit_b": vit_b, "vit_l": vit_l, "vit_h": vit_h, "lite0": lite0, "lite0_fine": lite0_fine}
 """Name -> configuration for a size of input."""
 
 

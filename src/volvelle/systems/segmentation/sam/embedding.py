@@ -24,7 +24,8 @@ _MARK = "volvelle.sam.embedding"
 class Embedding:
     """Features (1, c, g, g) of a picture of `original` (height, width), resized to `scaled` in an input of `size`.
 
-    `model` is the name of the model that computed them: no other can read them.
+    `model` is the name of the model that computed them: no other can read them. `fine` are the finer maps of an encoder
+    that gives some.
     """
 
     features: Tensor
@@ -32,6 +33,7 @@ class Embedding:
     scaled: tuple[int, int]
     size: int
     model: str
+    fine: tuple[Tensor, ...] = ()
     image: ImageSide | None = field(default=None, repr=False, compare=False)
     """What all prompts without a mask share, computed with the first of them; not saved."""
 
@@ -43,7 +45,8 @@ class Embedding:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
-            tensors = {"features": self.features.detach().cpu().contiguous()}
+            maps = {"features": self.features, **{f"fine.{i}": one for i, one in enumerate(self.fine)}}
+            tensors = {name: one.detach().cpu().contiguous() for name, one in maps.items()}
             save_file(tensors, temporary, metadata={"format": "pt", _MARK: json.dumps(facts)})
 
     @classmethod
@@ -55,6 +58,7 @@ class Embedding:
             with safe_open(os.fspath(path), framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get(_MARK, "null"))
                 features = file.get_tensor("features") if facts else torch.empty(0)
+                fine = [file.get_tensor(name) for name in sorted(file.keys()) if name.startswith("fine.")]
         except FileNotFoundError:
             raise VolvelleError(f"{path}: no such file") from None
         except (OSError, SafetensorError, ValueError) as error:
@@ -62,4 +66,5 @@ class Embedding:
         if not isinstance(facts, dict) or features.dim() != 4:
             raise VolvelleError(f"{path}: not an embedding that Promptable saved")
         (height, width), (y, x) = facts["original"], facts["scaled"]
-        return cls(features.to(device or "cpu"), (height, width), (y, x), facts["size"], facts["model"])
+        features, *fine = (one.to(device or "cpu") for one in (features, *fine))
+        return cls(features, (height, width), (y, x), facts["size"], facts["model"], tuple(fine))

@@ -178,7 +178,7 @@ class _Run:
         asked = good.any(1)
         if not bool(asked.all()):
             keys, hyper = keys[:, asked], hyper[:, asked]
-        logits = self.decoder.enlarge(keys, hyper, embedding.features.shape[2])[0]
+        logits = self.decoder.enlarge(keys, hyper, embedding.features.shape[2], embedding.fine)[0]
         return logits[good[asked]], iou[good].tolist(), good.nonzero()[:, 0].tolist()
 
     def at_once(self, upsampler: Upsampler) -> int:
@@ -186,8 +186,10 @@ class _Run:
         if self.max_memory is None:
             return AT_ONCE
         config = self.promptable.model.config
-        map_bytes = config.grid**2 * config.width * self.encoder.no_mask_embed.weight.element_size()
-        shared = upsampler.bytes_needed() + 4 * map_bytes
+        wide = self.encoder.no_mask_embed.weight.element_size()
+        map_bytes = config.grid**2 * config.width * wide
+        fine = 2 * wide * sum(math.prod(shape) for shape in config.fine)
+        shared = upsampler.bytes_needed() + 4 * map_bytes + fine
         each = MAPS * map_bytes + 2 * 4 * (config.decoder.masks + 1) * (4 * config.grid) ** 2
         if self.max_memory < shared + each:
             raise VolvelleError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from volvelle.parts.attention.attention import attention
 from volvelle.parts.position.decomposed import DecomposedBias
 from volvelle.systems.segmentation.sam.config import STRIDE, SamConfig, ViT
-from volvelle.systems.segmentation.sam.layers import LayerNorm2d, TwoLayers
+from volvelle.systems.segmentation.sam.layers import Features, LayerNorm2d, TwoLayers
 
 
 class ImageEncoder(nn.Module):
@@ -50,6 +50,10 @@ class ImageEncoder(nn.Module):
             else:
                 x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def features(self, pixels: Tensor) -> Features:
+        """Return the embedding, and no finer map."""
+        return Features(self(pixels))
 
 
 class _Patches(nn.Module):

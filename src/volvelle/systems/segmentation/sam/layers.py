@@ -1,11 +1,23 @@
-"""What the parts of Segment Anything share: a norm over channels of maps, and a block of two linear layers."""
+"""What the parts of Segment Anything share: an encoded picture, a norm over channels, a block of two linear layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Features(NamedTuple):
+    """What an image encoder makes of pictures; g places a side."""
+
+    embedding: Tensor
+    """(b, width, g, g)."""
+    fine: tuple[Tensor, ...] = ()
+    """Maps for the mask decoder, of the shapes `SamConfig.fine` behind b; none from a ViT."""
+    cells: Tensor | None = None
+    """What the finest of them was made of, (b, width / 8, 4 g, 4 g)."""
 
 
 class LayerNorm2d(nn.LayerNorm):

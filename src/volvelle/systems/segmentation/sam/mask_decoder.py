@@ -2,11 +2,13 @@
 
 Kirillov et al. 2023, section 3 and appendix A (figure 14). A prompt's tokens are joined by learnt ones, one that will
 say how good each mask is and one a mask. After the blocks the image is doubled in size twice, and a mask's logit at a
-pixel is the product of the pixel's features with what a small network makes of the mask's token.
+pixel is the product of the pixel's features with what a small network makes of the mask's token. Where the image
+encoder has finer maps than the embedding, each is added where the image has grown to its size (Ravi et al. 2024, "SAM
+2", section 4 and appendix D.1): outlines come from these.
 
 All prompts of a picture share its embedding: what the first block needs of it is computed once (`ImageSide`), and only
-what prompts have changed in it is held for each. Maps stay in channels-last order throughout, where a transposed
-convolution of kernel and stride 2 is a product with a matrix.
+what prompts have changed in it is held for each; finer maps are never copied. Maps stay in channels-last order
+throughout, where a transposed convolution of kernel and stride 2 is a product with a matrix.
 
 Shapes: b pictures, k prompts a picture, t tokens a prompt, T = 1 + masks + t, g places a side, N = g^2, c channels, m
 masks.
@@ -14,6 +16,7 @@ masks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -72,6 +75,7 @@ class MaskDecoder(nn.Module):
         multimask: bool | None = True,
         *,
         image: ImageSide | None = None,
+        fine: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
         """Return logits and estimated IoU: of the masks for an ambiguous prompt, or of the one for a clear prompt.
 
@@ -79,12 +83,13 @@ class MaskDecoder(nn.Module):
 
         `embedding` is (b, c, g, g), `position` (1, c, g, g); `sparse` (b, k, t, c) and `dense`
         (b, k or 1, c, g or 1, g or 1) are the prompt encoder's. `image` is what `look` gave for this embedding, to be
-        used again for further prompts.
+        used again for further prompts. `fine` are the image encoder's finer maps (b, c / 4, 2 g, 2 g) and
+        (b, c / 8, 4 g, 4 g), if it has some.
         """
         if dense.shape[1] == 1 and image is None:
             image = self.look(embedding, position, dense)
         if torch.is_grad_enabled() or sparse.shape[1] <= AT_ONCE:
-            return self.decode(embedding, position, sparse, dense, multimask, image)
+            return self.decode(embedding, position, sparse, dense, multimask, image, fine=fine)
         parts = [
             self.decode(
                 embedding,
@@ -93,6 +98,7 @@ class MaskDecoder(nn.Module):
                 dense if image is not None else dense[:, i : i + AT_ONCE],
                 multimask,
                 image,
+                fine=fine,
             )
             for i in range(0, sparse.shape[1], AT_ONCE)
         ]
@@ -116,10 +122,12 @@ class MaskDecoder(nn.Module):
         dense: Tensor,
         multimask: bool | None,
         image: ImageSide | None,
+        *,
+        fine: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
         """`forward` for all prompts at once; `image` None: `dense` is of each prompt. `multimask` None: all masks."""
         keys, hyper, iou = self.attend(embedding, position, sparse, dense, multimask, image)
-        return self.enlarge(keys, hyper, embedding.shape[2]), iou
+        return self.enlarge(keys, hyper, embedding.shape[2], fine), iou
 
     def attend(
         self,
@@ -145,13 +153,19 @@ class MaskDecoder(nn.Module):
         iou = self.iou_prediction_head(tokens[:, :, 0])[..., chosen.start : chosen.stop]
         return keys, hyper, iou
 
-    def enlarge(self, keys: Tensor, hyper: Tensor, rows: int) -> Tensor:
-        """Logits (b, k, m, 4 g, 4 g) of the image (b, k, N, c) and each mask's weights (b, k, m, c / 8)."""
+    def enlarge(self, keys: Tensor, hyper: Tensor, rows: int, fine: Sequence[Tensor] = ()) -> Tensor:
+        """Logits (b, k, m, 4 g, 4 g) of the image (b, k, N, c) and each mask's weights (b, k, m, c / 8).
+
+        The maps `fine` are added before the norm and the activation, to all prompts' images alike.
+        """
         grow, norm, _, again, _ = self.output_upscaling
         assert isinstance(norm, LayerNorm2d)
         x = _doubled(keys, grow)  # (b, k, N, 2, 2, c / 4)
+        if fine:
+            x = x + _within(fine[0], rows)
         x = F.gelu(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-        x = F.gelu(_doubled(x, again))  # (b, k, N, 2, 2, 2, 2, c / 8)
+        x = _doubled(x, again)  # (b, k, N, 2, 2, 2, 2, c / 8)
+        x = F.gelu(x + _within(fine[1], rows) if fine else x)
         b, k, n = keys.shape[:3]
         logits = x.flatten(2, 6) @ hyper.mT  # (b, k, 16 N, m)
         logits = logits.view(b, k, rows, n // rows, 2, 2, 2, 2, hyper.shape[2]).permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
@@ -258,6 +272,15 @@ def _begin_near_the_prompt(transformer: TwoWayTransformer) -> None:
 def _places(maps: Tensor) -> Tensor:
     """(b, c, g, g) -> (b, N, c), in this order in memory too: what follows runs several times as fast."""
     return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+def _within(maps: Tensor, rows: int) -> Tensor:
+    """A finer map (b, c, f g, f g) in the order of what has grown from g rows: (b, 1, N, 2, 2, …, c)."""
+    b, c, high, wide = maps.shape
+    doublings = (high // rows).bit_length() - 1
+    parts = maps.view(b, c, rows, *[2] * doublings, wide * rows // high, *[2] * doublings)
+    pairs = [axis for i in range(doublings + 1) for axis in (2 + i, 3 + doublings + i)]
+    return parts.permute(0, *pairs, 1).flatten(1, 2).contiguous().unsqueeze(1)
 
 
 def _doubled(x: Tensor, layer: nn.Module) -> Tensor:

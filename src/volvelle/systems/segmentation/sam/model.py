@@ -27,11 +27,11 @@ class Sam(nn.Module):
     (torch.Size([1, 1, 3, 16, 16]), torch.Size([1, 1, 3]))
     """
 
-    def __init__(self, config: SamConfig, image_encoder: nn.Module | None = None):
+    def __init__(self, config: SamConfig, image_encoder: ImageEncoder | LightEncoder | None = None):
         super().__init__()
         self.config = config
         encoder = ImageEncoder if isinstance(config.encoder, ViT) else LightEncoder
-        self.image_encoder: nn.Module = image_encoder or encoder(config)
+        self.image_encoder = image_encoder or encoder(config)
         self.prompt_encoder = PromptEncoder(config)
         self.mask_decoder = MaskDecoder(config)
 
@@ -55,6 +55,7 @@ class Sam(nn.Module):
 
         `pixels` (b, 3, s, s) are normalised; prompts are those of `PromptEncoder`.
         """
-        embedding = self.image_encoder(pixels)
+        seen = self.image_encoder.features(pixels)
         sparse, dense = self.prompt_encoder(points, labels, boxes, masks)
-        return self.mask_decoder(embedding, self.prompt_encoder.position(), sparse, dense, multimask)
+        position = self.prompt_encoder.position()
+        return self.mask_decoder(seen.embedding, position, sparse, dense, multimask, fine=seen.fine)

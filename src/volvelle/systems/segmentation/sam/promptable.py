@@ -76,12 +76,14 @@ class Promptable:
         held = next(encoder.parameters()).dtype
         with evaluating(encoder):
             if self.dtype is None or self.dtype == held:
-                features = encoder(x.to(held))
+                found = encoder.features(x.to(held))
             else:
                 with torch.autocast(self.device.type, self.dtype):
-                    features = encoder(x)
+                    found = encoder.features(x)
         kept = self.model.prompt_encoder.no_mask_embed.weight.dtype
-        return Embedding(features.to(kept), original, scaled(*original, config.size), config.size, config.name)
+        features, *fine = (one.to(kept) for one in (found.embedding, *found.fine))
+        shape = scaled(*original, config.size)
+        return Embedding(features, original, shape, config.size, config.name, tuple(fine))
 
     @torch.no_grad()
     def predict(
@@ -116,7 +118,9 @@ class Promptable:
             if prompts.masks is None and embedding.image is None:
                 embedding.image = decoder.look(embedding.features, position, dense)
             image = embedding.image if prompts.masks is None else None
-            logits, iou = decoder(embedding.features, position, sparse, dense, multimask, image=image)
+            logits, iou = decoder(
+                embedding.features, position, sparse, dense, multimask, image=image, fine=embedding.fine
+            )
         return logits[0], iou[0]
 
     def everything(
@@ -139,6 +143,13 @@ class Promptable:
             raise VolvelleError(
                 f"predict: an embedding of {embedding.model} {tuple(embedding.features.shape)}, but the model is "
                 f"{config.name} and makes {wanted}",
+                tip="embed the picture with this model",
+            )
+        fine = tuple((1, *shape) for shape in config.fine)
+        if tuple(tuple(one.shape) for one in embedding.fine) != fine:
+            raise VolvelleError(
+                f"predict: the embedding has finer maps {[tuple(one.shape) for one in embedding.fine]}, but the model "
+                f"makes {list(fine)}",
                 tip="embed the picture with this model",
             )
 

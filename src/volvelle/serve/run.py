@@ -1,0 +1,59 @@
+"""uvicorn with an end that says what happened: no new texts, a while for those that are written, then an error."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from volvelle.errors import VolvelleError
+from volvelle.serve.engine import Engine
+
+LEFT = 5.0
+"""Seconds that connections have to take what they are told at the end."""
+
+
+class Server(uvicorn.Server):
+    """Tells the engine to end before it waits for the connections."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine | None, grace: float):
+        super().__init__(config)
+        self.engine, self.grace = engine, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends gracefully, a second one at once."""
+        if self.engine is not None:
+            self.engine.end(0.0 if self.should_exit else self.grace)
+        super().handle_exit(sig, frame)
+
+
+def serve(app: Any, host: str, port: int, *, engine: Engine | None = None, grace: float = 30.0) -> int:
+    """Serve until a signal; returns 0. Raises VolvelleError where the address cannot be had."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(grace + LEFT),
+        timeout_keep_alive=20,
+        h11_max_incomplete_event_size=64 << 10,
+        limit_concurrency=1024,
+        server_header=False,
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise VolvelleError(
+            f"port {port} of {host} cannot be had: {error.strerror}", tip="port=0 takes a free one"
+        ) from error
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+    Server(config, engine, grace).run(sockets=[listener])
+    return 0
