@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.support import vision_tables
+from benchmarks.support import generation_table, serving_table, vision_tables
 from benchmarks.support.comparison_table import comparison
 from benchmarks.support.footer import footer
 from volvelle.parts.attention.capabilities import table as capability_table
@@ -37,6 +37,8 @@ PAGES = {
     "detection": "docs/detection.md",
     "thundernet": "docs/detection.md",
     "sam": "docs/sam.md",
+    "generation": "docs/priors.md",
+    "serving": "docs/serving.md",
     "regions": "docs/regions.md",
     "camvid": "docs/segmentation.md",
     "bccd": "docs/detection.md",
@@ -338,6 +340,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "detection": vision_tables.detection,
     "regions": vision_tables.regions,
     "sam": vision_tables.sam,
+    "generation": generation_table.generation,
+    "serving": serving_table.serving,
     "camvid": partial(vision_tables.trained, columns=vision_tables.CAMVID),
     "bccd": partial(vision_tables.trained, columns=vision_tables.BCCD),
     "clicks": partial(vision_tables.trained, columns=vision_tables.CLICKS),
