@@ -122,7 +122,5 @@ def test_what_is_wrong_is_said(here, capsys, words, told):
 def test_typed_prompts():
     assert read_prompts("", "", "") == read_prompts(" ", "", ";")
     assert read_prompts("1,2;3,4", "", "").labels == [[1], [1]]
-    assert read_prompts("1,2", "0", "").ambiguous
-    assert not read_prompts("1,2", "", "1,2,3,4").ambiguous
     with pytest.raises(UsageError, match="1 and 1 points, no labels"):
         read_prompts("1,2;3,4", ";", "")

@@ -52,6 +52,24 @@ def bottleneck_adapter(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x, residual), lambda: functional.bottleneck_adapter(x, *weights, **options))
 
 
+def group_sort(dtype: torch.dtype) -> Sample:
+    x = torch.randn(2, 6, 5, dtype=dtype)
+    return Sample(parts.GroupSort(3, dim=1), (x,), lambda: functional.group_sort(x, 3, dim=1))
+
+
+def orthogonal_linear(dtype: torch.dtype) -> Sample:
+    layer = parts.OrthogonalLinear(5, 7, rounds=3).to(dtype)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 4, 5, dtype=dtype)
+    return Sample(layer, (x,), lambda: functional.orthogonal_linear(x, layer.weight, layer.bias, rounds=3))
+
+
+def spectral_norm(dtype: torch.dtype) -> Sample:
+    weight = torch.randn(5, 3, 2, 2, dtype=dtype)
+    layer = parts.SpectralNorm(weight, start=2).eval()
+    return Sample(layer, (weight,), lambda: functional.spectral_norm(weight, layer.u, layer.v))
+
+
 def squeeze_excite(dtype: torch.dtype) -> Sample:
     layer = parts.SqueezeExcite(6, 3, activation="relu6").to(dtype)
     x = torch.randn(2, 6, 5, 4, dtype=dtype)
@@ -317,6 +335,20 @@ def ps_roi_align(dtype: torch.dtype) -> Sample:
     return Sample(layer, (x, ROIS), lambda: functional.ps_roi_align(x, ROIS, (2, 3), 0.25, 2, **options))
 
 
+def vector_quantizer(dtype: torch.dtype) -> Sample:
+    layer = parts.VectorQuantizer(9, 4, commitment=0.5, codebook_weight=2.0, dtype=dtype)
+    nn.init.normal_(layer.embedding.weight)
+    z, options = torch.randn(2, 4, 3, 5, dtype=dtype), {"dim": 1, "commitment": 0.5, "codebook_weight": 2.0}
+    return Sample(layer, (z,), lambda: functional.vector_quantize(z, layer.embedding.weight, **options))
+
+
+def ema_vector_quantizer(dtype: torch.dtype) -> Sample:
+    layer = parts.EMAVectorQuantizer(9, 4, dim=-1, commitment=0.5, dtype=dtype)
+    nn.init.normal_(layer.embedding.weight)
+    z, options = torch.randn(2, 7, 4, dtype=dtype), {"commitment": 0.5, "codebook_weight": 0.0}
+    return Sample(layer, (z,), lambda: functional.vector_quantize(z, layer.embedding.weight, **options))
+
+
 SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.ALiBi": alibi,
     "nn.Attention": attention,
@@ -332,7 +364,9 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.DepthwiseSeparableConv2d": depthwise_separable_conv2d,
     "nn.DisentangledBias": disentangled_bias,
     "nn.DynamicBias": dynamic_bias,
+    "nn.EMAVectorQuantizer": ema_vector_quantizer,
     "nn.GlobalConvolution": global_convolution,
+    "nn.GroupSort": group_sort,
     "nn.HierarchicalPositions": hierarchical_positions,
     "nn.InceptionBlock": inception_block,
     "nn.LearnedPositions": learned_positions,
@@ -346,6 +380,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.MultimodalRotaryEmbedding": multimodal_rotary_embedding,
     "nn.MultiplicativePositions": multiplicative_positions,
     "nn.PointwiseConv2d": pointwise_conv2d,
+    "nn.OrthogonalLinear": orthogonal_linear,
     "nn.PSRoIAlign": ps_roi_align,
     "nn.PrefixStates": prefix_states,
     "nn.RecurrentPositions": recurrent_positions,
@@ -355,5 +390,7 @@ SAMPLES: dict[str, Callable[[torch.dtype], Sample]] = {
     "nn.SinusoidalPositions": sinusoidal_positions,
     "nn.T5Bias": t5_bias,
     "nn.TransformerXLBias": transformer_xl_bias,
+    "nn.SpectralNorm": spectral_norm,
     "nn.Upsample2d": upsample2d,
+    "nn.VectorQuantizer": vector_quantizer,
 }

@@ -10,11 +10,18 @@ import torch
 from tests.train.toys import Folder, Regression, TwoPlayers, loader
 from torch import nn
 
+from volvelle.data.pictures import to_bytes
+from volvelle.systems.generation.discriminator import PatchDiscriminator
+from volvelle.systems.generation.vqgan import VQGAN
 from volvelle.train import checkpoint
+from volvelle.train.gan_constraints import Slope
+from volvelle.train.gan_objective import Game, GANObjective
 from volvelle.train.loop import fit
 from volvelle.train.observer import Quiet
 from volvelle.train.phase import Loss, Phase
 from volvelle.train.ranks import Ranks
+from volvelle.train.recipes.vqgan import AdversaryOptions, CodecShape, LossOptions, TrainVQGAN
+from volvelle.train.vqgan_objective import VQGANObjective
 
 
 class Plain(Regression):
@@ -75,6 +82,54 @@ class SteadyPlayers(TwoPlayers):
             self.broken.append(name)
 
 
+class Gamblers(GANObjective):
+    """The engine's own game: a Wasserstein critic with a gradient penalty, twice a step; dropout, noise, batch norm."""
+
+    def __init__(self, seed=1):
+        torch.manual_seed(seed)
+        generator = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+        critic = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.2), nn.Dropout(0.2), nn.Linear(6, 1))
+        adam = lambda p: torch.optim.Adam(p.values(), lr=0.01, betas=(0.5, 0.9))  # noqa: E731
+        rms = lambda p: torch.optim.RMSprop(p.values(), lr=0.005, momentum=0.1)  # noqa: E731
+        super().__init__(
+            generator,
+            critic,
+            Game("wasserstein", Slope(), critic_steps=2),
+            optimizers=(adam, rms),
+            latents=lambda count: torch.randn(count, 2),
+            real=lambda batch: torch.cat([batch["x"], batch["y"]], dim=1),
+        )
+
+
+class Painters(VQGANObjective):
+    """A small codec with a codebook of running means against a patch discriminator that joins at step 2."""
+
+    def __init__(self, seed=1):
+        torch.manual_seed(seed)
+        shape = CodecShape(width=4, multipliers=(1, 2), groups=2, latent=4, code_width=3, codes=8)
+        adversary = AdversaryOptions(begin=4, warmup=2, ramp=3, width=4, layers=1)
+        options = TrainVQGAN(data="pictures", adversary=adversary, loss=LossOptions(perceptual=0), clip=None)
+        super().__init__(VQGAN(shape.build(1, 8)), options, discriminator=PatchDiscriminator(1, width=4, layers=1))
+
+    def loss(self, batch):
+        return super().loss(self.painted(batch))
+
+    def judge(self, batch):
+        return super().judge(self.painted(batch))
+
+    def painted(self, batch):
+        """Each row of numbers as waves of 8 x 8 pixels, the same ones in both phases."""
+        if "images" not in batch:
+            line = torch.linspace(-3, 3, 64)
+            x, y, z = batch["x"][:, :, None].unbind(1)
+            waves = torch.sin(x * line + y) + z * torch.cos(2 * line)
+            batch["images"] = to_bytes(waves.view(-1, 1, 8, 8) / 2)
+        return batch
+
+    def units(self, batch):
+        return float(len(batch["x"])), "images"
+
+
 class Idle(Plain):
     """One layer that the loss never uses, and one that only some samples use."""
 
@@ -102,7 +157,8 @@ class Spoiled(Plain):
         return type(found)(found.value * float("nan") if bad else found.value, weight=found.weight)
 
 
-KINDS = {kind.__name__: kind for kind in (Regression, TwoPlayers, Plain, SteadyPlayers, Idle, Spoiled)}
+EVERY = (Regression, TwoPlayers, Gamblers, Painters, Plain, SteadyPlayers, Idle, Spoiled)
+KINDS = {kind.__name__: kind for kind in EVERY}
 
 
 class Ear(Quiet):

@@ -138,7 +138,7 @@ def test_the_sets_share_no_picture(data):
     assert sum(map(len, parts)) == len(parts[0] | parts[1] | parts[2]) == 12
     assert alone.where == "pictures set aside before training"
     bare = read_sets(recipe(data, selection_share=0.0), data / "train.json", Quiet())
-    assert bare.selection is None
+    assert len(bare.selection) == 0
     assert not set(bare.train.files) & set(bare.test.files)
     other = read_sets(recipe(data, held_out=str(data / "val.json")), data / "train.json", Quiet())
     assert (len(other.train), len(other.selection), len(other.test)) == (10, 2, 4)

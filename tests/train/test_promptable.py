@@ -111,6 +111,9 @@ def test_only_the_best_mask_learns():
     for prompt in range(2):
         learns = logits.grad[0, prompt].abs().sum((1, 2)) > 0
         assert learns.tolist() == [i == losses[0, prompt].argmin() for i in range(3)]
+    logits.grad = None
+    best_of(mask_losses(logits, cover, known), 0.3).sum().backward()
+    assert (logits.grad.abs().sum((3, 4)) > 0).all()
 
 
 def test_cells_that_are_partly_void_count_by_what_is_known():
@@ -339,6 +342,7 @@ def test_boxes_as_prompts(data, model, tmp_path):
         ({"clicks": (0,)}, "clicks"),
         ({"scale": (2.0, 1.0)}, "least,largest"),
         ({"boxes": 1.5}, "between 0 and 1"),
+        ({"others": 1.5}, "others: must lie between 0 and 1"),
     ],
 )
 def test_options_that_make_no_sense(data, more, message):

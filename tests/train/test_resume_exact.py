@@ -20,7 +20,12 @@ from volvelle.train.options import FitOptions
 
 # 22 samples in batches of 4, the last of 2: six batches an epoch, so an epoch ends inside steps of 3 or 6 batches.
 STEPS, EVERY = 15, 4
-LOSSES = {"Regression": 3 * STEPS, "TwoPlayers": 3 * (2 * (STEPS - 1) + STEPS // 2)}  # calls a rank
+LOSSES = {
+    "Regression": 3 * STEPS,
+    "TwoPlayers": 3 * (2 * (STEPS - 1) + STEPS // 2),
+    "Gamblers": 9 * STEPS,
+    "Painters": 3 * (2 * STEPS - 2),
+}  # calls a rank
 PLACES = ("loss", "loss", "loss", "update", "sync", "sha256", "rename")
 
 
@@ -106,7 +111,7 @@ def check(tmp_path, uninterrupted, kind, world, fault):
         assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
 
 
-QUICK = [("Regression", 2, 0), ("TwoPlayers", 2, 1)]
+QUICK = [("Regression", 2, 0), ("TwoPlayers", 2, 1), ("Gamblers", 1, 0), ("Painters", 1, 0)]
 
 
 @pytest.mark.parametrize(("kind", "world", "i"), QUICK)

@@ -34,7 +34,7 @@ def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal[
     from volvelle.train.detect_measure import measure
     from volvelle.train.recipes.detect import TrainDetect
 
-    model, view = _open(run)
+    model, view = open_detector(run)
     folder = RunFolder.open(run)
     with console() as observer:
         parts = read_parts(Path(data), replace(TrainDetect(), classes=model.classes, on_bad=on_bad), observer)
@@ -53,7 +53,7 @@ def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal[
     rows = found.rows(model.classes)
     headers = ("class", "boxes", "AP", "AP at 0.5", "recall of 100")
     table(headers, [(name, f"{boxes:,}", *map(_percent, values)) for name, boxes, *values in rows])
-    worst = [pictures.source(index) for index in found.worst(3, _trusted(folder))]
+    worst = [pictures.source(index) for index in found.worst(3, trusted_score(folder))]
     say("", *(f"worst    {name}" for name in worst), "")
     for name, value in found.metrics.items():
         say(f"{name:<12} {_percent(value)}")
@@ -75,8 +75,8 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None
     from volvelle.train.detect_pictures import Drawn, draw_boxes
     from volvelle.train.segment_pictures import colours_of, png
 
-    model, view = _open(run)
-    least = _trusted(RunFolder.open(run)) if score is None else score
+    model, view = open_detector(run)
+    least = trusted_score(RunFolder.open(run)) if score is None else score
     colours = colours_of(model.classes, ())
     pictures = [(path, read_image(path)) for path in images]  # all before any is written
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None
     return records
 
 
-def _open(run: Path) -> tuple[Detector, Fit]:
+def open_detector(run: Path) -> tuple[Detector, Fit]:
     """The run's model, and how it wants its pictures."""
     from volvelle.data.boxes_augment import Fit
     from volvelle.systems.detection.load import is_detector, read_detector
@@ -114,7 +114,7 @@ def _open(run: Path) -> tuple[Detector, Fit]:
     return model, Fit(model.config.size, bool(folder.config().get("stretch", True)))
 
 
-def _trusted(folder: RunFolder) -> float:
+def trusted_score(folder: RunFolder) -> float:
     """The least score that is worth showing."""
     return float(folder.manifest.get("trusted", 0.5))
 

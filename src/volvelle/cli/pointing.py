@@ -33,11 +33,6 @@ class Asked:
     labels: list[list[int]]
     boxes: list[list[float]]
 
-    @property
-    def ambiguous(self) -> bool:
-        """Whether some object has a single point, which may mean a thing, a part of it, or several."""
-        return not self.boxes and any(len(one) == 1 for one in self.points)
-
 
 def read_prompts(points: str, labels: str, boxes: str) -> Asked:
     """Read what was typed: `;` between objects, `,` between numbers. UsageError says what does not fit.
@@ -109,39 +104,11 @@ def _answers(promptable: Promptable, picture: Image.Image, asked: Asked) -> tupl
     """The best mask of each object that was asked for, and the picture's (height, width)."""
     import torch
 
-    from volvelle.data.coco_masks import MaskedObject
-    from volvelle.systems.segmentation.sam.prompts import prepare
-    from volvelle.systems.segmentation.sam.upsample import Upsampler
+    from volvelle.systems.segmentation.sam.objects import objects_at
 
     with torch.no_grad():
         embedding = promptable.embed(picture)
-        prompts = prepare(embedding, asked.points or None, asked.labels or None, asked.boxes or None, None)
-        logits, iou = promptable.decode(embedding, prompts, multimask=asked.ambiguous)
-        best = iou.argmax(1)
-        rows = torch.arange(len(best), device=best.device)
-        height, width = embedding.original
-        way = Upsampler(
-            logits.shape[-1],
-            embedding.size,
-            embedding.scaled,
-            (0, 0, width, height),
-            embedding.original,
-            device=logits.device,
-        )
-        found = way.masks(logits[rows, best])
-    objects = []
-    for (number, stability, mask), sure in zip(found, iou[rows, best].tolist(), strict=True):
-        facts: dict[str, Any] = {
-            "predicted_iou": sure,
-            "stability_score": None if stability != stability else stability,
-        }
-        if asked.points:
-            facts |= {"point_coords": asked.points[number], "point_labels": asked.labels[number]}
-        if asked.boxes:
-            x1, y1, x2, y2 = asked.boxes[number]
-            facts["asked_box"] = [x1, y1, x2 - x1, y2 - y1]
-        objects.append(MaskedObject(mask, facts=facts))
-    return objects, embedding.original
+    return objects_at(promptable, embedding, asked.points, asked.labels, asked.boxes), embedding.original
 
 
 def _everything(

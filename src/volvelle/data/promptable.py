@@ -83,6 +83,11 @@ class ObjectFolder:
         """The picture's path."""
         return str(self.files[index])
 
+    @property
+    def parted(self) -> bool:
+        """Whether every pixel has a class, or is void."""
+        return all(isinstance(mark, ClassMap) for mark in self.marks)
+
     def part(self, indices: Sequence[int]) -> ObjectFolder:
         """Some of the pictures."""
         files, marks = ([values[i] for i in indices] for values in (self.files, self.marks))

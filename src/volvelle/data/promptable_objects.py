@@ -27,6 +27,11 @@ class Objects(Protocol):
         """The class number of each."""
         ...
 
+    @property
+    def classes(self) -> np.ndarray | None:
+        """The class number uint8 (y, x) of each pixel, VOID where there is none; None where only objects have one."""
+        ...
+
     def __len__(self) -> int: ...
 
     def mask(self, index: int) -> np.ndarray:
@@ -100,6 +105,8 @@ class Pieces:
 class Listed:
     """Masks one by one, as run lengths; they may overlap. `nothing` (y, x) is what is void."""
 
+    classes = None
+
     def __init__(self, masks: Sequence[RunLengths], labels: Sequence[int], nothing: np.ndarray):
         self.masks, self.labels, self.nothing = masks, list(labels), nothing
 
@@ -121,6 +128,8 @@ class Listed:
 
 class _ListedSeen:
     """Those of a list of masks that a crop may show."""
+
+    classes = None
 
     def __init__(self, whole: Listed, window: Window):
         self.whole, self.window = whole, window

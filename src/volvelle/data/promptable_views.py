@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from volvelle.data.masks_augment import Augmentation
+from volvelle.data.masks_labels import VOID
 from volvelle.data.promptable import Pictures
 from volvelle.data.promptable_clicks import box_around, first_click
 from volvelle.data.promptable_objects import choose
@@ -23,13 +24,15 @@ FEWEST = 48
 class View(NamedTuple):
     """A crop and what is asked of it; k objects, or none.
 
-    pixels uint8 (3, y, x); masks uint8 (k, y, x) of 0 and 1; known uint8 (y, x), 0 where void; points (k, 2) fp32 with
-    a click in each object; boxes (k, 4) fp32 as somebody draws them.
+    pixels uint8 (3, y, x); masks uint8 (k, y, x) of 0 and 1; known uint8 (y, x), 0 where void; classes uint8 (y, x),
+    VOID where a pixel has none; points (k, 2) fp32 with a click in each object; boxes (k, 4) fp32 as somebody draws
+    them.
     """
 
     pixels: Tensor
     masks: Tensor
     known: Tensor
+    classes: Tensor
     points: Tensor
     boxes: Tensor
 
@@ -72,10 +75,12 @@ class ObjectViews:
         masks = choose(seen, self.prompts, least, generator)
         points = [first_click(mask, generator, self.central)[:2] for mask in masks]
         boxes = [box_around(mask, generator) for mask in masks]
+        known = torch.from_numpy((~seen.void()).astype(np.uint8))
         return View(
             pixels,
             torch.from_numpy(masks.astype(np.uint8)),
-            torch.from_numpy((~seen.void()).astype(np.uint8)),
+            known,
+            torch.full_like(known, VOID) if seen.classes is None else torch.from_numpy(seen.classes),
             torch.tensor(points, dtype=torch.float32).reshape(-1, 2),
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         )
@@ -94,10 +99,11 @@ def collate_objects(views: Sequence[View]) -> dict[str, Tensor]:
         return torch.stack([torch.cat((part, part.new_zeros(most - len(part), *part.shape[1:]))) for part in parts])
 
     there = torch.tensor([[i < len(view.masks) for i in range(most)] for view in views])
-    stacked = {name: torch.stack([getattr(view, name) for view in views]) for name in ("pixels", "known")}
+    stacked = {name: torch.stack([getattr(view, name) for view in views]) for name in ("pixels", "known", "classes")}
     return {
         "images": stacked["pixels"],
         "known": stacked["known"],
+        "classes": stacked["classes"],
         **{name: filled(name) for name in ("masks", "points", "boxes")},
         "there": there,
     }

@@ -99,11 +99,14 @@ def _units(sizes: Sequence[int], order: random.Random) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*fixed, tuple(order.randrange(n) for n in sizes)]))
 
 
-def local_support(field: ReceptiveField, name: str, unit: Sequence[int]) -> tuple[frozenset[int], ...]:
-    """What one element of a node reads by its gradients when all that passes through global operations is cut off."""
+def local_support(field: ReceptiveField, name: str, unit: Sequence[int | slice]) -> tuple[frozenset[int], ...]:
+    """What one element of a node reads by its gradients when all that passes through global operations is cut off.
+
+    With slices in `unit` it is what several elements read together.
+    """
     gates = {node.name for node in field.nodes if any(a.size == "whole" and not a.local for a in node.axes)}
     x, values = run_positive(field.traced, {field[name].name}, gates)
-    return gradient_support(values[field[name].name][tuple(unit)], x, field.axes)
+    return gradient_support(values[field[name].name][tuple(unit)].sum(), x, field.axes)
 
 
 def run_positive(traced: Exported, wanted: set[str], cut: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:

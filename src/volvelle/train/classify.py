@@ -29,6 +29,7 @@ from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.classify import TrainClassify
+from volvelle.train.sets import drawn_in_batches
 from volvelle.train.text_run import NUMBERS, at_first, choose_device, closing, resume_command
 
 SMALL = 64
@@ -112,17 +113,9 @@ def build_model(recipe: TrainClassify, train: Labelled) -> Backbone:
 
 
 def training_loader(recipe: TrainClassify, train: Labelled, how: Preprocessing) -> Loader:
-    """Seeded batches of random views. The last, smaller batch of an epoch is left out when one batch is there."""
+    """Batches of random views."""
     view = View((recipe.area[0], recipe.area[1]), recipe.mirror, recipe.colour)
-    return Loader(
-        Views(train, how, view),
-        recipe.batch,
-        seed=recipe.seed,
-        collate=collate_labelled,
-        drop_last=len(train) >= recipe.batch,
-        workers=recipe.worker_kind,
-        num_workers=recipe.workers,
-    )
+    return drawn_in_batches(recipe, Views(train, how, view), collate_labelled)
 
 
 def held_loader(held: Labelled, how: Preprocessing, batch: int) -> Loader:

@@ -14,7 +14,7 @@ from volvelle.data.loader import Loader
 from volvelle.parts.metrics.confusion import confusion_matrix
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.backbone.model import Backbone
-from volvelle.train.phase import Loss, Objective, Optimizer, OptimizerFactory, Phase, trainable
+from volvelle.train.phase import Loss, Objective, Phase, adamw, trainable
 from volvelle.train.player import to_device
 from volvelle.train.precision import Kind, Precision
 from volvelle.train.recipes.classify import TrainClassify
@@ -94,10 +94,12 @@ class ClassifyObjective(Objective):
         return {"model": self.model}
 
     def phases(self, steps: int) -> Sequence[Phase]:
-        """One phase over what asks for gradients."""
+        """One phase over what asks for gradients; what began with known weights learns at a share of the rate."""
         options = self.options
         rate = schedule(options.schedule, steps, options.warmup)
-        optimizer = _adamw(options, self.model.classifier_name)
+        known = 1.0 if options.weights == "none" else options.backbone_rate
+        last = f"{self.model.classifier_name}."
+        optimizer = adamw(options, share=lambda name: 1.0 if name.startswith(last) else known)
         return [Phase("classify", trainable(self.model), self.loss, optimizer, rate, clip=options.clip)]
 
     def train_mode(self) -> None:
@@ -129,24 +131,3 @@ class ClassifyObjective(Objective):
         return measure(
             self.model, self.held, precision=self.options.precision, limit=self.options.held_out_size
         ).metrics
-
-
-def _adamw(options: TrainClassify, last: str) -> OptimizerFactory:
-    """AdamW with decay on matrices only; what began with known weights learns at a share of the rate."""
-    share = 1.0 if options.weights == "none" else options.backbone_rate
-
-    def build(parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        groups = []
-        for fresh in (True, False):
-            for matrix in (True, False):
-                chosen = [
-                    p
-                    for name, p in parameters.items()
-                    if name.startswith(f"{last}.") == fresh and (p.ndim > 1) == matrix
-                ]
-                rate = options.learning_rate * (1.0 if fresh else share)
-                decay = options.weight_decay if matrix else 0.0
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate)
-
-    return build

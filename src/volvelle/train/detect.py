@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from volvelle.data.boxes import BoxFolder, read_boxes
 from volvelle.data.boxes_anchors import best_overlap, suggest_anchors
 from volvelle.data.boxes_augment import BoxAugmentation, Fit, Fitted, Views, collate_views
 from volvelle.data.loader import Loader
-from volvelle.data.masks_augment import split_in_runs
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.detection.load import detector, write_detector
@@ -25,23 +24,11 @@ from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.detect import TrainDetect
 from volvelle.train.scenes import data_path
+from volvelle.train.sets import Sets, drawn_in_batches, held_part, own_test, part_into_sets
 from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
 
 SHOWN = 5
 """Lines of remarks and of what was left out that are printed."""
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Pictures to train on, to watch the run by (perhaps none), and to measure the result on; `where` names the last.
-
-    None of the three shares a picture with another.
-    """
-
-    train: BoxFolder
-    selection: BoxFolder | None
-    test: BoxFolder
-    where: str
 
 
 def train_detect(
@@ -64,7 +51,7 @@ def train_detect(
         model = build_model(recipe, sets.train, observer).to(device)
         subtitle = _first_line(recipe, model, where)
         observer.say(subtitle)
-        selection = Fitted(sets.selection, fit_of(recipe)) if sets.selection else None
+        selection = Fitted(sets.selection, fit_of(recipe)) if len(sets.selection) else None
         objective = DetectObjective(model, recipe, selection=selection)
         loader = training_loader(recipe, sets.train)
         result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
@@ -73,7 +60,7 @@ def train_detect(
         return _close(recipe, run, objective, sets, result, subtitle, observer)
 
 
-def read_sets(recipe: TrainDetect, path: Path, observer: Observer) -> Sets:
+def read_sets(recipe: TrainDetect, path: Path, observer: Observer) -> Sets[BoxFolder]:
     """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
     splits = read_parts(path, recipe, observer)
     train = splits.get("train") or next(iter(splits.values()))
@@ -81,19 +68,11 @@ def read_sets(recipe: TrainDetect, path: Path, observer: Observer) -> Sets:
     observer.say(f"boxes to learn from: {counts}")
     if not sum(train.counts):
         raise VolvelleError(f"{path}: the pictures to train on have no box, so there is nothing to learn")
-    if len(train) < 3:
-        raise VolvelleError(f"{path}: {len(train)} pictures cannot be split", tip="three are the least")
-    other = next((name for name in ("val", "test") if name in splits), None)
+    test = own_test(splits, path)
     if recipe.held_out is not None:
         held = read_parts(Path(recipe.held_out), replace(recipe, classes=train.classes), observer)
-        test = next((held[name] for name in ("val", "test", "") if name in held), next(iter(held.values())))
-        return Sets(*_set_aside(train, recipe), test, recipe.held_out)
-    if other is not None and "train" in splits:
-        return Sets(*_set_aside(train, recipe), splits[other], f"the {other} part of {path.name}")
-    kept, rest = split_in_runs(len(train), max(2 / len(train), 0.1, 2 * recipe.selection_share), recipe.seed)
-    if not recipe.selection_share:
-        return Sets(train.part(kept), None, train.part(rest), "pictures set aside before training")
-    return Sets(train.part(kept), train.part(rest[::2]), train.part(rest[1::2]), "pictures set aside before training")
+        test = held_part(held), recipe.held_out
+    return part_into_sets(train, test, share=recipe.selection_share, seed=recipe.seed)
 
 
 def read_parts(path: Path, recipe: TrainDetect, observer: Observer) -> dict[str, BoxFolder]:
@@ -133,26 +112,10 @@ def fit_of(recipe: TrainDetect) -> Fit:
 
 
 def training_loader(recipe: TrainDetect, train: BoxFolder) -> Loader:
-    """Seeded batches of random views. The last, smaller batch of an epoch is left out when one batch is there."""
+    """Batches of random views."""
     crop = (recipe.crop[0], recipe.crop[1])
     augmentation = BoxAugmentation(crop, recipe.mirror, recipe.upside_down, recipe.colour)
-    return Loader(
-        Views(train, fit_of(recipe), augmentation),
-        recipe.batch,
-        seed=recipe.seed,
-        collate=collate_views,
-        drop_last=len(train) >= recipe.batch,
-        workers=recipe.worker_kind,
-        num_workers=recipe.workers,
-    )
-
-
-def _set_aside(train: BoxFolder, recipe: TrainDetect) -> tuple[BoxFolder, BoxFolder | None]:
-    """Pictures to train on, and those to watch the run by."""
-    if not recipe.selection_share:
-        return train, None
-    kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)
-    return train.part(kept), train.part(chosen)
+    return drawn_in_batches(recipe, Views(train, fit_of(recipe), augmentation), collate_views)
 
 
 def _first_line(recipe: TrainDetect, model: Detector, where: str) -> str:
@@ -167,7 +130,7 @@ def _close(
     recipe: TrainDetect,
     run: RunFolder,
     objective: DetectObjective,
-    sets: Sets,
+    sets: Sets[BoxFolder],
     result: FitResult,
     subtitle: str,
     observer: Observer,
@@ -181,7 +144,7 @@ def _close(
         model, view = objective.model.eval(), fit_of(recipe)
         write_detector(model, run.path / "weights")
         observer.say(f"saved {run.path / 'weights'}; measuring on {sets.where}")
-        if sets.selection is not None:
+        if len(sets.selection):
             trusted = measure(model, Fitted(sets.selection, view), precision=recipe.precision).trusted
         found = measure(
             model,

@@ -13,6 +13,7 @@ from volvelle.adapt import apply, save
 from volvelle.data.loader import Loader
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
+from volvelle.systems.generation.prior import is_prior
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.draft_head import DraftHead, frequent_tokens
 from volvelle.systems.language.huggingface import write_folder
@@ -76,6 +77,10 @@ def train_draft(
     What is left there opens with `volvelle.decode.open_drafter`. `resume=True` continues an interrupted run.
     """
     with closing(run):
+        if is_prior(recipe.model):
+            from volvelle.train.draft_codes import draft_codes
+
+            return draft_codes(recipe, run, observer or Observer(), resume)
         return _Run(recipe, run, observer or Observer()).go(resume)
 
 
@@ -243,7 +248,8 @@ class _Vocabulary:
         self.bos_id, self.eos_ids, self.pad_id = (getattr(model.tokenizer, n) for n in ("bos_id", "eos_ids", "pad_id"))
 
 
-_KINDS: dict[str, Any] = {"medusa": _Medusa, "mtp": _MTP, "small": _Small}
+KINDS_OF_DRAFTERS: dict[str, Any] = {"medusa": _Medusa, "mtp": _MTP, "small": _Small}
+"""The drafters that are trained, by the recipe's word: each is made of (recipe, model, the tokens it drafts)."""
 
 
 class _Run:
@@ -276,7 +282,7 @@ class _Run:
         if recipe.kind == "ngram":
             return self._counted(data)
         tokens = self._tokens(data.train)
-        trained: Trained = _KINDS[recipe.kind](recipe, self.model, tokens)
+        trained: Trained = KINDS_OF_DRAFTERS[recipe.kind](recipe, self.model, tokens)
         subtitle = self._first_line(trained, data)
         objective = trained.objective(data.held)
         result = fit(objective, data.train, options=recipe, run=run, observer=observer, resume=resume)

@@ -108,7 +108,12 @@ class Objective:
         """Undo `state_dict`."""
 
 
-def adamw(options: FitOptions, *, share: Callable[[str], float] = lambda name: 1.0) -> OptimizerFactory:
+def adamw(
+    options: FitOptions,
+    *,
+    share: Callable[[str], float] = lambda name: 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> OptimizerFactory:
     """AdamW (Loshchilov & Hutter 2019) at the options' peak rate, with decay on matrices only.
 
     Biases, norms' gains and other vectors are not decayed: pulling a gain towards zero only fights the loss. `share`
@@ -127,7 +132,7 @@ def adamw(options: FitOptions, *, share: Callable[[str], float] = lambda name: 1
             }
             for (rate, vectors), members in sorted(groups.items(), key=lambda item: item[0])
         ]
-        return torch.optim.AdamW(chosen, lr=options.learning_rate, fused=_fusable(parameters.values()))
+        return torch.optim.AdamW(chosen, lr=options.learning_rate, betas=betas, fused=_fusable(parameters.values()))
 
     return build
 

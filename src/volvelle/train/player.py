@@ -250,6 +250,7 @@ class Player:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo `state_dict`. A state without this run's loss scale or average leaves them as they are."""
         self.optimizer.load_state_dict(state["optimizer"])
+        _like_their_weights(self.optimizer)
         self.updates, self.skipped = state["updates"], Skipped(**state["skipped"])
         with torch.no_grad():
             for copy, saved in zip(self.held.copies, state["masters"], strict=True):
@@ -258,6 +259,20 @@ class Player:
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+
+
+@torch.no_grad()
+def _like_their_weights(optimizer: Any) -> None:
+    """Give moments the strides of their weights again, which files do not keep.
+
+    Fused updates run through both in memory's order, so with weights in channels-last order the last bits would differ.
+    """
+    for parameter, moments in getattr(optimizer, "state", {}).items():
+        for name, value in moments.items() if isinstance(moments, dict) else ():
+            if not (isinstance(value, Tensor) and isinstance(parameter, Tensor) and value.shape == parameter.shape):
+                continue
+            if type(value) is Tensor and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _local(gradient: Tensor) -> Tensor:

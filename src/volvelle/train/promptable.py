@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from volvelle.data.loader import Loader
-from volvelle.data.masks_augment import Augmentation, split_in_runs
+from volvelle.data.masks_augment import Augmentation
 from volvelle.data.promptable import ObjectFolder, read_objects
 from volvelle.data.promptable_views import ObjectViews, collate_objects
-from volvelle.errors import UsageError, VolvelleError
+from volvelle.errors import UsageError
 from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.sam.config import Light, find_config
 from volvelle.systems.segmentation.sam.load import load_sam, sam, write_sam
@@ -24,20 +23,8 @@ from volvelle.train.random_state import seed_all
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.promptable import TrainPromptable
 from volvelle.train.scenes import data_path
+from volvelle.train.sets import Sets, drawn_in_batches, held_part, own_test, part_into_sets
 from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Pictures to train on, to choose the best moment by, and to measure the result on; `where` says what the last is.
-
-    None of the three shares a picture with another.
-    """
-
-    train: ObjectFolder
-    selection: ObjectFolder
-    test: ObjectFolder
-    where: str
 
 
 def train_promptable(
@@ -60,7 +47,9 @@ def train_promptable(
         model = build_model(recipe).to(device)
         subtitle = _first_line(recipe, model, where)
         observer.say(subtitle)
-        objective = PromptObjective(model, recipe, selection=sets.selection)
+        objective = PromptObjective(
+            model, recipe, selection=sets.selection, classes=len(sets.train.classes) if sets.train.parted else None
+        )
         loader = training_loader(recipe, sets.train)
         result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
         if not ranks.leads:
@@ -68,24 +57,14 @@ def train_promptable(
         return _close(recipe, run, objective, sets, result, subtitle, observer)
 
 
-def read_sets(recipe: TrainPromptable, path: Path, observer: Observer) -> Sets:
+def read_sets(recipe: TrainPromptable, path: Path, observer: Observer) -> Sets[ObjectFolder]:
     """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
     splits = read_parts(recipe, path, observer)
     train = splits.get("train") or next(iter(splits.values()))
-    if len(train) < 3:
-        raise VolvelleError(f"{path}: {len(train)} pictures cannot be split", tip="three are the least")
-    other = next((name for name in ("val", "test") if name in splits), None)
-    if recipe.held_out is None and not (other is not None and "train" in splits):
-        kept, rest = split_in_runs(len(train), max(2 / len(train), 2 * recipe.selection_share), recipe.seed)
-        parts = train.part(kept), train.part(rest[::2]), train.part(rest[1::2])
-        return Sets(*parts, "pictures set aside before training")
-    kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)
+    test = own_test(splits, path)
     if recipe.held_out is not None:
-        held = read_parts(recipe, Path(recipe.held_out), observer)
-        test = next((held[name] for name in ("val", "test", "") if name in held), next(iter(held.values())))
-        return Sets(train.part(kept), train.part(chosen), test, recipe.held_out)
-    assert other is not None
-    return Sets(train.part(kept), train.part(chosen), splits[other], f"the {other} part of {path.name}")
+        test = held_part(read_parts(recipe, Path(recipe.held_out), observer)), recipe.held_out
+    return part_into_sets(train, test, share=recipe.selection_share, seed=recipe.seed)
 
 
 def read_parts(recipe: TrainPromptable, path: Path, observer: Observer) -> dict[str, ObjectFolder]:
@@ -123,7 +102,7 @@ def build_model(recipe: TrainPromptable) -> Sam:
 
 
 def training_loader(recipe: TrainPromptable, train: ObjectFolder) -> Loader:
-    """Seeded batches of random crops. The last, smaller batch of an epoch is left out when one batch is there."""
+    """Batches of random crops."""
     scale = (recipe.scale[0], recipe.scale[1])
     augmentation = Augmentation(recipe.crop_size, scale, recipe.mirror, recipe.colour)
     views = ObjectViews(
@@ -134,15 +113,7 @@ def training_loader(recipe: TrainPromptable, train: ObjectFolder) -> Loader:
         least=recipe.least,
         central=recipe.central,
     )
-    return Loader(
-        views,
-        recipe.batch,
-        seed=recipe.seed,
-        collate=collate_objects,
-        drop_last=len(train) >= recipe.batch,
-        workers=recipe.worker_kind,
-        num_workers=recipe.workers,
-    )
+    return drawn_in_batches(recipe, views, collate_objects)
 
 
 def _first_line(recipe: TrainPromptable, model: Sam, where: str) -> str:
@@ -161,7 +132,7 @@ def _close(
     recipe: TrainPromptable,
     run: RunFolder,
     objective: PromptObjective,
-    sets: Sets,
+    sets: Sets[ObjectFolder],
     result: FitResult,
     subtitle: str,
     observer: Observer,

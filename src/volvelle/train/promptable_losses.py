@@ -4,8 +4,8 @@
     dice(p, t)  = 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)
 
 Kirillov et al. 2023, section 3: focal to dice as 20 to 1, the mean squared error of the estimated IoU added, and of the
-masks of an ambiguous prompt only the one with the least loss learns. t is the share of a cell (4 x 4 pixels) that the
-object covers, so that outlines are learnt finer than cells.
+masks of an ambiguous prompt only the one with the least loss learns; here the others may learn a little too. t is the
+share of a cell (4 x 4 pixels) that the object covers, so that outlines are learnt finer than cells.
 
 Shapes: b pictures, k prompts, m masks, y x cells.
 """
@@ -46,6 +46,14 @@ def overlaps(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
     return both / (seen.sum((-2, -1)) + target.sum((-2, -1)) - both).clamp(min=1e-6)
 
 
-def best_of(losses: Tensor) -> Tensor:
-    """The least loss of each prompt's masks (b, k, m) -> (b, k); only that mask gets a gradient."""
-    return losses.amin(-1)
+def best_of(losses: Tensor, others: float = 0.0) -> Tensor:
+    """(1 - others) min + others mean of the losses of each prompt's masks (b, k, m) -> (b, k).
+
+    With 0 only the best mask gets a gradient, and the others may become anything: where the model ranks one of them
+    first, the answer is far off. With a small share all stay sensible (Rupprecht et al. 2017, "Learning in an Uncertain
+    World", section 3.2).
+
+    >>> [round(float(best_of(torch.tensor([1.0, 2.0, 6.0]), others)), 2) for others in (0.0, 0.25, 1.0)]
+    [1.0, 1.5, 3.0]
+    """
+    return (1 - others) * losses.amin(-1) + others * losses.mean(-1)

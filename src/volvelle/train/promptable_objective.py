@@ -25,9 +25,11 @@ from volvelle.data.promptable import Pictures
 from volvelle.data.promptable_clicks import COARSE, next_click
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.segmentation.sam.config import STRIDE
+from volvelle.systems.segmentation.sam.layers import Features
 from volvelle.systems.segmentation.sam.model import Sam
 from volvelle.train.best_weights import BestMoment
 from volvelle.train.phase import Loss, Phase, adamw, trainable
+from volvelle.train.promptable_classes import ClassHead
 from volvelle.train.promptable_losses import best_of, mask_losses, overlaps
 from volvelle.train.promptable_measure import measure
 from volvelle.train.recipes.promptable import TrainPromptable
@@ -91,17 +93,23 @@ class PromptObjective(BestMoment):
     """Train all of a model on batches of `collate_objects`.
 
     Evaluations measure one click on each object of `selection`, whole pictures, and keep a copy of the best weights.
+    With `classes`, as many as the pixels of the batches have, the image encoder also learns to tell these apart.
     """
 
     best = ("iou_1", "max")
 
-    def __init__(self, model: Sam, options: TrainPromptable, *, selection: Pictures | None = None):
+    def __init__(
+        self, model: Sam, options: TrainPromptable, *, selection: Pictures | None = None, classes: int | None = None
+    ):
         super().__init__(model)
         self.model, self.options, self.selection = model, options, selection
+        self.classes: ClassHead | None = None
+        if classes and options.classes_weight:
+            self.classes = ClassHead(model.config, classes).to(next(model.parameters()).device)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The model."""
-        return {"model": self.model}
+        """The model, and what names the classes."""
+        return {"model": self.model} | ({"classes": self.classes} if self.classes else {})
 
     def phases(self, steps: int) -> Sequence[Phase]:
         """One phase; the backbone's learning rate is a share of the others'."""
@@ -112,18 +120,19 @@ class PromptObjective(BestMoment):
             return options.encoder_rate if name.startswith("image_encoder.backbone.") else 1.0
 
         optimizer = adamw(options, share=share)
-        return [Phase("promptable", trainable(self.model), self.loss, optimizer, rate, clip=options.clip)]
+        parameters = trainable(self.model) | (trainable(self.classes, "classes.") if self.classes else {})
+        return [Phase("promptable", parameters, self.loss, optimizer, rate, clip=options.clip)]
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
         """The losses of the first answers and the mean of those after further clicks."""
         draw = random.Random(f"prompts/{self.options.seed}/{self.step}")
         pixels = self.model.preprocessing.normalise(batch["images"]).contiguous(memory_format=torch.channels_last)
         with DepthwiseInFp32():
-            embedding = self.model.image_encoder(pixels)
+            seen = self.model.image_encoder.features(pixels)
         target = Target.of(batch)
-        corner, position = self._place(embedding, draw)
+        corner, position = self._place(seen.embedding, draw)
         asked = self._first(batch, corner, draw)
-        value, answer, metrics = self._answer_first(embedding, position, asked, target)
+        value, answer, metrics = self._answer_first(seen, position, asked, target)
         count = min(self.options.refined, target.cover.shape[1])
         if count:
             rounds = draw.randint(1, self.options.rounds)
@@ -132,12 +141,16 @@ class PromptObjective(BestMoment):
             for _ in range(rounds):
                 asked = asked.clicked(*self._clicks(answer, target, corner, draw))
                 before = None if draw.random() < FORGET else answer
-                logits, iou = self._ask(embedding, position, replace(asked, before=before), multimask=False)
+                logits, iou = self._ask(seen, position, replace(asked, before=before), multimask=False)
                 later.append(self._judged(logits, iou, target))
                 answer = logits[:, :, 0].detach().float()
             further = torch.stack(later).mean()
             value = value + further
             metrics["later_loss"] = further.detach()
+        if self.classes:
+            named = self.classes.loss(seen, batch["classes"])
+            value = value + self.options.classes_weight * named
+            metrics["classes_loss"] = named.detach()
         return Loss(value, metrics, weight=max(1.0, float(batch["there"].sum())))
 
     def units(self, batch: Any) -> tuple[float, str]:
@@ -167,10 +180,10 @@ class PromptObjective(BestMoment):
         return Asked(points, torch.ones(points.shape[:-1], dtype=torch.int64, device=points.device))
 
     def _answer_first(
-        self, embedding: Tensor, position: Tensor, asked: Asked, target: Target
+        self, seen: Features, position: Tensor, asked: Asked, target: Target
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss of the first answers, the answers (b, k, 4h, 4w) that the model ranks first, and figures."""
-        logits, iou = self._ask(embedding, position, asked, multimask=None)
+        logits, iou = self._ask(seen, position, asked, multimask=None)
         clear = self._judged(logits[:, :, :1], iou[:, :, :1], target)
         if asked.points is None:  # a box is clear enough
             return clear, logits[:, :, 0].detach().float(), {"box_loss": clear.detach()}
@@ -180,22 +193,20 @@ class PromptObjective(BestMoment):
         chosen = logits.detach()[torch.arange(len(ranked), device=ranked.device)[:, None], rows, ranked + 1]
         return clear + unclear, chosen.float(), {"click_loss": unclear.detach(), "clear_loss": clear.detach()}
 
-    def _ask(
-        self, embedding: Tensor, position: Tensor, asked: Asked, *, multimask: bool | None
-    ) -> tuple[Tensor, Tensor]:
+    def _ask(self, seen: Features, position: Tensor, asked: Asked, *, multimask: bool | None) -> tuple[Tensor, Tensor]:
         """Logits (b, k, m, 4h, 4w) and estimated IoU (b, k, m)."""
         encoder = self.model.prompt_encoder
         sparse, dense = encoder(asked.points, asked.labels, asked.boxes)
         if asked.before is not None:
             b, k, high, wide = asked.before.shape
             dense = encoder.mask_downscaling(asked.before.reshape(b * k, 1, high, wide)).unflatten(0, (b, k))
-        return self.model.mask_decoder(embedding, position, sparse, dense, multimask)
+        return self.model.mask_decoder(seen.embedding, position, sparse, dense, multimask, fine=seen.fine)
 
     def _judged(self, logits: Tensor, iou: Tensor, target: Target) -> Tensor:
-        """The loss of the best of each prompt's masks, and the error of all estimated IoUs."""
+        """The loss of each prompt's masks, the best of them above all, and the error of all estimated IoUs."""
         losses = mask_losses(logits, target.cover, target.known)
         wrong = (iou.float() - overlaps(logits, target.cover, target.known)).square().mean(-1)
-        return target.mean(best_of(losses) + wrong)
+        return target.mean(best_of(losses, self.options.others) + wrong)
 
     def _clicks(self, answer: Tensor, target: Target, corner: Tensor, draw: random.Random) -> tuple[Tensor, Tensor]:
         """One more click for each answer (b, k, 4h, 4w): points (b, k, 1, 2) in the input, labels (b, k, 1).

@@ -17,7 +17,7 @@ from volvelle.train.report import Report, begun, ended, tiles_of_work, training_
 
 if TYPE_CHECKING:
     from volvelle.data.promptable import ObjectFolder
-    from volvelle.train.promptable import Sets
+    from volvelle.train.sets import Sets
 
 MOST = 5
 """Clicks that pictures show."""
@@ -27,7 +27,7 @@ def write_report(
     run: RunFolder,
     result: FitResult,
     model: Sam,
-    sets: Sets,
+    sets: Sets[ObjectFolder],
     *,
     found: Measured | None,
     samples: int,

@@ -80,16 +80,40 @@ def _promptable() -> tuple[type, Callable[..., Outcome]]:
     return TrainPromptable, train_promptable
 
 
+def _prior() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.prior import train_prior
+    from volvelle.train.recipes.prior import TrainPrior
+
+    return TrainPrior, train_prior
+
+
+def _gan() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.gan import train_gan
+    from volvelle.train.recipes.gan import TrainGAN
+
+    return TrainGAN, train_gan
+
+
+def _vqgan() -> tuple[type, Callable[..., Outcome]]:
+    from volvelle.train.recipes.vqgan import TrainVQGAN
+    from volvelle.train.vqgan import train_vqgan
+
+    return TrainVQGAN, train_vqgan
+
+
 KINDS: dict[str, Callable[[], tuple[type, Callable[..., Outcome]]]] = {
     "adapt": _adapt,
     "classify": _classify,
     "compare": _compare,
     "detect": _detect,
     "draft": _draft,
+    "gan": _gan,
     "language": _language,
+    "prior": _prior,
     "promptable": _promptable,
     "segment": _segment,
     "summarize": _summarize,
+    "vqgan": _vqgan,
 }
 """Run kinds and the recipe and function behind each."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from volvelle.data.loader import Loader
 from volvelle.data.masks import MaskFolder, find_pairs, read_masks
-from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_masks, split_in_runs
+from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_masks
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
 from volvelle.inspect.memory_values import LARGEST
@@ -32,20 +32,8 @@ from volvelle.train.scenes import data_path
 from volvelle.train.segment_measure import Measured, measure
 from volvelle.train.segment_objective import SegmentObjective
 from volvelle.train.segment_report import write_report
+from volvelle.train.sets import Sets, drawn_in_batches, part_into_sets
 from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Pictures to train on, to choose the best moment by, and to measure the result on; `where` says what the last is.
-
-    None of the three shares a picture with another; `test` is `selection` where there is nothing else.
-    """
-
-    train: MaskFolder
-    selection: MaskFolder
-    test: MaskFolder
-    where: str
 
 
 def train_segment(
@@ -76,7 +64,7 @@ def train_segment(
         return _close(recipe, run, objective, sets, result, subtitle, observer)
 
 
-def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets:
+def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets[MaskFolder]:
     """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
 
     def read(root: str | Path, split: str | None, **more: Any) -> MaskFolder:
@@ -100,22 +88,15 @@ def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets:
             f"{folder}: its masks hold one class, so there is nothing to tell apart",
             tip="give what is not of that class a number of its own, such as 0 for the background",
         )
-    if len(train) < 3:
-        raise VolvelleError(f"{folder}: {len(train)} pictures cannot be split", tip="three are the least")
-    kept, chosen = split_in_runs(len(train), recipe.selection_share, recipe.seed)
-    other = "val" if "val" in splits else "test"
+    other = next((name for name in ("val", "test") if name in splits), None)
+    test = None
     if recipe.held_out is not None:
         inner = find_pairs(Path(recipe.held_out))[1]
         held = next((name for name in ("val", "test") if name in inner), None)
-        return Sets(
-            train.part(kept), train.part(chosen), read(recipe.held_out, held, labels=train.labels), recipe.held_out
-        )
-    if other in splits and "train" in splits:
-        test = read(folder, other, labels=train.labels)
-        return Sets(train.part(kept), train.part(chosen), test, f"the {other} part of {folder.name}")
-    kept, rest = split_in_runs(len(train), max(2 / len(train), 2 * recipe.selection_share), recipe.seed)
-    chosen, test = rest[::2], rest[1::2]
-    return Sets(train.part(kept), train.part(chosen), train.part(test), "pictures set aside before training")
+        test = read(recipe.held_out, held, labels=train.labels), recipe.held_out
+    elif other is not None and "train" in splits:
+        test = read(folder, other, labels=train.labels), f"the {other} part of {folder.name}"
+    return part_into_sets(train, test, share=recipe.selection_share, seed=recipe.seed)
 
 
 def build_model(recipe: TrainSegment, train: MaskFolder) -> Segmenter:
@@ -132,18 +113,10 @@ def build_model(recipe: TrainSegment, train: MaskFolder) -> Segmenter:
 
 
 def training_loader(recipe: TrainSegment, train: MaskFolder) -> Loader:
-    """Seeded batches of random crops. The last, smaller batch of an epoch is left out when one batch is there."""
+    """Batches of random crops."""
     scale = (recipe.scale[0], recipe.scale[1])
     augmentation = Augmentation(crop_size(recipe, train), scale, recipe.mirror, recipe.colour)
-    return Loader(
-        Augmented(train, augmentation),
-        recipe.batch,
-        seed=recipe.seed,
-        collate=collate_masks,
-        drop_last=len(train) >= recipe.batch,
-        workers=recipe.worker_kind,
-        num_workers=recipe.workers,
-    )
+    return drawn_in_batches(recipe, Augmented(train, augmentation), collate_masks)
 
 
 def crop_size(recipe: TrainSegment, train: MaskFolder) -> tuple[int, int]:
@@ -204,7 +177,7 @@ def _close(
     recipe: TrainSegment,
     run: RunFolder,
     objective: SegmentObjective,
-    sets: Sets,
+    sets: Sets[MaskFolder],
     result: FitResult,
     subtitle: str,
     observer: Observer,

@@ -16,7 +16,7 @@ from volvelle.parts.metrics.lovasz import lovasz_softmax
 from volvelle.parts.precision.depthwise import DepthwiseInFp32
 from volvelle.systems.segmentation.model import Segmenter
 from volvelle.train.best_weights import BestMoment
-from volvelle.train.phase import Loss, Optimizer, OptimizerFactory, Phase, trainable
+from volvelle.train.phase import Loss, Phase, adamw, trainable
 from volvelle.train.recipes.segment import TrainSegment, Weighting
 from volvelle.train.schedule import schedule
 from volvelle.train.segment_measure import measure
@@ -52,7 +52,7 @@ class SegmentObjective(BestMoment):
         self.steps = steps
         options = self.options
         rate = schedule(options.schedule, steps, options.warmup)
-        optimizer = _adamw(options)
+        optimizer = adamw(options, share=lambda name: options.encoder_rate if name.startswith("encoder.") else 1.0)
         return [Phase("segment", trainable(self.model), self.loss, optimizer, rate, clip=options.clip)]
 
     def loss(self, batch: Mapping[str, Tensor], *, at: Corners | None = None) -> Loss:
@@ -139,25 +139,3 @@ def shrink(pixels: Tensor, masks: Tensor, factor: float) -> tuple[Tensor, Tensor
     )
     smaller = F.interpolate(pixels, size=(high, wide), mode="bilinear", align_corners=False, antialias=True)
     return smaller, masks[:, rows][:, :, columns]
-
-
-def _adamw(options: TrainSegment) -> OptimizerFactory:
-    """AdamW with a lower rate for the encoder, and decay on matrices only."""
-
-    def build(parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, p in parameters.items():
-            groups.setdefault((name.startswith("encoder."), p.ndim >= 2), []).append(p)
-        chosen = [
-            {
-                "params": members,
-                "lr": options.learning_rate * (options.encoder_rate if encoder else 1.0),
-                "weight_decay": options.weight_decay if matrices else 0.0,
-            }
-            for (encoder, matrices), members in groups.items()
-        ]
-        # What is logged is the first group's rate: the decoder's.
-        chosen.sort(key=lambda group: -group["lr"])
-        return torch.optim.AdamW(chosen, lr=options.learning_rate, fused=True)
-
-    return build

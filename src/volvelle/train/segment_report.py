@@ -22,7 +22,7 @@ from volvelle.train.segment_pictures import colours_of, confusion_picture, legen
 
 if TYPE_CHECKING:
     from volvelle.data.masks import MaskFolder
-    from volvelle.train.segment import Sets
+    from volvelle.train.sets import Sets
 
 NAMES = {
     "miou": "mean IoU",
@@ -38,7 +38,7 @@ def write_report(
     run: RunFolder,
     result: FitResult,
     model: Segmenter,
-    sets: Sets,
+    sets: Sets[MaskFolder],
     *,
     found: Measured | None,
     after: dict[str, float],

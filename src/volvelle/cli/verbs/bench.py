@@ -45,6 +45,8 @@ BENCHES = (
     Bench("regions", "region and deformable parts beside torchvision's compiled ones"),
     Bench("detection", "R-FCN's head by the number of regions, and ThunderNet from picture to boxes"),
     Bench("sam", "Segment Anything: encoder, a click, and everything, beside transformers and the authors' code"),
+    Bench("serving", "many clients of one server, beside loops over transformers; a minute of checked streams"),
+    Bench("generation", "pictures from a prior beside transformers and a loop without a cache"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from volvelle.cli import classifying, detecting, prompting, segmenting
+from volvelle.cli import classifying, coding, detecting, gans, generating, prompting, segmenting
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams
@@ -21,6 +21,8 @@ EXAMPLES = (
     "volvelle eval runs/segment-1 data=camvid scales=0.75,1,1.5 mirror=true",
     "volvelle eval runs/detect-1 data=bccd",
     "volvelle eval runs/promptable-1 data=camvid",
+    "volvelle eval runs/vqgan-1 data=fashion-mnist",
+    "volvelle eval runs/prior-1 data=fashion-mnist judge=runs/classify-1",
 )
 
 
@@ -58,10 +60,17 @@ class Options:
     """Segmenters: look at the mirror image too."""
     window: tuple[int, int] = (0, 0)
     """Segmenters: height and width of windows that slide over larger pictures; 0,0: the whole picture at once."""
+    judge: str | None = None
+    """Runs that draw: a run of train classify that says what the pictures show."""
+    extractor: str | None = None
+    """Runs that draw: whose features measure how far drawn pictures are from real ones: pixels, efficientnet-lite0, or
+    a run of train classify; None: the judge's."""
+    samples: int = 500
+    """Runs that draw: pictures drawn for that."""
 
 
 def main(options: Options) -> int:
-    """Print loss, perplexity, BLEU and ROUGE, with a few answers; IoU, by clicks perhaps, or mAP for pictures."""
+    """Print loss, perplexity, BLEU and ROUGE, with a few answers; for runs on pictures what their kind is judged by."""
     if segmenting.is_segmentation(options.model):
         return segmenting.evaluate(
             Path(options.model),
@@ -70,12 +79,37 @@ def main(options: Options) -> int:
             looks=LookOptions(scales=options.scales, mirror=options.mirror, window=options.window),
             on_bad=options.on_bad,
         )
+    if coding.is_codec(options.model):
+        return coding.evaluate(options.model, options.data, batch=options.batch, on_bad=options.on_bad)
+    if generating.kind_of(options.model) == "prior":
+        return generating.evaluate(
+            options.model,
+            options.data,
+            judge=options.judge,
+            extractor=options.extractor,
+            samples=options.samples,
+            batch=options.batch,
+            on_bad=options.on_bad,
+        )
+    if gans.is_gan(options.model):
+        return gans.evaluate(
+            options.model,
+            options.data,
+            extractor=options.extractor,
+            samples=options.samples,
+            on_bad=options.on_bad,
+        )
     if detecting.is_detection(options.model):
         return detecting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
     if prompting.is_promptable(options.model):
         return prompting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
     if classifying.is_classification(options.model):
         return classifying.evaluate(options.model, options.data, batch=options.batch, on_bad=options.on_bad)
+    return _evaluate_text(options)
+
+
+def _evaluate_text(options: Options) -> int:
+    """Measure a language model."""
     from volvelle.data.text import read_corpus
 
     templates = _templates(options)

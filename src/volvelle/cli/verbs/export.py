@@ -8,6 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from volvelle.cli import coding
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Floating
 from volvelle.errors import UsageError, VolvelleError
@@ -15,6 +16,7 @@ from volvelle.errors import UsageError, VolvelleError
 EXAMPLES = (
     "volvelle export smollm2 to=hf out=smollm2-hf",
     "volvelle export runs/adapt-smollm2-lora-1 to=peft out=my-adapter",
+    "volvelle export runs/vqgan-1 to=diffusers out=my-codec",
 )
 
 
@@ -24,9 +26,10 @@ class Options:
 
     run: Positional[str]
     """A run, or a model."""
-    to: Literal["hf", "peft", "adapter"] = "hf"
+    to: Literal["hf", "peft", "adapter", "taming", "diffusers", "transformers"] = "hf"
     """hf: a folder that transformers and vLLM load, adapters merged in; peft: the adapter alone, for PEFT and vLLM;
-    adapter: the adapter alone, also where PEFT has no such method (bottleneck adapters)."""
+    adapter: the adapter alone, also where PEFT has no such method (bottleneck adapters).
+    Image codecs: taming, for taming-transformers; diffusers, its VQModel; transformers, its ChameleonVQVAE."""
     out: Path | None = None
     """Folder to write; RUN/export-hf and so on when left out. It must not exist yet, or be empty."""
     precision: Floating = "fp32"
@@ -41,11 +44,28 @@ def main(options: Options) -> int:
     out = options.out or run / f"export-{options.to}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VolvelleError(f"{out}: already there", tip="choose another folder with out=")
-    load = _write_merged(options, out) if options.to == "hf" else _write_adapter(options, out)
+    load = _write(options, out)
     files = sorted(path for path in out.rglob("*") if path.is_file())
     say(*(f"{path}  {path.stat().st_size / 1e6:.1f} MB" for path in files), "", f"load it with: {load}")
     result({"out": out, "files": files})
     return 0
+
+
+def _write(options: Options, out: Path) -> str:
+    """Write the folder; how to load it."""
+    codec = coding.is_codec(options.run)
+    if options.to in ("taming", "diffusers", "transformers"):
+        if not codec:
+            raise UsageError(
+                f"export: to={options.to} is for image codecs, runs of train vqgan", tip="to=hf, or to=peft"
+            )
+        return coding.export(options.run, out, options.to)
+    if codec:
+        raise UsageError(
+            f"export: {options.run} holds an image codec, and to={options.to} is for language models",
+            tip="to=diffusers, to=taming or to=transformers",
+        )
+    return _write_merged(options, out) if options.to == "hf" else _write_adapter(options, out)
 
 
 def _write_merged(options: Options, out: Path) -> str:

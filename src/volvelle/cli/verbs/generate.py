@@ -1,12 +1,14 @@
-"""`volvelle generate`: continue a prompt with a model or a run."""
+"""`volvelle generate`: continue a prompt with a model or a run, or draw pictures with a run that does."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from tyro.conf import Positional
 
+from volvelle.cli import generating
 from volvelle.cli.console import result, say, write
 from volvelle.cli.drafts import Answers, DraftOptions, check_drafts, cost_line
 from volvelle.cli.models import Precision, open_language_model
@@ -17,17 +19,18 @@ EXAMPLES = (
     'volvelle generate smollm2 "The three primary colours are" max_tokens=32',
     'volvelle generate smollm2 "Once upon a time" sampling.temperature=0.8 sampling.seed=1',
     'volvelle generate smollm2 "Say it again, Sam. Say it" draft=lookup stats=true',
+    "volvelle generate runs/prior-1 count=16 class=Dress temperature=0.9",
 )
 
 
 @dataclass(frozen=True)
-class Options(DraftOptions):
-    """What to continue, and how."""
+class Options(DraftOptions, generating.PictureOptions):
+    """What to continue, and how; what to draw, with a run of train prior or train gan."""
 
     model: Positional[str]
     """A known model, a Hugging Face repo id, a folder, or a run."""
     prompt: Positional[str | None] = None
-    """The text to continue, as it is; read from standard input when left out."""
+    """The text to continue, as it is; read from standard input when left out. For pictures: a caption."""
     max_tokens: int | None = None
     """The longest answer, in tokens; when left out 256, or what the model's context leaves."""
     stop: tuple[str, ...] = ()
@@ -43,12 +46,25 @@ class Options(DraftOptions):
     """auto: bf16 where the hardware multiplies it, else fp32."""
 
 
+FOR_TEXT = {
+    "max_tokens": None, "stop": (), "beams": AskedBeams(), "rules": AskedRules(), "precision": "auto", "stats": False,
+}  # fmt: skip
+"""Options that pictures have no use for, as they are when nobody asks."""
+
+
 def main(options: Options) -> int:
-    """Print the answer as it comes, then what it cost."""
+    """Print the answer as it comes, then what it cost; or write pictures on a sheet."""
+    kind = generating.kind_of(options.model)
+    if kind is not None:
+        known = {field.name: getattr(options, field.name) for field in fields(options)}
+        if strange := [name for name, default in FOR_TEXT.items() if known[name] != default]:
+            raise UsageError(f"generate: {strange[0]}= is for text, and {options.model} draws pictures")
+        shared = {field.name: known[field.name] for field in fields(generating.Asked) if field.name in known}
+        return generating.draw(kind, generating.Asked(run=Path(options.model), caption=options.prompt, **shared))
     from volvelle.decode import beam_search
     from volvelle.systems.language import EncoderDecoderConfig
 
-    check(options)
+    options = check(options)
     prompt = read_prompt(options.prompt)
     model = open_language_model(options.model, options.precision)
     if model.tokenizer is None:
@@ -76,14 +92,20 @@ def main(options: Options) -> int:
     return 0
 
 
-def check(options: Options) -> None:
-    """Refuse what does not go together, before a model is opened."""
+def check(options: Options) -> Options:
+    """Refuse what does not go together, before a model is opened; the options with temperature= where it belongs."""
+    given = [f.name.rstrip("_") for f in fields(generating.PictureOptions) if getattr(options, f.name) != f.default]
+    if strange := [name for name in given if name != "temperature"]:
+        raise UsageError(f"generate: {strange[0]}= is for runs that draw pictures, and {options.model} writes text")
+    if options.temperature is not None:
+        options = replace(options, sampling=replace(options.sampling, temperature=options.temperature))
     wide = (options.beams.width or 1) > 1
     if wide and (options.sampling != Sampling() or options.stop):
         raise UsageError("generate: a beam search takes no sampling options and no stop strings", tip="beams.width=1")
     if wide and options.draft is not None:
         raise UsageError("generate: a beam search takes no drafts", tip="beams.width=1, or leave draft= out")
     check_drafts(options)
+    return options
 
 
 def wanted_beams(options: Options) -> AskedBeams:

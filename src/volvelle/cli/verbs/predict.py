@@ -15,6 +15,7 @@ EXAMPLES = (
     "volvelle predict efficientnet-lite0 photo.jpg",
     "volvelle predict runs/classify-1 photo.jpg other.png top=3",
     "volvelle predict runs/detect-1 photo.jpg score=0.5",
+    "volvelle predict runs/vqgan-1 photo.jpg",
     "volvelle predict runs/promptable-1 photo.jpg points=120,80",
     "volvelle predict sam_vit_b.pth photo.jpg everything=true grid.points=16",
 )
@@ -31,7 +32,7 @@ class Options:
     top: int = 5
     """Classes to print for each picture."""
     out: str = "predictions"
-    """Segmenters, detectors and promptable models: the folder for masks, overlays and pictures with boxes."""
+    """Segmenters, detectors, promptable models, codecs: the folder for masks, overlays, boxes, reconstructions."""
     score: float | None = None
     """Detectors: the least score of a box; None: the one that was best on the pictures the run set aside."""
     points: str = ""
@@ -52,7 +53,7 @@ def main(options: Options) -> int:
 
     A promptable model answers points and boxes, or finds everything: overlays, and masks in COCO's JSON.
     """
-    from volvelle.cli import classifying, detecting, pointing, prompting, segmenting
+    from volvelle.cli import classifying, coding, detecting, pointing, prompting, segmenting
 
     if options.top < 1:
         raise UsageError(f"top: must be at least 1, got {options.top}")
@@ -65,6 +66,8 @@ def main(options: Options) -> int:
     if options.everything or asked.points or asked.boxes or prompting.is_promptable(options.model):
         grid = options.grid if options.everything else None
         images = pointing.predict(options.model, files, out, asked, grid, memory=options.memory)
+    elif coding.is_codec(options.model):
+        images = coding.predict(options.model, files, out)
     elif detecting.is_detection(options.model):
         images = detecting.predict(Path(options.model), files, out, score=options.score)
     elif segmenting.is_segmentation(options.model):

@@ -24,6 +24,7 @@ from volvelle.files import atomic_path
 from volvelle.systems.backbone.config import AnyConfig
 from volvelle.systems.backbone.key_maps import FORMATS, TIMM, Format
 from volvelle.systems.key_map import Binding, KeyMap, some
+from volvelle.systems.pickles import load_pickle
 
 COUNTER = "num_batches_tracked"
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "ema", "net")
@@ -31,10 +32,10 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "ema", 
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a .safetensors, .pth, .pt or .bin file, on the CPU.
+    """All tensors of a .safetensors, .pth, .pt, .bin or .ckpt file, on the CPU.
 
-    Pickled files are opened with weights_only=True: what is more than tensors is refused, and no code runs. Raises
-    VolvelleError for a missing, truncated or foreign file.
+    Pickled files are opened by `load_pickle`: what could run code is refused, and no code runs. Raises VolvelleError
+    for a missing, truncated or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,7 +43,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_pickle(path)
     except pickle.UnpicklingError as error:
         raise VolvelleError(
             f"{path}: not a file of tensors, or one that holds more; reading it could run code, so it is refused",

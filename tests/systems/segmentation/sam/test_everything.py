@@ -183,7 +183,7 @@ class Blobs(nn.Module):
         assert image == "seen"
         return sparse, sparse.new_zeros(*sparse.shape[:2], 3, 1), self.draw(sparse[0, :, 0])[1][None]
 
-    def enlarge(self, keys, hyper, rows):
+    def enlarge(self, keys, hyper, rows, fine=()):
         return self.draw(keys[0, :, 0])[0][None]
 
     def forward(self, *, sparse_prompt_embeddings, **given):

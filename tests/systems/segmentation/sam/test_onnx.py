@@ -7,7 +7,7 @@ import torch
 from tests.systems.segmentation.sam import small
 
 from volvelle.systems import sam
-from volvelle.systems.segmentation.sam.onnx import PromptAnswerer, export_onnx
+from volvelle.systems.segmentation.sam.onnx import FINE, PromptAnswerer, export_onnx
 
 
 def test_the_answerer_is_prompt_encoder_and_mask_decoder():
@@ -30,18 +30,20 @@ def test_the_answerer_is_prompt_encoder_and_mask_decoder():
 
 @pytest.mark.slow
 @pytest.mark.peer
-@pytest.mark.parametrize("kind", ["vit", "lite0"])
+@pytest.mark.parametrize("kind", ["vit", "lite0_fine"])
 def test_onnx_runtime_computes_the_same(kind, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    net = small.model() if kind == "vit" else sam("lite0", size=96)
+    net = small.model() if kind == "vit" else sam(kind, size=96)
     encoder, decoder = (runtime.InferenceSession(path) for path in export_onnx(net, tmp_path))
     size, width = net.config.size, net.config.width
     for b in (1, 3):
         pixels = torch.randn(b, 3, size, size)
-        (found,) = encoder.run(None, {"pixels": pixels.numpy()})
+        found = encoder.run(None, {"pixels": pixels.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), net.image_encoder(pixels), atol=1e-3, rtol=0)
+            features = net.image_encoder.features(pixels)
+        for mine, want in zip(found, (features.embedding, *features.fine), strict=True):
+            torch.testing.assert_close(torch.from_numpy(mine), want, atol=1e-3, rtol=0)
     for k, n, has in ((1, 1, 0.0), (4, 5, 1.0)):
         inputs = {
             "image_embeddings": torch.randn(1, width, size // 16, size // 16),
@@ -49,6 +51,7 @@ def test_onnx_runtime_computes_the_same(kind, tmp_path):
             "point_labels": torch.randint(-1, 4, (k, n)).float(),
             "mask_input": torch.randn(k, 1, size // 4, size // 4),
             "has_mask_input": torch.tensor([has]),
+            **{name: torch.randn(1, *shape) for name, shape in zip(FINE, net.config.fine, strict=False)},
         }
         found = decoder.run(["low_res_masks", "iou_predictions"], {name: x.numpy() for name, x in inputs.items()})
         with torch.no_grad():
