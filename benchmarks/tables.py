@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.support import generation_table, serving_table, vision_tables
+from benchmarks.support import claims_table, generation_table, serving_table, vision_tables
 from benchmarks.support.comparison_table import comparison
 from benchmarks.support.footer import footer
 from volvelle.parts.attention.capabilities import table as capability_table
@@ -43,6 +43,8 @@ PAGES = {
     "camvid": "docs/segmentation.md",
     "bccd": "docs/detection.md",
     "clicks": "docs/sam.md",
+    "claims": "docs/claims.md",
+    "short claims": "README.md",
 }
 RUN_BY = {
     "camvid": "trained camvid RUN",
@@ -353,8 +355,13 @@ def capabilities() -> list[str]:
     return [*capability_table("cpu"), "", *capability_table("cuda")]
 
 
-FROM_CODE: dict[str, Callable[[], list[str]]] = {"capabilities": capabilities, "thundernet": vision_tables.thundernet}
-"""Tables that follow from the code alone."""
+FROM_CODE: dict[str, Callable[[], list[str]]] = {
+    "capabilities": capabilities,
+    "thundernet": vision_tables.thundernet,
+    "claims": claims_table.page,
+    "short claims": partial(claims_table.short, claims_table.ENGLISH),
+}
+"""Tables that follow from the code, and those of many records."""
 
 
 def rendered(name: str) -> str:

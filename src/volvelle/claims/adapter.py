@@ -14,7 +14,7 @@ CLAIM = Claim(
         "abstract, sections 2.1 and 3",
         "https://arxiv.org/abs/1902.00751",
     ),
-    sentence="adapters attain near state-of-the-art performance: within 0.4 % of the performance of full fine- "
+    sentence="adapters attain near state-of-the-art performance: within 0.4 % of the performance of full fine-"
     "tuning, adding only 3.6 % parameters per task; near-identity initialisation leaves the network "
     "as it was when training starts",
     measured_by="SmolLM2-135M on table-to-text at equal steps, each method with the best of the same learning "

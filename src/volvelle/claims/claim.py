@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def at_least(what: str, value: float, bound: float, unit: str = "", **more) -> F
 
 def names() -> list[str]:
     """Names of all claims: the files of this package that define CLAIM, found without importing them."""
-    return sorted(_name(path) for path in _files())
+    return list(_names())
 
 
 def load(name: str) -> ModuleType:
@@ -131,6 +132,11 @@ def catalogue() -> Iterator[tuple[str, Claim]]:
     """Every claim with its catalogue entry, by name."""
     for name in names():
         yield name, load(name).CLAIM
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(_name(path) for path in _files()))
 
 
 def _files() -> Iterator[Path]:

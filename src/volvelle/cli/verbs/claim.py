@@ -47,7 +47,9 @@ def main(options: Options) -> int:
 
 
 def _show(record: dict[str, Any]) -> None:
-    rows = [(f["what"], _figure(f), f["bound"] or "", _mark(f["held"])) for f in record["findings"]]
+    from volvelle.claims.records import figure, mark
+
+    rows = [(f["what"], figure(f), f["bound"] or "", mark(f["held"])) for f in record["findings"]]
     if rows:
         table(("measured", "figure", "bound", "held"), rows)
     for note in record["notes"]:
@@ -55,15 +57,3 @@ def _show(record: dict[str, Any]) -> None:
     peers = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
     why = f" ({record['why']})" if record["why"] else ""
     say(f"{record['verdict']}{why}; {record['seconds']} s; against {peers or 'a formula'}")
-
-
-def _figure(finding: dict[str, Any]) -> str:
-    value = finding["value"]
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    spread = finding["spread"]
-    span = f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else ""
-    return f"{text} {finding['unit']}".strip() + span
-
-
-def _mark(held: bool | None) -> str:
-    return "" if held is None else "yes" if held else "no"
