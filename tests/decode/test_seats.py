@@ -221,6 +221,32 @@ def test_a_policy_may_switch_drafts_off_and_on():
         assert answer.tokens == generate(model, prompt, **options).tokens
 
 
+@pytest.mark.parametrize("kind", ["plain", "lookup", "branches", "medusa"])
+def test_what_became_of_each_draft_is_told(kind):
+    """Kept tokens are those of the answer, one more comes from the model, and the counts are the request's own."""
+    model = decoder()
+    drafter, told = drafters(model)[kind], 0
+    with Seats(model, 2, context=CONTEXT, drafter=drafter, policy=ALWAYS) as seats:
+        for prompt, most in texts(4, seed=8):
+            reading = seats.read(prompt, max_tokens=most, eos_ids=())
+            while not reading.advance():
+                pass
+            seats.sit(reading)
+            while seats.taken:
+                events, checked = seats.step(), seats.checked(reading.row)
+                gained = [event.token for event in events]
+                if checked is None:
+                    assert [token.drafted for token in gained] == [False]
+                else:
+                    told += 1
+                    kept = [token for token, stays in zip(checked.tokens, checked.kept, strict=True) if stays]
+                    assert kept == [token.id for token in gained if token.drafted]
+                    assert len(gained) == len(kept) + 1
+                    assert all(token >= 0 for token in checked.tokens)
+            assert seats.checked(1 - reading.row) is None
+    assert (told > 0) == (kind != "plain")
+
+
 @pytest.mark.parametrize("kind", ["plain", "itself", "branches"])
 def test_how_likely_tokens_were_is_noted(kind):
     """Against one pass over prompt and answer; drafts and company change nothing but the last bits."""

@@ -173,6 +173,13 @@ class Drafted(NamedTuple):
     chances: Sequence[float] | None = None
 
 
+class Checked(NamedTuple):
+    """What became of one row's draft in a step: its tokens, in the draft's order, and whether each was kept."""
+
+    tokens: list[int]
+    kept: list[bool]
+
+
 class Pacing(Protocol):
     """A policy's state in one run."""
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from volvelle.adapt.model import record_of, using
 from volvelle.decode.accept_exact import EXACT
 from volvelle.decode.bitwise import WIDTH, AnyWidth, FixedWidth
-from volvelle.decode.contract import Acceptance, Drafter, Policy, Seen
+from volvelle.decode.contract import Acceptance, Checked, Drafter, Policy, Seen
 from volvelle.decode.generation import GREEDY, Exactness, finished, limits
 from volvelle.decode.loop import Decoding, Event, Help, choose_next, computing, note_logprobs, step
 from volvelle.decode.options import Rules, Sampling
@@ -254,6 +254,11 @@ class Seats:
                 self._empty(row)
         self._forget()
         return events
+
+    def checked(self, row: int) -> Checked | None:
+        """What became of the draft that the newest step had for this seat; None where it had none."""
+        drafts = self.decoding.drafts
+        return None if drafts is None else drafts.checked(row)
 
     def leave(self, row: int) -> None:
         """End the text in this seat where it stands."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.accept_exact import EXACT
-from volvelle.decode.contract import ALWAYS, Acceptance, Accepted, Draft, Drafted, Drafter, Policy, Seen
+from volvelle.decode.contract import ALWAYS, Acceptance, Accepted, Checked, Draft, Drafted, Drafter, Policy, Seen
 from volvelle.decode.near_ties import is_near, known_error, measure_error
 from volvelle.decode.request import Request
 
@@ -77,6 +77,7 @@ class Speculation:
         self._error = known_error(model, self._kind)
         self._alone: Tensor | None = None  # logits of the newest tokens, run without the first draft
         self._rows = len(requests)
+        self._newest: Told | None = None
         for request in requests:
             request.near_ties = 0 if request.sampling.greedy else None
 
@@ -123,7 +124,7 @@ class Speculation:
 
     def gained(self, told: Told, cache: Cache, requests: Sequence[Request], step: Seen) -> None:
         """Note what the requests gained; `step` holds all of its tokens."""
-        draft, written = told.draft, told.written
+        draft, written, self._newest = told.draft, told.written, told
         running = [row for row, before in enumerate(written) if before >= 0]
         depths = None if draft is None else reach(draft)
         for row in running:
@@ -142,6 +143,15 @@ class Speculation:
                 checked = Drafted(draft.tokens.shape[1], draft.parents, kept, draft.chances)
             self.pacing.observe(self._length, checked, step_seconds=seconds, draft_seconds=self._draft_seconds)
         self._tidy(cache, requests, running)
+
+    def checked(self, row: int) -> Checked | None:
+        """What became of this row's draft in the newest step; None where it had none."""
+        if self._newest is None or self._newest.draft is None or self._newest.written[row] < 0:
+            return None
+        kept = set(self._newest.accepted.nodes[row])
+        nodes = [(token, node in kept) for node, token in enumerate(self._newest.draft.tokens[row].tolist())]
+        real = [pair for pair in nodes if pair[0] >= 0]
+        return Checked([token for token, _ in real], [stays for _, stays in real]) if real else None
 
     def join(self, row: int, request: Request, prompt: Seen) -> None:
         """Another text takes the place of row `row`, which had finished; `prompt` holds all of it, as one row."""

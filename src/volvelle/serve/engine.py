@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from volvelle.decode.contract import Checked
 from volvelle.decode.options import Sampling
 from volvelle.decode.request import Generation, Scored, Token
 from volvelle.decode.seats import Reading, Seats
@@ -35,10 +36,11 @@ class Failed(VolvelleError):
 
 
 class Piece(NamedTuple):
-    """What a step gained: tokens, and how likely they were where that is asked for."""
+    """What a step gained: tokens, how likely they were where that is asked for, what became of the step's draft."""
 
     tokens: list[Token]
     scored: list[Scored] | None
+    checked: Checked | None = None
 
 
 Told = Piece | Generation | VolvelleError
@@ -154,7 +156,7 @@ class Engine:
         for row, tokens in _by_row(self.seats.step()).items():
             job, reading = self._seated[row]
             self.load.tokens += len(tokens)
-            self._tell(job, reading, tokens)
+            self._tell(job, reading, tokens, self.seats.checked(row))
             if reading.request.finish is not None:
                 del self._seated[row]
         self.load.running = len(self._seated)
@@ -206,12 +208,13 @@ class Engine:
             if reading.request.finish is None:
                 self._seated[row] = job, reading
 
-    def _tell(self, job: Job, reading: Reading, tokens: list[Token]) -> None:
+    def _tell(self, job: Job, reading: Reading, tokens: list[Token], checked: Checked | None = None) -> None:
         if job.left:
             return
         request = reading.request
         since = len(request.tokens) - len(tokens)
-        job.tell(Piece(tokens, None if request.logprobs is None else request.logprobs[since : len(request.tokens)]))
+        scored = None if request.logprobs is None else request.logprobs[since : len(request.tokens)]
+        job.tell(Piece(tokens, scored, checked))
         if reading.request.finish is not None:
             self._count(reading)
             job.tell(reading.generation())
