@@ -60,6 +60,7 @@ VERBS = (
     Verb("generate", "continue a prompt, or draw pictures", "generate", "use"),
     Verb("chat", "talk to a model", "chat", "use"),
     Verb("serve", "put a language model behind OpenAI's API", "serve", "use"),
+    Verb("studio", "the catalogue and its instruments, in your browser", "studio", "use"),
     Verb("plan", "the memory of a training step, before it is run", "plan", "look"),
     Verb("claim", "measure what a paper says, on this machine", "claim", "look"),
     Verb("bench", "how fast it is here, beside the implementation people trust", "bench", "look"),

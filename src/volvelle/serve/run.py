@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
 from volvelle.errors import VolvelleError
-from volvelle.serve.engine import Engine
 
 LEFT = 5.0
 """Seconds that connections have to take what they are told at the end."""
 
 
+class Ending(Protocol):
+    """What writes answers that last, and is told when the server ends: an engine, the studio's jobs."""
+
+    def end(self, seconds: float) -> object:
+        """Take nothing new, and finish within so many seconds."""
+        ...
+
+
 class Server(uvicorn.Server):
     """Tells the engine to end before it waits for the connections."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine | None, grace: float):
+    def __init__(self, config: uvicorn.Config, engine: Ending | None, grace: float):
         super().__init__(config)
         self.engine, self.grace = engine, grace
 
@@ -29,8 +37,20 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(app: Any, host: str, port: int, *, engine: Engine | None = None, grace: float = 30.0) -> int:
-    """Serve until a signal; returns 0. Raises VolvelleError where the address cannot be had."""
+def serve(
+    app: Any,
+    host: str,
+    port: int,
+    *,
+    engine: Ending | None = None,
+    grace: float = 30.0,
+    path: str = "/v1",
+    ready: Callable[[str], object] = lambda url: None,
+) -> int:
+    """Serve until a signal; returns 0. `ready` gets the address (with `path`) before the first request is taken.
+
+    Raises VolvelleError where the address cannot be had.
+    """
     config = uvicorn.Config(
         app,
         host=host,
@@ -54,6 +74,8 @@ def serve(app: Any, host: str, port: int, *, engine: Engine | None = None, grace
             f"port {port} of {host} cannot be had: {error.strerror}", tip="port=0 takes a free one"
         ) from error
     shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+    url = f"http://{shown}:{listener.getsockname()[1]}{path}"
+    print(f"{url} (Ctrl-C ends it)", flush=True)
+    ready(url)
     Server(config, engine, grace).run(sockets=[listener])
     return 0
