@@ -49,8 +49,7 @@ def bitwise(
             f"exact=bitwise decodes one text at a time, got {len(requests)}",
             tip="rows of a batch leave holes in each other's slots; call generate for each",
         )
-    straight = model.model.straight if isinstance(model, Decoder) else None
-    if straight is not None and straight.whole is not None and straight.head is not None:
+    if is_any_width(model):
         return AnyWidth(), 0
     [request] = requests
     reach = len(request.prompt) + request.max_tokens + width
@@ -61,6 +60,12 @@ def bitwise(
             tip=f"max_tokens={max(1, request.max_tokens - reach + model.room)}",
         )
     return FixedWidth(width, reach + model.ahead), width
+
+
+def is_any_width(model: LanguageModel) -> bool:
+    """Whether steps are computed by compiled code, so that equal answers cost nothing; asked once they are fused."""
+    straight = model.model.straight if isinstance(model, Decoder) else None
+    return straight is not None and straight.whole is not None and straight.head is not None
 
 
 class AnyWidth:
