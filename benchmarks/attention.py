@@ -33,12 +33,6 @@ from volvelle.parts.attention.attention import attention
 from volvelle.parts.position.encoding import DistanceBias
 
 HEADS, WIDTH = 8, 64
-TARGETS = {  # time of ours / time of SDPA, forward and backward; extra memory of ours / SDPA's
-    "plain": (1.4, None),
-    "learnable bias": (0.5, 0.1),
-    "dropout": (0.5, None),
-    "window 256": (0.45, None),
-}
 KINDS: tuple[str, ...] = ("plain", "causal", "learnable bias", "dropout", "window 256", "8 texts packed")
 GROWTH, AUTO = "memory growth", "auto"
 SECONDS = 60.0
@@ -168,7 +162,7 @@ def measure(name: str, call: Call, n: int, threads: int, rounds: int, quick: boo
     def both(one: Callable[[], Tensor]) -> None:
         torch.autograd.grad(one().sum(), call.inputs)
 
-    row: dict[str, Any] = {"what": name, "tokens": n, "threads": threads, "target": TARGETS.get(name)}
+    row: dict[str, Any] = {"what": name, "tokens": n, "threads": threads}
     for kind, run in (("forward", forward), ("forward and backward", both)):
         variants = {"ours": lambda run=run: run(call.ours), "sdpa": lambda run=run: run(call.theirs)}
         began = time.perf_counter()

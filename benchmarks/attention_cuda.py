@@ -28,7 +28,6 @@ from volvelle.parts.attention.attention import attention
 
 BATCH, HEADS, WIDTH, WINDOW = 2, 16, 128, 256
 DENSE = 8192
-TARGETS = {"causal": "forward >= 50 % of the dense rate and >= 0.8x SDPA", "learnable bias": ">= 3x SDPA"}
 
 
 class Call(NamedTuple):
@@ -106,7 +105,7 @@ def measure(name: str, call: Call, n: int, rounds: int) -> dict[str, Any]:
     def forward(one: Callable[[], Tensor]) -> None:
         one()
 
-    row: dict[str, Any] = {"what": name, "tokens": n, "target": TARGETS.get(name)}
+    row: dict[str, Any] = {"what": name, "tokens": n}
     products = 4 * BATCH * HEADS * n * n * WIDTH * call.seen  # q k^T and the weights times v, multiply and add
     for kind, work, count in (("forward", forward, products), ("forward and backward", both, 3.5 * products)):
         variants = {

@@ -16,6 +16,7 @@ import statistics
 from typing import Any
 
 from benchmarks import protocol
+from benchmarks.targets import ALL_REDUCE
 from volvelle.inspect import collectives
 from volvelle.inspect.collectives import FITTED, GLOO, TWO_LEVEL, Calibration, Case, Rounds, compare, time_cases
 from volvelle.parts.collectives.selection import choose
@@ -23,7 +24,6 @@ from volvelle.parts.collectives.selection import choose
 ALGORITHMS = (*FITTED, "star", TWO_LEVEL)
 EXTRAPOLATED = (*FITTED[:3], TWO_LEVEL)
 SIZES = (1 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20, 64 << 20)
-TARGETS = {("ring", 4, 64 << 20): 1.3, ("recursive-doubling", 4, 1 << 10): 0.85}
 CALM = 6
 """Times the rounds that are waited for calm ones."""
 MANY = (10, 100, 1000, 10_000)
@@ -93,7 +93,7 @@ def _row(p: int, case: Case, ours: Rounds, gloo: Rounds) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(ours.wall, gloo.wall, strict=True)]
     drift = gloo.drift
     ratio = statistics.median(ratios)
-    target = TARGETS.get((case.algorithm, p, case.size))
+    target = ALL_REDUCE.get((case.algorithm, p, case.size))
     return {
         "algorithm": case.algorithm,
         "ranks": p,

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import protocol
+from benchmarks.targets import PLANNER
 from volvelle.inspect import measure_memory, measure_peak, plan_memory, plan_program
 from volvelle.inspect.memory_measure import resident
 
-WORST, MEDIAN = 0.05, 0.01
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 49152,
@@ -326,7 +326,8 @@ def keep(row: dict[str, Any], threads: int) -> None:
     ordered = [rows[name] for name in CASES if name in rows]
     errors = [abs(found["error"]) for found in ordered]
     worst, median = max(errors), statistics.median(errors)
-    summary = {"cases": len(ordered), "worst": worst, "median": median, "held": worst <= WORST and median <= MEDIAN}
+    held = worst <= PLANNER["worst"] and median <= PLANNER["median"]
+    summary = {"cases": len(ordered), "worst": worst, "median": median, "held": held}
     machine = protocol.machine(["torch", "transformers"]) | {"threads": threads}
     protocol.write("planner", {"machine": machine, "summary": summary, "rows": ordered})
 

@@ -48,7 +48,7 @@ def test_the_list_says_what_is_here(capsys, monkeypatch, tmp_path):
 
 
 def test_every_script_has_a_row(repository):
-    aids = {"__init__", "protocol", "tables", "trained"}  # the last reads runs that have finished
+    aids = {"__init__", "protocol", "tables", "targets", "page", "trained"}  # the last reads runs that have finished
     scripts = {path.stem for path in (repository / "benchmarks").glob("*.py")} - aids
     assert scripts <= {row.name for row in bench.BENCHES}
 
@@ -74,10 +74,51 @@ def test_scripts_run_and_their_failure_is_ours(capfd, monkeypatch, tmp_path):
     assert "error: bench planner: the script ended with exit code 3" in capfd.readouterr().err
 
 
+@pytest.fixture
+def few(monkeypatch, tmp_path):
+    """A checkout with three scripts and a page."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "one.py").write_text("import sys; print('one with', *sys.argv[1:])  # protocol.parser(")
+    (folder / "two.py").write_text("print('two, as always')")
+    (folder / "bad.py").write_text('raise SystemExit(3)  # "--quick"')
+    (folder / "page.py").write_text("import json, sys\nprint(json.dumps({'rows': []}) if sys.argv[1:] else 'the page')")
+    monkeypatch.setattr(bench, "_checkout", lambda: tmp_path)
+    monkeypatch.setattr(bench, "BENCHES", tuple(bench.Bench(name, "") for name in ("one", "bad", "two")))
+    return folder
+
+
+def test_all_go_on_after_one_that_fails_and_end_with_the_page(few, capfd):
+    assert main(["bench", "all", "rounds=3"]) == 1
+    out = capfd.readouterr().out
+    places = [out.index(text) for text in ("one with --rounds=3", "two, as always", "the page", "with an error: bad")]
+    assert places == sorted(places)
+
+
+def test_all_quick_leaves_out_what_has_no_smoke_run(few, capfd):
+    (few / "bad.py").unlink()
+    (few / "bad.py").write_text('print("fine")  # "--quick"')
+    assert main(["bench", "all", "quick=true"]) == 0
+    out = capfd.readouterr().out
+    assert "one with --quick" in out
+    assert "left out: it has no smoke run" in out
+    assert "two, as always" not in out
+
+
+def test_stored_runs_nothing(few, capfd):
+    assert main(["bench", "all", "stored=true"]) == 0
+    assert capfd.readouterr().out.strip() == "the page"
+    assert main(["bench", "all", "stored=true", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"rows": [], "failed": []}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["colectives"], "did you mean collectives?"),
+        (["loader", "stored=true"], "stored=true goes with all"),
+        (["all", "ranks=3"], "has no options ranks and sizes"),
         (["loader", "ranks=3"], "error: bench loader: has no option ranks"),
         (["planner", "quick=true"], "error: bench planner: has no option quick"),
         (["collectives", "ranks=1"], "needs ranks >= 2 and rounds >= 1, got 1 and 5"),

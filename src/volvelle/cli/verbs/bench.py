@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tyro.conf import Positional
 from volvelle.cli.console import result, say, table, wants_json
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
 
-EXAMPLES = ("volvelle bench collectives", "volvelle bench collectives ranks=3 sizes=1K,256K,8M,32M")
+EXAMPLES = ("volvelle bench collectives ranks=3 sizes=1K,256K,8M,32M", "volvelle bench all stored=true")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ BENCHES = (
     Bench("generation", "pictures from a prior beside transformers and a loop without a cache"),
     Bench("positions", "what each position encoding can and cannot do"),
 )
+ALL = "all"
+"""All scripts one after another, and one page of what they found."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Options:
     """What to measure."""
 
     name: Positional[str | None] = None
-    """What to measure; the list when left out."""
+    """What to measure, or all; the list when left out."""
     ranks: int | None = None
     """Processes, for collectives (default: 4)."""
     sizes: tuple[str, ...] = ()
@@ -65,6 +68,8 @@ class Options:
     """Interleaved rounds (default: 5)."""
     quick: bool = False
     """A smoke run: few sizes and rounds, no figures to rely on."""
+    stored: bool = False
+    """With all: measure nothing, only print the page of what was measured before."""
 
 
 def main(options: Options) -> int:
@@ -75,8 +80,12 @@ def main(options: Options) -> int:
         result({"benches": [{"name": b.name, "help": b.help, "here": _script(b) is not None} for b in BENCHES]})
         return 0
     names = [b.name for b in BENCHES]
+    if options.stored and options.name != ALL:
+        raise UsageError("bench: stored=true goes with all", tip="volvelle bench all stored=true")
+    if options.name == ALL:
+        return _all(options)
     if options.name not in names:
-        tip = did_you_mean(options.name, names) or f"one of {', '.join(names)}"
+        tip = did_you_mean(options.name, [*names, ALL]) or f"one of {', '.join(names)}, or all"
         raise UsageError(f"bench: there is no benchmark {options.name!r}", tip=tip)
     bench = BENCHES[names.index(options.name)]
     if bench.script:
@@ -117,22 +126,63 @@ def _checkout() -> Path:
     return Path(__file__).resolve().parents[4]
 
 
+def _all(options: Options) -> int:
+    """Run every script of the checkout, go on after one that fails, and print the page; exit code 1 says so."""
+    if not (_checkout() / "benchmarks" / "page.py").is_file():
+        raise VolvelleError("bench all: an installed package has no benchmarks", tip="run it in a checkout")
+    if options.ranks is not None or options.sizes:
+        raise UsageError("bench all: has no options ranks and sizes", tip="they are those of bench collectives")
+    failed = []
+    for bench in () if options.stored else BENCHES:
+        say("", f"{bench.name}: {bench.help}")
+        if options.quick and not _has(bench.name, "quick"):
+            say("left out: it has no smoke run")
+        elif _run([f"benchmarks.{bench.name}", *_flags(bench, options)]):
+            failed.append(bench.name)
+    command = [sys.executable, "-m", "benchmarks.page", *["--json"] * wants_json()]
+    page = subprocess.run(command, cwd=_checkout(), stdout=subprocess.PIPE, text=True, check=False)
+    if page.returncode not in {0, 1}:
+        raise VolvelleError(f"bench all: the page ended with exit code {page.returncode}", tip="its last lines say why")
+    if wants_json():
+        result(json.loads(page.stdout) | {"failed": failed})
+    else:
+        say("", page.stdout.rstrip())
+    if failed:
+        say(f"ended with an error: {', '.join(failed)}")
+    return 1 if failed else page.returncode
+
+
 def _run_script(bench: Bench, options: Options) -> int:
     if _script(bench) is None:
         raise VolvelleError(
             f"bench {bench.name}: its script benchmarks/{bench.name}.py is not here: an installed package has none",
             tip="run it in a checkout of the repository; volvelle bench collectives works everywhere",
         )
-    source = (_checkout() / f"benchmarks/{bench.name}.py").read_text(encoding="utf-8")
     for key in ("ranks", "sizes", "rounds", "quick"):
-        if getattr(options, key) and (key in {"ranks", "sizes"} or f'"--{key}"' not in source):
+        if getattr(options, key) and not _has(bench.name, key):
             raise UsageError(f"bench {bench.name}: has no option {key}")
-    command = [sys.executable, "-m", f"benchmarks.{bench.name}"]
-    command += ["--quick"] * options.quick + ([] if options.rounds is None else [f"--rounds={options.rounds}"])
-    say(f"in {_checkout()}: {' '.join(command[1:])}")
-    code = subprocess.run(command, cwd=_checkout(), stdout=sys.stderr if wants_json() else None, check=False).returncode
+    code = _run([f"benchmarks.{bench.name}", *_flags(bench, options)])
     if code:
         raise VolvelleError(f"bench {bench.name}: the script ended with exit code {code}", tip="its last lines say why")
     figures = _checkout() / "benchmarks" / "results" / f"{bench.name}.json"
     result({"name": bench.name, "figures": str(figures) if figures.is_file() and not options.quick else None})
     return 0
+
+
+def _has(name: str, key: str) -> bool:
+    """Whether a script takes --KEY: one of its own, or of the parser that many share."""
+    source = (_checkout() / f"benchmarks/{name}.py").read_text(encoding="utf-8")
+    return key in {"rounds", "quick"} and (f'"--{key}"' in source or "protocol.parser(" in source)
+
+
+def _flags(bench: Bench, options: Options) -> list[str]:
+    """What is handed on to the script; only what it takes."""
+    rounds = [] if options.rounds is None or not _has(bench.name, "rounds") else [f"--rounds={options.rounds}"]
+    return ["--quick"] * options.quick + rounds
+
+
+def _run(module: list[str]) -> int:
+    """Run a module of the checkout; returns its exit code. Its output is for people."""
+    say(f"in {_checkout()}: python -m {' '.join(module)}")
+    command = [sys.executable, "-m", *module]
+    return subprocess.run(command, cwd=_checkout(), stdout=sys.stderr if wants_json() else None, check=False).returncode
