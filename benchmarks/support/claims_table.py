@@ -124,7 +124,7 @@ ENGLISH = Words(
     lambda claim: claim.title,
 )
 CHINESE = Words(
-    ("论断", "技术", "本机测得(原始记录为英文)", "判据", "对照", "结论"),
+    ("论断", "技术", "本机测得（原始记录为英文）", "判据", "对照", "结论"),
     {"held": "成立", "not held": "不成立", "not measurable here": "此处无法测量", NOT_YET: "尚未测量"},
     "-",
     lambda claim: claim.summary_zh,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,7 @@ def test_every_claim_file_loads_and_is_complete():
         assert {"quick", "full"} <= set(claim.seconds), name
         assert all((claim.summary, claim.sentence, claim.paper.where)), name
         assert any("一" <= letter <= "鿿" for letter in claim.summary_zh), name
+        assert not re.search(r"[一-鿿][,:;?!]|[,:;?!][一-鿿]", claim.summary_zh), f"{name}: half-width punctuation"
 
 
 def test_claim_files_do_not_import_torch():

@@ -22,7 +22,7 @@ CLAIM = Claim(
     "change of logits at step 0",
     summary="A narrow network behind each sublayer is trained and the model left alone: the first of the "
     "methods that share one frozen model among many tasks.",
-    summary_zh="在每个子层后加一个窄网络来训练,模型本身不变:多任务共享同一冻结模型的最早方法。",
+    summary_zh="在每个子层后加一个窄网络来训练，模型本身不变：多任务共享同一冻结模型的最早方法。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.bottleneck_adapter", "nn.BottleneckAdapter"),
     recipe="volvelle adapt smollm2 data=examples.jsonl method=adapter",

@@ -24,7 +24,7 @@ CLAIM = Claim(
     measured_by="processes over gloo on loopback: bytes counted at every send, sums compared with "
     "torch.distributed.all_reduce, and time against the naive way (all to one rank, and back) in interleaved rounds",
     summary="Adds up gradients over processes with the fewest bytes; what data-parallel training waits for.",
-    summary_zh="以最少的通信字节在多个进程间求和梯度,即数据并行训练所等待的步骤。",
+    summary_zh="以最少的通信字节在多个进程间求和梯度，即数据并行训练所等待的步骤。",
     seconds={"quick": 60, "full": 240},
 )
 

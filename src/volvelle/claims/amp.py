@@ -35,7 +35,7 @@ CLAIM = Claim(
     "pass; gradients of one step with and without scaling, entry by entry; steps timed in interleaved rounds; the "
     "scaler against torch.amp.GradScaler",
     summary="Computes in 16 bits and keeps what needs 32: half the activations, and fast where the hardware has it.",
-    summary_zh="以 16 位计算,仅在必要处保留 32 位:激活内存约减半,在有硬件支持时更快,精度不变。",
+    summary_zh="以 16 位计算，仅在必要处保留 32 位：激活内存约减半，在有硬件支持时更快，精度不变。",
     seconds={"quick": 60, "full": 600},
     parts=(
         "functional.update_loss_scale",

@@ -26,7 +26,7 @@ CLAIM = Claim(
     measured_by="a copy of this package in which a folder of parts and a file in it get other names: all public names "
     "and signatures before and after, and the output of one program that uses them; then a decorator is taken away",
     summary="@export names what is public; files move without breaking anybody, and a change of the API shows.",
-    summary_zh="用 @export 标明公开名称:文件可随意移动而不影响用户,API 的改变则会被发现。",
+    summary_zh="用 @export 标明公开名称：文件可随意移动而不影响用户，API 的改变则会被发现。",
     seconds={"quick": 60, "full": 120},
 )
 

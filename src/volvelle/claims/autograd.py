@@ -29,7 +29,7 @@ CLAIM = Claim(
     measured_by="this file's numpy tape against torch.autograd: all parameter gradients of a Llama decoder in fp64, a "
     "data-dependent loop, accumulation into .grad, detach and no_grad",
     summary="How a framework gets gradients: record each operation as it runs, then walk the record backwards.",
-    summary_zh="框架如何求梯度:运行时记录每个操作,再沿记录反向传播。",
+    summary_zh="框架如何求梯度：运行时记录每个操作，再沿记录反向传播。",
     seconds={"quick": 20, "full": 60},
 )
 

@@ -27,7 +27,7 @@ CLAIM = Claim(
     "left, and where the threshold lies; a convolution before BatchNorm in fp64: gradient of its bias, result when the "
     "bias moves, and weights after training with and without one; before GroupNorm as the control",
     summary="A bias lets a unit decide anywhere; before a norm that subtracts the mean it is without effect.",
-    summary_zh="偏置让神经元的阈值可以移动;放在会减去均值的归一化之前,它不起任何作用。",
+    summary_zh="偏置让神经元的阈值可以移动；放在会减去均值的归一化之前，它不起任何作用。",
     seconds={"quick": 20, "full": 60},
     parts=(),
 )

@@ -27,7 +27,7 @@ CLAIM = Claim(
     "drift, with restarts, without, and with restarts that forget the running sums",
     summary="A codebook turns vectors into numbers: pictures become sequences. It fails when most codes are never the "
     "nearest, by rounding or because they were left behind; here neither happens.",
-    summary_zh="码本把向量变成编号,图像由此成为序列。若多数码字从不被选中(舍入或掉队所致)便会坍缩;此处两者皆不发生。",
+    summary_zh="码本把向量变成编号，图像由此成为序列。若多数码字从不被选中（因舍入误差或长期闲置）便会坍缩；此处两者皆不发生。",
     seconds={"quick": 40, "full": 300},
     parts=("functional.nearest_code", "functional.vector_quantize", "nn.VectorQuantizer", "nn.EMAVectorQuantizer"),
     recipe="volvelle train vqgan data=PATH",

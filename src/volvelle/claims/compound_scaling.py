@@ -30,7 +30,7 @@ CLAIM = Claim(
     "1.2 and 1.3; the same pictures, steps and rates for all",
     summary="Grow a convolutional network in depth, width and resolution at once, by one rule, instead of in one "
     "direction only.",
-    summary_zh="按同一规则同时扩大卷积网络的深度、宽度和分辨率,而不是只扩大其中之一。",
+    summary_zh="按同一规则同时扩大卷积网络的深度、宽度和分辨率，而不是只扩大其中之一。",
     seconds={"quick": 60, "full": 900},
     parts=("nn.InvertedResidual", "nn.SqueezeExcite"),
     recipe="volvelle train classify data=fashion-mnist backbone=efficientnet-b0 weights=none",

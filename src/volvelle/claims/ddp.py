@@ -27,7 +27,7 @@ CLAIM = Claim(
     "same weights and the losses of a whole run against one process with the same global batch, the replicas' bits, "
     "and the bytes that the own ring sends a step against 2 (p - 1) V",
     summary="Trains one model on many processors: each takes a share of every batch, and all take the same step.",
-    summary_zh="多个处理器共同训练一个模型:各自处理每个批次的一部分,平均梯度后走同一步。",
+    summary_zh="多个处理器共同训练一个模型：各自处理每个批次的一部分，平均梯度后走同一步。",
     seconds={"quick": 60, "full": 600},
     recipe="volvelle train language data=book.txt ranks=2",
 )

@@ -28,7 +28,7 @@ CLAIM = Claim(
     "rates (full: both trained on garments, a class for each pixel, three seeds)",
     summary="Spread-out taps see far at full resolution; rates that share a factor leave a grid of unseen pixels, "
     "hybrid ones do not.",
-    summary_zh="空洞卷积不降分辨率即可扩大感受野;有公因子的膨胀率会留下网格状盲区,混合膨胀率则不会。",
+    summary_zh="空洞卷积不降分辨率即可扩大感受野；有公因子的膨胀率会留下网格状盲区，混合膨胀率则不会。",
     seconds={"quick": 20, "full": 900},
     parts=("functional.atrous_conv2d", "functional.hybrid_dilation_rates", "functional.gridding", "nn.AtrousConv2d"),
 )

@@ -21,7 +21,7 @@ CLAIM = Claim(
     "base's",
     summary="LoRA that also learns how large each output's weights are: a little better at the same rank, a "
     "little slower to train, and as free to run once merged.",
-    summary_zh="LoRA 之外再学习每个输出权重的大小:同秩下略好,训练略慢,合并后推理同样没有开销。",
+    summary_zh="LoRA 之外再学习每个输出权重的大小：同秩下略好，训练略慢，合并后推理同样没有开销。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.dora_linear",),
     recipe="volvelle adapt smollm2 data=examples.jsonl method=dora",

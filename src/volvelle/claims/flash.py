@@ -26,7 +26,7 @@ CLAIM = Claim(
     measured_by="the tiled back end in fp64 against the written-out formula (values, gradients; causal, grouped, with "
     "a window); the largest tensor and the peak of live tensors in forward and backward, at doubling lengths",
     summary="Attention tile by tile with an online softmax: the same numbers without the table of all scores.",
-    summary_zh="逐块计算注意力并在线更新 softmax:结果相同,却无需整张分数表。",
+    summary_zh="逐块计算注意力并在线更新 softmax：结果相同，却无需整张分数表。",
     seconds={"quick": 20, "full": 120},
     parts=("functional.attention",),
 )

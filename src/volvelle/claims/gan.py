@@ -27,7 +27,7 @@ CLAIM = Claim(
     "t, whose divergence is log 2 for every t; the generator's gradients as the discriminator there becomes sure",
     summary="A generator and a discriminator play against each other: no likelihood is needed, and samples cost one "
     "forward pass.",
-    summary_zh="生成器与判别器相互博弈:无需似然函数,采样只需一次前向计算。",
+    summary_zh="生成器与判别器相互博弈：无需似然函数，采样只需一次前向计算。",
     seconds={"quick": 40, "full": 200},
     parts=("functional.gan_loss", "functional.r1_penalty", "nn.SpectralNorm"),
     recipe="volvelle train gan data=PATH",

@@ -29,7 +29,7 @@ CLAIM = Claim(
     "pictures of which none was trained on, three seeds (quick: one seed, k = 3 and 15)",
     summary="A k x k kernel as k x 1 and 1 x k, twice: sees as much as a dense one for a fraction of the cost, and "
     "learns more easily than many small ones in a row.",
-    summary_zh="把 k×k 卷积拆成两路 k×1 与 1×k:视野相同而代价小得多,也比堆叠小卷积更易训练。",
+    summary_zh="把 k×k 卷积拆成两路 k×1 与 1×k：视野相同而代价小得多，也比堆叠小卷积更易训练。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.global_convolution", "nn.GlobalConvolution", "nn.BoundaryRefinement"),
     recipe="volvelle train segment data=FOLDER model.kernel=15",

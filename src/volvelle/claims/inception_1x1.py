@@ -27,7 +27,7 @@ CLAIM = Claim(
     "and against the same blocks without reductions; small networks of three blocks with and without them on "
     "Fashion-MNIST at equal steps (quick: one seed, full: three)",
     summary="Thin 1 x 1 convolutions before the wide ones make parallel branches affordable.",
-    summary_zh="在大卷积核之前先用 1×1 卷积降维,使并行分支的计算量可以承受。",
+    summary_zh="在大卷积核之前先用 1×1 卷积降维，使并行分支的计算量可以承受。",
     seconds={"quick": 60, "full": 900},
     parts=("nn.InceptionBlock", "functional.inception_block"),
 )

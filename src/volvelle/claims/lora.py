@@ -22,7 +22,7 @@ CLAIM = Claim(
     "against the base's; bytes held",
     summary="Two thin matrices beside each large one are trained, and folded into it afterwards: a fine-tune "
     "of a few megabytes that costs nothing to run.",
-    summary_zh="在每个大矩阵旁训练两个细长矩阵,之后并入原矩阵:微调只需几 MB,推理没有额外开销。",
+    summary_zh="在每个大矩阵旁训练两个细长矩阵，之后并入原矩阵：微调只需几 MB，推理没有额外开销。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.lora_linear", "nn.LoRALinear"),
     recipe="volvelle adapt smollm2 data=examples.jsonl method=lora",

@@ -26,7 +26,7 @@ CLAIM = Claim(
     "turn, on other prompts; equality of the answers in fp32; the bound is tokens a step over the cost of that step",
     summary="Small heads on a model's last state guess the next few tokens at once; the model checks a tree of guesses "
     "in one step and keeps those it would have written.",
-    summary_zh="在模型最后状态上加几个小头,一次猜出后续若干词元;模型一步验证一棵候选树,只保留它本会写出的。",
+    summary_zh="在模型最后状态上加几个小头，一次猜出后续若干词元；模型一步验证一棵候选树，只保留它本会写出的。",
     seconds={"quick": 60, "full": 900},
     recipe="volvelle draft smollm2 data=prompts distill=true precision=bf16",
 )

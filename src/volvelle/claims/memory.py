@@ -31,7 +31,7 @@ CLAIM = Claim(
     "profiler, activations at two depths with and without checkpointing, and the CPU time of both steps",
     summary="Know before the run what a training step will hold: weights, gradients, optimiser, activations, "
     "temporaries.",
-    summary_zh="在运行之前就知道一个训练步占用多少显存:权重、梯度、优化器状态、激活与临时张量。",
+    summary_zh="在运行之前就知道一个训练步占用多少内存：权重、梯度、优化器状态、激活与临时张量。",
     seconds={"quick": 50, "full": 240},
     recipe="volvelle plan qwen1.5-7b gpus=2x80",
 )

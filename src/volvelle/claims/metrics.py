@@ -26,7 +26,7 @@ CLAIM = Claim(
     "averaged over the data set, over images and over (image, class) pairs; torchmetrics on the same masks",
     summary="One confusion matrix gives pixel accuracy, mean accuracy, mean IoU and weighted IoU; which of them says "
     "something, and how averages that go by one name differ.",
-    summary_zh="由同一个混淆矩阵得到像素精度、平均精度、平均 IoU 与加权 IoU;说明哪些指标有意义,以及同名平均的差别。",
+    summary_zh="由同一个混淆矩阵得到像素精度、平均精度、平均 IoU 与加权 IoU；说明哪些指标有意义，以及同名平均的差别。",
     seconds={"quick": 30, "full": 120},
     parts=(
         "functional.confusion_matrix",

@@ -29,7 +29,7 @@ CLAIM = Claim(
     "of the models with drafts by their own modules and without, in turn, and the bound that the cost of a step sets",
     summary="A decoder learns the tokens after the next one too, by modules that plain decoding leaves out and that "
     "can draft for it.",
-    summary_zh="解码器同时学习预测后续多个词元;附加模块在普通解码时可省去,也可用于起草。",
+    summary_zh="解码器同时学习预测后续多个词元；附加模块在普通解码时可省去，也可用于起草。",
     seconds={"quick": 60, "full": 900},
     recipe="volvelle train language data=book.txt mtp=2 mtp_kind=sequential",
 )

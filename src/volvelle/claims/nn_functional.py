@@ -31,7 +31,7 @@ CLAIM = Claim(
     measured_by="pairs of a Module and its function with the same weights, bit for bit in fp32 and fp64; the time of "
     "both on tiny inputs in interleaved rounds, torch's own pairs beside them",
     summary="The function is the technique; the Module only keeps its weights and options and calls it.",
-    summary_zh="函数即技术本身;Module 只保存权重与选项并调用该函数。",
+    summary_zh="函数即技术本身；Module 只保存权重与选项并调用该函数。",
     seconds={"quick": 40, "full": 120},
 )
 

@@ -28,7 +28,7 @@ CLAIM = Claim(
     "image of 4000, a region at the border against the adjoint, a NaN offset in a process of its own, 16-bit inputs, "
     "second derivatives, gradients for boxes; the bounds are on ours, the peer's figures are reported",
     summary="Known faults of the compiled detection operators, re-run on what is installed, beside the plain versions.",
-    summary_zh="在本机已安装的版本上重新测量检测算子的已知缺陷,并与纯 PyTorch 实现对照。",
+    summary_zh="在本机已安装的版本上重新测量检测算子的已知缺陷，并与纯 PyTorch 实现对照。",
     seconds={"quick": 40, "full": 60},
     parts=(
         "functional.batched_nms",

@@ -30,7 +30,7 @@ CLAIM = Claim(
     "held-out text in windows of the trained length L, of 2 L and of 4 L; the text is Python's own language "
     "reference, which every installation carries",
     summary="Which encodings keep working on texts longer than any they were trained on, and which do not.",
-    summary_zh="哪些位置编码在比训练更长的文本上仍然有效,哪些则不然。",
+    summary_zh="哪些位置编码在比训练更长的文本上仍然有效，哪些则不然。",
     seconds={"quick": 60, "full": 900},
     parts=(
         "nn.ALiBi",

@@ -25,7 +25,7 @@ CLAIM = Claim(
     measured_by="the largest |cos| error of a table against fp64, at positions up to a million: angles in fp64 cast "
     "last (nn.RotaryEmbedding), angles in fp32, frequencies in bf16, and transformers' module after .to(bfloat16)",
     summary="Where a rotary table is rounded decides whether long contexts see positions or noise.",
-    summary_zh="旋转位置表在何处舍入,决定了长上下文看到的是位置还是噪声。",
+    summary_zh="旋转位置表在何处舍入，决定了长上下文看到的是位置还是噪声。",
     seconds={"quick": 15, "full": 15},
     parts=("nn.RotaryEmbedding", "functional.rope_frequencies"),
 )

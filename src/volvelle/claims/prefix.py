@@ -31,7 +31,7 @@ CLAIM = Claim(
     "held-out loss a token of a prefix, full fine-tuning, a prompt (embeddings only) and fixed codes, for n examples",
     summary="A few trained keys and values before the text turn one frozen model to any task: kilobytes a task, and "
     "one model in memory for all of them.",
-    summary_zh="在文本前放少量可训练的键和值,冻结的模型即可适应任意任务:每个任务只需几百 KB,内存中只有一个模型。",
+    summary_zh="在文本前放少量可训练的键和值，冻结的模型即可适应任意任务：每个任务只需几百 KB，内存中只有一个模型。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.prefix_states", "nn.PrefixStates"),
     recipe="volvelle adapt smollm2 data=examples.jsonl method=prefix",

@@ -21,7 +21,7 @@ CLAIM = Claim(
     "the measured cost of a step",
     summary="What followed the last words where they stood before is taken for a draft: copies, edits, quotations and "
     "code come several tokens a step, and no model drafts.",
-    summary_zh="把最近几个词元先前出现处的后续内容当作草稿:复制、改写、引用和代码每步可得多个词元,无需草稿模型。",
+    summary_zh="把最近几个词元先前出现处的后续内容当作草稿：复制、改写、引用和代码每步可得多个词元，无需草稿模型。",
     seconds={"quick": 60, "full": 900},
     recipe='volvelle generate smollm2 "Repeat: one two three. one two" draft=lookup stats=true',
 )

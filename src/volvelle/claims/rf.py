@@ -31,7 +31,7 @@ CLAIM = Claim(
     "in fp64: units of twelve layers as sets of coordinates, and the extent of the last features; chains by the "
     "recursion from the top down; for one network the effective field of its own weights",
     summary="How far a unit of a network sees, with what stride and from where on, for any graph of layers.",
-    summary_zh="对任意网络结构,计算每个单元能看到输入的范围、步长与起点。",
+    summary_zh="对任意网络结构，计算每个单元能看到输入的范围、步长与起点。",
     seconds={"quick": 60, "full": 600},
     recipe="volvelle inspect efficientnet-b0 rf",
 )

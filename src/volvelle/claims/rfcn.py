@@ -33,7 +33,7 @@ CLAIM = Claim(
     "products and seconds of the head for 2000 regions over those for 100, beside a head of two linear layers",
     summary="A map for each part of an object: a region's score is the mean of its parts' votes. Regions share all of "
     "the convolutions and have no weights of their own.",
-    summary_zh="每个相对位置一张得分图:区域得分是各部位投票的平均,卷积全图共享,逐区域几乎零成本。",
+    summary_zh="每个相对位置一张得分图：区域得分是各部位投票的平均，卷积全图共享，各区域没有自己的权重。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.ps_roi_align", "functional.ps_roi_pool"),
     recipe="volvelle train detect data=FOLDER",

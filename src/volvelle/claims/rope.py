@@ -28,7 +28,7 @@ CLAIM = Claim(
     "(equation 37) by distance; linear attention with turned numerators: chunked and by a state against the "
     "written-out sum, at shifted positions, and (full) small language models with it, with and without RoPE",
     summary="Turns queries and keys by their position, so that scores depend on distance alone.",
-    summary_zh="按位置旋转查询与键,使注意力分数只取决于相对距离。",
+    summary_zh="按位置旋转查询与键，使注意力分数只取决于相对距离。",
     seconds={"quick": 10, "full": 120},
     parts=("functional.apply_rope", "nn.RotaryEmbedding", "functional.linear_attention"),
 )

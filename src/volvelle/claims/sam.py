@@ -34,7 +34,7 @@ CLAIM = Claim(
     "of one prompt on their embeddings, random weights",
     summary="Ask a model for any object by a click or a box; the picture is looked at once, each prompt takes "
     "milliseconds.",
-    summary_zh="点击或画框即可得到物体掩码:图像只编码一次,每次提示仅需数毫秒。",
+    summary_zh="点击或画框即可得到物体掩码：图像只编码一次，每次提示仅需数毫秒。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.attention",),
     recipe="volvelle train promptable data=FOLDER",

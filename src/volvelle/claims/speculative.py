@@ -28,7 +28,7 @@ CLAIM = Claim(
     "answers compared token by token in fp32; theorem 3.8 and the bound from the measured cost of a step",
     summary="A cheap model drafts a few tokens, the large one checks them in one step: the same answers in fewer steps "
     "of the large model.",
-    summary_zh="廉价的草稿模型先写几个词元,大模型一步全部校验:答案不变,大模型所需步数更少。",
+    summary_zh="廉价的草稿模型先写几个词元，大模型一步全部校验：答案不变，大模型所需步数更少。",
     seconds={"quick": 60, "full": 900},
     recipe='volvelle generate smollm2 "The three primary colours are" draft=skip:10 stats=true',
 )

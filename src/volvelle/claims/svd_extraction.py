@@ -28,7 +28,7 @@ CLAIM = Claim(
     "rank keeps",
     summary="Turns a full fine-tune into an adapter: small to store, and switched and mixed with others on "
     "one base model.",
-    summary_zh="把一次完整微调转换成适配器:存储小,可在同一基础模型上与其他适配器切换和混用。",
+    summary_zh="把一次完整微调转换成适配器：存储小，可在同一基础模型上与其他适配器切换和混用。",
     seconds={"quick": 60, "full": 600},
     parts=(),
     recipe="volvelle adapt extract smollm2 runs/adapt-smollm2-full-1",

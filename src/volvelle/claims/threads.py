@@ -37,7 +37,7 @@ CLAIM = Claim(
     "one and of handing over between two; a list that each of them appends to",
     summary="When to use threads and when processes: by what the work waits for, and by what it costs to start, "
     "switch and share.",
-    summary_zh="何时用线程、何时用进程:取决于工作在等待什么,以及创建、切换和共享的代价。",
+    summary_zh="何时用线程、何时用进程：取决于工作在等待什么，以及创建、切换和共享的代价。",
     seconds={"quick": 45, "full": 240},
     parts=(),
     recipe="volvelle inspect threads",

@@ -31,7 +31,7 @@ CLAIM = Claim(
     "position-sensitive pooling, against all three: mAP50 on scenes of which none was trained on (quick: one seed)",
     summary="A small proposer, one map enriched by context, attention from proposals, and pooling by position: two "
     "stages at the price of one.",
-    summary_zh="轻量候选网络、上下文增强、空间注意力与位置敏感池化:以单阶段的代价做两阶段检测。",
+    summary_zh="轻量候选网络、上下文增强、空间注意力与位置敏感池化：以单阶段的代价做两阶段检测。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.ps_roi_align", "functional.nms"),
     recipe="volvelle train detect data=FOLDER",

@@ -28,7 +28,7 @@ CLAIM = Claim(
     "variance of their output at the lattice's frequencies, before training, after a few steps and at the end; squared "
     "error on pictures of which none was trained on (quick: one seed and no error, full: three seeds)",
     summary="A sub-pixel convolution that starts as nearest upsampling has no checkerboard to unlearn.",
-    summary_zh="让亚像素卷积从最近邻上采样起步,就没有需要消除的棋盘伪影。",
+    summary_zh="让亚像素卷积从最近邻上采样起步，就没有需要消除的棋盘伪影。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.icnr_init", "nn.Upsample2d", "functional.checkerboard"),
 )

@@ -36,7 +36,7 @@ CLAIM = Claim(
     "on pixels of 16 greys: Fréchet distance of samples, time of a sample",
     summary="An image codec whose reconstructions are judged by features and by an adversary, so that few codes are "
     "enough; a language model then draws in codes, which is far cheaper than in pixels.",
-    summary_zh="以感知损失与对抗损失训练图像编解码器,少量编码即可保留细节;再用语言模型生成编码,远比逐像素生成省力。",
+    summary_zh="以感知损失与对抗损失训练图像编解码器，少量编码即可保留细节；再用语言模型生成编码，远比逐像素生成省力。",
     seconds={"quick": 60, "full": 900},
     parts=("functional.vector_quantize", "nn.EMAVectorQuantizer", "functional.gan_loss"),
     recipe="volvelle train vqgan data=fashion-mnist",

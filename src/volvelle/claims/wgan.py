@@ -34,7 +34,7 @@ CLAIM = Claim(
     "exact distance while a generator learns, and 25 modes at equal steps and at equal time, five seeds)",
     summary="The critic estimates how far samples are from data and teaches where other losses saturate; exact "
     "transport and critics of known slope say how true the estimate is.",
-    summary_zh="评论家估计样本与数据之间的距离,在其他损失饱和时仍能给出梯度;精确最优传输与已知斜率的评论家可检验该估计。",
+    summary_zh="评论家估计样本与数据之间的距离，在其他损失饱和时仍能给出梯度；精确最优传输与已知斜率的评论家可检验该估计。",
     seconds={"quick": 60, "full": 900},
     parts=(
         "functional.gan_loss", "functional.gradient_penalty", "functional.clip_weights", "functional.wasserstein_1d",
