@@ -21,7 +21,10 @@ def generation(record: Mapping[str, Any]) -> list[str]:
         ]
         for row in rows:
             rate = row["batch"] * row["codes"] / row["seconds"]["ours"]["wall_median"]
-            told = " | ".join(protocol.shown(row["speed"][who]) for who in ("transformers", "no cache"))
+            speed = row["speed"]
+            told = " | ".join(
+                protocol.shown(speed[who]) if who in speed else "" for who in ("transformers", "no cache")
+            )
             lines.append(f"| {row['batch']} | {rate:,.0f} | {told} | {row['same']['ours']:.2%} |")
         lines.append("")
     if "drafts" in record:
