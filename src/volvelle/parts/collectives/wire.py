@@ -58,6 +58,9 @@ class Traffic:
         """Count one message of `count` bytes that was asked for."""
         self.received += count
 
+    def note_arrived(self, peer: int, count: int) -> None:
+        """A message of `count` bytes from `peer` is here: nothing is counted, an heir may keep a record."""
+
     def clear(self) -> None:
         """Back to zero."""
         self.sent = self.received = self.messages = 0
@@ -66,10 +69,11 @@ class Traffic:
 
 @dataclass
 class Pending:
-    """A transfer under way, and the rank at its other end."""
+    """A transfer under way, the rank at its other end, and the bytes that come in."""
 
     works: Sequence[dist.Work]
     peer: int
+    coming: int = 0
 
 
 class Wire:
@@ -139,9 +143,10 @@ class Wire:
             return None
         peer = self.members[source if receives else to]
         try:
-            return Pending(self._post(send if sends else None, to, receive if receives else None, source), peer)
+            works = self._post(send if sends else None, to, receive if receives else None, source)
         except RuntimeError as error:
             raise self._lost(peer, error) from error
+        return Pending(works, peer, 0 if receive is None else receive.numel() * receive.element_size())
 
     def _post(
         self, send: torch.Tensor | None, to: int, receive: torch.Tensor | None, source: int
@@ -176,6 +181,8 @@ class Wire:
                         work.wait(self._limit)
             except RuntimeError as error:
                 raise self._lost(transfer.peer, error) from error
+            if transfer.coming:
+                self.traffic.note_arrived(transfer.peer, transfer.coming)
 
     def exchange(self, send: torch.Tensor, receive: torch.Tensor, peer: int) -> None:
         """Send to a peer and receive from it at the same time."""
