@@ -5,8 +5,8 @@
 
 sampling   greedy codes of a random prior of taming-transformers' shape (8 layers of 256, 16 x 16 codes of 1,024) in
            fp32: `draw_images`, transformers' generate on the same folder of weights, and a loop that runs the whole
-           text again for every code, taming's default; and whether the codes are the same. The last for few pictures
-           only: it takes minutes for many, and gains nothing by them
+           text again for every code, taming's default; and whether the codes are the same. The last for a single
+           picture only: for many it takes minutes, and gains nothing by them
 drafts     pictures of --run at temperature 1, with --drafter (a run of `volvelle draft`) and without
 window     nats a code of pictures of --data twice as large as --run was trained on, outside its own size: the window of
            RowWindow, the window run anew for each code, and positions that simply go on
@@ -45,8 +45,6 @@ HF, UNCACHED = "transformers", "no cache"
 TAMING = Layout(codes=1024, rows=16, columns=16)
 SMALL = Layout(codes=64, rows=4, columns=4)
 BATCHES = (1, 8, 32)
-FEW = 8
-"""Pictures at once up to which the loop without a cache is run."""
 
 
 def main() -> None:
@@ -97,13 +95,12 @@ def sampling(rounds: int, *, quick: bool) -> list[dict[str, Any]]:
             HF: lambda prompt=prompt: _theirs(theirs, prompt, prior.layout),
             "ours": lambda batch=batch: draw_images(prior, [None] * batch, sampling=Sampling()).codes.flatten(1),
         }
-        if batch <= FEW:
+        if batch == 1:
             variants[UNCACHED] = lambda prompt=prompt: _uncached(prior, prompt)
         codes = {who: work() for who, work in variants.items()}
         baselines = [who for who in variants if who != "ours"]
         same = {who: float((codes[who] == codes[HF]).double().mean()) for who in variants if who != HF}
-        most = 1 if quick else (3 if batch == 1 else 2) * rounds
-        series = protocol.interleave(variants, rounds=rounds, most=most, steady=baselines)
+        series = protocol.interleave(variants, rounds=rounds, most=1 if quick else 3 * rounds, steady=baselines)
         row = {
             "batch": batch,
             "codes": prior.layout.picture,
