@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from volvelle.files import atomic_path, sha256, write_atomic
+from volvelle.errors import VolvelleError
+from volvelle.files import atomic_path, read_json, sha256, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -146,3 +147,30 @@ def test_a_writer_that_puts_its_own_private_file_there_does_not_make_the_result_
         temporary.unlink()
         temporary.touch(mode=0o600)
     assert (tmp_path / "new").stat().st_mode == usual.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"[]", "not a JSON object but a list"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_json_object_is_named(tmp_path, content, says):
+    path = tmp_path / "config.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(VolvelleError, match=f"config.json: {says}"):
+        read_json(path)
+
+
+def test_a_missing_json_file_is_named_with_those_beside_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"width": "µ"}', encoding="utf-8")
+    assert read_json(tmp_path / "config.json") == {"width": "µ"}
+    with pytest.raises(VolvelleError, match=r"confg\.json: no such file") as caught:
+        read_json(tmp_path / "confg.json")
+    assert caught.value.tip == "did you mean config.json?"
+    with pytest.raises(VolvelleError) as caught:
+        read_json(tmp_path / "confg.json", tip="get it first")
+    assert caught.value.tip == "get it first"

@@ -1,14 +1,18 @@
-"""Writing files so that a crash at any moment leaves either the old content or the new, never a mixture."""
+"""Files: written so that a crash leaves either the old content or the new, and read with errors that name them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from volvelle.errors import VolvelleError, did_you_mean
 
 
 @contextlib.contextmanager
@@ -44,6 +48,26 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Replace the file's content in one step (see `atomic_path`). Text is written as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path: str | os.PathLike[str], *, tip: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises VolvelleError for a missing file and for anything else.
+
+    `tip` says what to do about a missing one; without it, the names close to it in its folder are given.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = tip or did_you_mean(path.name, [other.name for other in path.parent.glob("*.json")])
+        raise VolvelleError(f"{path}: no such file", tip=near) from None
+    except OSError as error:
+        raise VolvelleError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise VolvelleError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise VolvelleError(f"{path}: not a JSON object but a {type(values).__name__}")
+    return values
 
 
 def sync(path: Path) -> None:

@@ -55,10 +55,10 @@ def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(VolvelleError, match=r"no config\.json, run or GGUF file"):
         find_config(str(tmp_path))
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(VolvelleError, match="a JSON object is wanted, got list"):
+    with pytest.raises(VolvelleError, match="not a JSON object but a list"):
         find_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(VolvelleError, match="not readable as JSON"):
+    with pytest.raises(VolvelleError, match="not valid JSON"):
         find_config(str(tmp_path))
 
 

@@ -28,7 +28,7 @@ from volvelle.adapt.methods import Method
 from volvelle.adapt.model import DEFAULT, Adapted, Adapter, apply, chosen, require
 from volvelle.adapt.targets import absent_blocks
 from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path
+from volvelle.files import atomic_path, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES, _HASH = "volvelle.base_shapes", "volvelle.base_sha256"
@@ -138,7 +138,7 @@ def read_config(folder: str | os.PathLike[str]) -> Method:
 def base_name(folder: str | os.PathLike[str]) -> str | None:
     """The `base_model_name_or_path` that an adapter folder records, or None."""
     path = Path(folder) / CONFIG
-    return json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
+    return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
 
 def stored_numbers(folder: str | os.PathLike[str]) -> int:
@@ -150,7 +150,7 @@ def stored_numbers(folder: str | os.PathLike[str]) -> int:
 def peft_type(folder: str | os.PathLike[str]) -> str | None:
     """The `peft_type` of an adapter folder: PEFT's name of the method, or VOLVELLE_… for formats of our own."""
     path = Path(folder) / CONFIG
-    return json.loads(path.read_text()).get("peft_type") if path.is_file() else None
+    return read_json(path).get("peft_type") if path.is_file() else None
 
 
 def peft_reads(where: str | os.PathLike[str] | nn.Module) -> bool:
@@ -197,13 +197,8 @@ def _packed(model: nn.Module, name: str | None, bare: names.Shapes) -> tuple[dic
 
 def _read_settings(folder: Path) -> tuple[dict[str, Any], Format]:
     path = folder / CONFIG
-    if not path.is_file():
-        raise VolvelleError(f"{path}: no such file", tip="an adapter folder holds adapter_config.json and its weights")
-    try:
-        settings = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VolvelleError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(settings, dict) or "peft_type" not in settings:
+    settings = read_json(path, tip="an adapter folder holds adapter_config.json and its weights")
+    if "peft_type" not in settings:
         raise VolvelleError(f"{path}: not an adapter configuration, it has no peft_type")
     known = formats()
     form = next((each for each in known if settings["peft_type"] in each.peft_types), None)

@@ -7,13 +7,13 @@ download can be planned; `parameters` is the count that its publisher states.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
+from volvelle.files import read_json
 from volvelle.systems.language.config import (
     MLP,
     Dropout,
@@ -199,13 +199,7 @@ def _of_run(path: Path) -> Found:
 def _from_json(path: Path) -> Found:
     from volvelle.systems.language.huggingface_config import config_from_dict
 
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VolvelleError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise VolvelleError(f"{path}: a JSON object is wanted, got {type(values).__name__}")
-    return Found(config_from_dict(values, str(path)), str(path))
+    return Found(config_from_dict(read_json(path), str(path)), str(path))
 
 
 def _from_gguf(path: Path) -> Found:

@@ -62,11 +62,12 @@ class Binding:
             shape = (sum(part[0] for part in self.shapes), *shape[1:])
         return shape[::-1] if self.transposed else shape
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+    def split(self, tensor: Tensor, *, source: str) -> dict[str, Tensor]:
         """File -> parameters. Views where possible. Raises VolvelleError with both shapes when they differ."""
         if tuple(tensor.shape) != self.their_shape:
+            shapes = f"shape {tuple(tensor.shape)} in the file, {self.their_shape} by the configuration"
             raise VolvelleError(
-                f"{self.theirs}: shape {tuple(tensor.shape)} in the file, {self.their_shape} by the configuration",
+                f"{source}: {self.theirs}: {shapes}",
                 tip="config.json and the weights belong to different models",
             )
         upright = tensor.mT if self.transposed and tensor.ndim == 2 else tensor
@@ -156,6 +157,31 @@ class KeyMap:
             parts += [f"unknown {some(unknown)}"] if unknown else []
             raise VolvelleError(f"{source}: {'; '.join(parts)}", tip=_tip(missing, self.aliases))
         return found
+
+    def read(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str
+    ) -> dict[str, Tensor]:
+        """File -> parameters given as name -> shape. Views where possible.
+
+        Raises VolvelleError that names what is missing, unknown or of another shape.
+        """
+        bindings = self.bind(shapes)
+        places = self.locate(tensors, bindings, source=source)
+        found: dict[str, Tensor] = {}
+        for binding in bindings:
+            if binding.theirs in places:
+                found |= binding.split(tensors[places[binding.theirs]], source=source)
+            else:
+                found[binding.ours[0]] = torch.zeros(binding.shapes[0])
+        return found
+
+    def write(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters -> file: all tensors under the family's names, on the CPU.
+
+        Raises VolvelleError when a parameter has no place in this family's files.
+        """
+        bindings = self.bind({name: tuple(value.shape) for name, value in state.items()})
+        return {binding.theirs: binding.join(state).cpu() for binding in bindings}
 
     def tied(self, names: Iterable[str], bindings: Iterable[Binding]) -> list[tuple[str, str]]:
         """Pairs of names of a file that must hold equal values, because the model ties them."""

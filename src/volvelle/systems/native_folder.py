@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path, write_atomic
+from volvelle.files import atomic_path, read_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,16 +44,15 @@ def read_model(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any],
     from safetensors.torch import load_file
 
     folder = Path(path)
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / SAFETENSORS)
-    except FileNotFoundError as error:
-        raise VolvelleError(f"{error.filename or folder / SAFETENSORS}: no such file") from error
-    except (ValueError, SafetensorError) as error:
-        raise VolvelleError(f"{folder}: cannot be read ({error})") from error
-    if not isinstance(values, dict) or values.get("type") != kind:
+    values = read_json(folder / CONFIG)
+    if values.get("type") != kind:
         raise VolvelleError(f"{folder / CONFIG}: not the configuration of a {kind}")
-    return values, tensors
+    try:
+        return values, load_file(folder / SAFETENSORS)
+    except FileNotFoundError as error:
+        raise VolvelleError(f"{folder / SAFETENSORS}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise VolvelleError(f"{folder / SAFETENSORS}: cannot be read ({error})") from error
 
 
 def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

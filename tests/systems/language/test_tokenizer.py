@@ -203,8 +203,8 @@ def test_tokens_declared_only_in_tokenizer_config(tmp_path):
     [
         ({"tokenizer__json": "{"}, "tokenizer.json: not a readable tokenizer"),
         ({"tokenizer__json": '{"a": 1}'}, "tokenizer.json: not a readable tokenizer"),
-        ({"tokenizer_config__json": "{"}, "tokenizer_config.json: not readable JSON"),
-        ({"tokenizer_config__json": "[]"}, "must hold a JSON object"),
+        ({"tokenizer_config__json": "{"}, "tokenizer_config.json: not valid JSON"),
+        ({"tokenizer_config__json": "[]"}, "tokenizer_config.json: not a JSON object but a list"),
         ({"tokenizer_config__json": {"eos_token": "</s>"}}, "eos_token '</s>' is not in tokenizer.json"),
         ({"tokenizer_config__json": {"chat_template": [{"name": "x"}]}}, "entry without name or text"),
         ({"tokenizer_config__json": {"added_tokens_decoder": {"x": 3}}}, "broken entry 'x'"),

@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from volvelle.decode.drafters.ngram import NGram
 from volvelle.decode.drafters.opening import NGRAM
 from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path, write_atomic
-from volvelle.systems.language.huggingface import read_json
+from volvelle.files import atomic_path, read_json, write_atomic
 
 CONFIG, TEXTS = "config.json", "texts.safetensors"
 

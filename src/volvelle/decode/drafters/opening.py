@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from volvelle.errors import VolvelleError
+from volvelle.files import read_json
 from volvelle.systems.language.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ def kind_of(folder: Path) -> str:
             return kind
     if not (folder / "config.json").is_file():
         return "model"
-    from volvelle.systems.language.huggingface import read_json
-
     values = read_json(folder / "config.json")
     for kind, field in (("medusa", MEDUSA), ("ngram", NGRAM)):
         if field in values:

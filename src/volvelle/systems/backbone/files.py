@@ -90,16 +90,14 @@ def load_tensors(model: nn.Module, config: AnyConfig, tensors: Mapping[str, Tens
             if binding.theirs not in places:
                 held[binding.ours[0]].zero_()
         for binding, tensor in found:
-            for name, part in binding.split(tensor).items():
+            for name, part in binding.split(tensor, source=source).items():
                 held[name].copy_(part)
     return form
 
 
 def to_tensors(model: nn.Module, config: AnyConfig, form: Format = TIMM) -> dict[str, Tensor]:
     """The network's state under the names of a format. Raises VolvelleError where the format has no place for it."""
-    held = dict(model.state_dict())
-    bindings = key_map_of(form, config).bind({name: tuple(value.shape) for name, value in held.items()})
-    return {binding.theirs: binding.join(held).cpu() for binding in bindings}
+    return key_map_of(form, config).write(model.state_dict())
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

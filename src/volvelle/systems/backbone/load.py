@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from volvelle.errors import UsageError, VolvelleError
-from volvelle.files import write_atomic
+from volvelle.files import read_json, write_atomic
 from volvelle.hub import ASSETS, fetch, resolve
 from volvelle.systems.backbone.config import (
     AnyConfig,
@@ -92,7 +92,7 @@ def read_backbone(
     Raises VolvelleError for files that are missing, broken or do not fit each other.
     """
     folder = Path(path)
-    config, names = from_json(_json(folder / "config.json"), str(folder / "config.json"))
+    config, names = from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     return _finish(_read(config, names, _in_folder(folder), output_stride), None, dtype, device)
 
 
@@ -196,18 +196,6 @@ def _in_folder(folder: Path) -> Path:
             f"{folder}: holds no {SAFETENSORS}", tip=f"name the file: {folder / others[0]}" if others else None
         )
     return folder / SAFETENSORS
-
-
-def _json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VolvelleError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise VolvelleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise VolvelleError(f"{path}: not a JSON object")
-    return values
 
 
 def format_named(name: str) -> Format:

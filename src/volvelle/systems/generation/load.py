@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from volvelle.errors import UsageError, VolvelleError
-from volvelle.files import atomic_path, write_atomic
+from volvelle.files import atomic_path, read_json, write_atomic
 from volvelle.hub import resolve
 from volvelle.systems.backbone.files import read_tensors, write_tensors
 from volvelle.systems.generation import foreign, key_maps, taming
@@ -87,14 +87,14 @@ def write_vqgan(model: VQGAN, path: str | os.PathLike[str], to: Format = "volvel
         foreign.needs_32("taming-transformers", config)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
-            torch.save({"state_dict": _translated(model, key_maps.TAMING)}, temporary)
+            torch.save({"state_dict": key_maps.TAMING.write(_learned(model))}, temporary)
         write_atomic(target.with_suffix(".yaml"), taming.to_yaml(config))
     elif to == "diffusers":
         model.decoding  # noqa: B018  # says so where there is none
-        tensors = key_maps.to_diffusers(_translated(model, key_maps.diffusers(config)))
+        tensors = key_maps.to_diffusers(key_maps.diffusers(config).write(_learned(model)))
         _write_folder(target, foreign.to_diffusers(config), tensors, _DIFFUSERS_FILES[0], config)
     elif to == "transformers":
-        tensors = _translated(model, key_maps.TAMING)
+        tensors = key_maps.TAMING.write(_learned(model))
         kept = {name: value for name, value in tensors.items() if not name.startswith("decoder.")}
         _write_folder(target, foreign.to_chameleon(config), kept, SAFETENSORS, config)
     else:
@@ -128,7 +128,7 @@ def _from_folder(folder: Path) -> VQGAN:
         model = VQGAN(VQGANConfig.from_json(values, str(folder / CONFIG)))
         load_state(model, tensors, folder)
         return model
-    values = _json(folder / CONFIG)
+    values = read_json(folder / CONFIG, tip=_TIP)
     if values.get("_class_name") == foreign.DIFFUSERS:
         file = _one_of(folder, _DIFFUSERS_FILES)
         config = _ours(folder, foreign.from_diffusers(values, str(folder / CONFIG)))
@@ -157,7 +157,7 @@ def _ours(folder: Path, config: VQGANConfig, **fixed: Any) -> VQGANConfig:
     """The configuration that we left beside theirs, where it is there and says the same."""
     if not (folder / BESIDE).is_file():
         return config
-    given = VQGANConfig.from_json({**_json(folder / BESIDE), **fixed}, str(folder / BESIDE))
+    given = VQGANConfig.from_json({**read_json(folder / BESIDE), **fixed}, str(folder / BESIDE))
     _same_shape(given, config, str(folder / BESIDE))
     return given
 
@@ -177,25 +177,18 @@ def _filled(config: VQGANConfig, tensors: dict[str, Tensor], key_map: KeyMap, so
     held = model.state_dict()
     sums = all(name in tensors for name in _SUMS)
     shapes = {name: tuple(value.shape) for name, value in held.items() if sums or name not in _SUMS}
-    bindings = key_map.bind(shapes)
-    places = key_map.locate(tensors, bindings, source=source)
+    found = key_map.read(tensors, shapes, source=source)
     with torch.no_grad():
-        for binding in bindings:
-            try:
-                parts = binding.split(tensors[places[binding.theirs]])
-            except VolvelleError as error:
-                raise VolvelleError(f"{source}: {error}", tip=error.tip) from error
-            for name, part in parts.items():
-                held[name].copy_(part)
+        for name, part in found.items():
+            held[name].copy_(part)
         if not sums and config.codebook == "means":
             model.quantize.start_from(model.quantize.embedding.weight.clone())
     return model
 
 
-def _translated(model: VQGAN, key_map: KeyMap) -> dict[str, Tensor]:
-    held = {name: value for name, value in model.state_dict().items() if name not in _SUMS}
-    bindings = key_map.bind({name: tuple(value.shape) for name, value in held.items()})
-    return {binding.theirs: binding.join(held).cpu() for binding in bindings}
+def _learned(model: VQGAN) -> dict[str, Tensor]:
+    """What foreign formats hold: all but the running sums of a codebook of means."""
+    return {name: value for name, value in model.state_dict().items() if name not in _SUMS}
 
 
 def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
@@ -203,15 +196,3 @@ def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
     if found is None:
         raise VolvelleError(f"{folder}: holds no {names[0]}")
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VolvelleError(f"{path}: no such file", tip=_TIP) from None
-    except ValueError as error:
-        raise VolvelleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise VolvelleError(f"{path}: not a JSON object")
-    return values

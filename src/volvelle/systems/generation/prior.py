@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from volvelle.errors import UsageError, VolvelleError
-from volvelle.files import write_atomic
+from volvelle.files import read_json, write_atomic
 from volvelle.systems.generation.layout import Layout
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.huggingface import read_folder, read_json, write_folder
+from volvelle.systems.language.huggingface import read_folder, write_folder
 from volvelle.systems.language.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from volvelle.errors import VolvelleError, did_you_mean
-from volvelle.files import atomic_path, write_atomic
+from volvelle.errors import VolvelleError
+from volvelle.files import atomic_path, read_json, write_atomic
 from volvelle.parts.position.sinusoidal import sinusoidal_positions
 from volvelle.systems.key_map import Binding
 from volvelle.systems.language import bart
@@ -125,11 +125,7 @@ def from_tensors(
         if binding.theirs not in places:  # the key map lets a file lack it: it is zero
             _assign(model, binding.ours[0], torch.zeros(binding.shapes[0], dtype=dtype, device=device))
             continue
-        try:
-            parts = binding.split(tensors[places[binding.theirs]])
-        except VolvelleError as error:
-            raise VolvelleError(f"{source}: {error}", tip=error.tip) from error
-        for name, part in parts.items():
+        for name, part in binding.split(tensors[places[binding.theirs]], source=source).items():
             _assign(model, name, part.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format))
     model.tie()
     if device is not None:
@@ -276,20 +272,6 @@ def _read_index(folder: Path) -> dict[str, str]:
         if missing:
             raise VolvelleError(f"{folder / file}: {missing[0]} is named in the index but not in the file")
     return index
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises VolvelleError for a missing file and for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.json")])
-        raise VolvelleError(f"{path}: no such file", tip=near) from error
-    except ValueError as error:
-        raise VolvelleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise VolvelleError(f"{path}: not a JSON object")
-    return values
 
 
 def _json(values: Mapping[str, Any]) -> str:

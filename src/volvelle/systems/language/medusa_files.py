@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path, write_atomic
+from volvelle.files import atomic_path, read_json, write_atomic
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.huggingface import read_json
 from volvelle.systems.language.medusa import MedusaHeads
 
 CONFIG, SAFE, PICKLED = "config.json", "medusa_lm_head.safetensors", "medusa_lm_head.pt"

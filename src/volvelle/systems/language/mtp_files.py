@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path, write_atomic
+from volvelle.files import atomic_path, read_json, write_atomic
 from volvelle.parts.quantization.weight_only import WeightOnlyLinear
 from volvelle.systems.language.decoder import Decoder
-from volvelle.systems.language.huggingface import SINGLE, SafetensorsFolder, read_json
+from volvelle.systems.language.huggingface import SINGLE, SafetensorsFolder
 from volvelle.systems.language.huggingface_config import config_from_dict, config_to_dict
 from volvelle.systems.language.key_maps import KEY_MAPS
 from volvelle.systems.language.medusa_files import MAP

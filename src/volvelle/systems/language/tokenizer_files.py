@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from volvelle.errors import VolvelleError
-from volvelle.files import write_atomic
+from volvelle.files import read_json, write_atomic
 from volvelle.systems.language.tokenizer import TextTokenizer
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -78,15 +78,8 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise VolvelleError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise VolvelleError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values
+    """What the file holds; nothing where there is none."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _other_tokenizer(folder: Path) -> str:

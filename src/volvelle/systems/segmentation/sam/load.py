@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from volvelle.errors import UsageError, VolvelleError
-from volvelle.files import atomic_path, write_atomic
+from volvelle.files import atomic_path, read_json, write_atomic
 from volvelle.hub import resolve
 from volvelle.systems.backbone.files import read_tensors, write_tensors
 from volvelle.systems.key_map import KeyMap, Rule
@@ -97,11 +97,11 @@ def write_sam(model: Sam, path: str | os.PathLike[str], to: Format = "volvelle")
             raise UsageError(f"write_sam: Meta's code builds {meta.HEADS} heads in the mask decoder, not {heads}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
-            torch.save(_translated(model, key_maps.META), temporary)
+            torch.save(key_maps.META.write(model.state_dict()), temporary)
         return
     target.mkdir(parents=True, exist_ok=True)
     values, preprocessing = to_huggingface(config)
-    write_tensors(_translated(model, key_maps.transformers(config.decoder)), target / SAFETENSORS)
+    write_tensors(key_maps.transformers(config.decoder).write(model.state_dict()), target / SAFETENSORS)
     write_atomic(target / PREPROCESSOR, json.dumps(preprocessing, indent=2) + "\n")
     write_atomic(target / CONFIG, json.dumps(values, indent=2) + "\n")
 
@@ -119,12 +119,12 @@ def _from_folder(folder: Path) -> Sam:
         model = Sam(SamConfig.from_json(values, str(folder / CONFIG)))
         load_state(model, tensors, folder)
         return model
-    values = _json(folder / CONFIG)
+    values = read_json(folder / CONFIG, tip=_TIP)
     kind = values.get("model_type") or values.get("type") or (values.get("architectures") or [None])[0]
     if values.get("model_type") != "sam":
         what = f"a model of the kind {kind}" if kind else "no model that says its kind"
         raise VolvelleError(f"{folder}: {what}, not Segment Anything", tip=_TIP)
-    preprocessing = _json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+    preprocessing = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
     files = [folder / name for name in (SAFETENSORS, "pytorch_model.bin") if (folder / name).is_file()]
     if not files:
         raise VolvelleError(f"{folder}: holds no {SAFETENSORS}")
@@ -151,14 +151,8 @@ def _from_tensors(tensors: Mapping[str, Tensor], config: SamConfig | None, sourc
         config = replace(config, decoder=replace(config.decoder, eps=1e-6)) if theirs else config
     with torch.device("meta"):
         model = Sam(config)
-    bindings = key_map.bind({name: tuple(value.shape) for name, value in model.state_dict().items()})
-    places = key_map.locate(tensors, bindings, source=source)
-    state: dict[str, Tensor] = {}
-    for binding in bindings:
-        try:
-            state |= binding.split(tensors[places[binding.theirs]])
-        except VolvelleError as error:
-            raise VolvelleError(f"{source}: {error}", tip=error.tip) from error
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state = key_map.read(tensors, shapes, source=source)
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model
 
@@ -171,21 +165,3 @@ def _renamed(tensors: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor
         rule, values = next((rule, values) for rule in backwards if (values := rule.match(name)) is not None)
         found[rule.theirs.format(**values)] = tensor
     return found
-
-
-def _translated(model: Sam, key_map: KeyMap) -> dict[str, Tensor]:
-    held = dict(model.state_dict())
-    bindings = key_map.bind({name: tuple(value.shape) for name, value in held.items()})
-    return {binding.theirs: binding.join(held).cpu() for binding in bindings}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VolvelleError(f"{path}: no such file", tip=_TIP) from None
-    except ValueError as error:
-        raise VolvelleError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise VolvelleError(f"{path}: not a JSON object")
-    return values
