@@ -6,9 +6,21 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
+from volvelle.serve.studio import chat, claims, inspect_room, techniques
+from volvelle.serve.studio import runs as runs_room
 from volvelle.serve.studio.jobs import Jobs
+from volvelle.serve.studio.verdicts import Verdicts
 
 
 def rooms(jobs: Jobs, *, runs: Path = Path("runs"), model: str = "smollm2") -> list[APIRouter]:
     """Every room's routes. `runs` is the folder of runs, `model` what Chat opens."""
-    return [jobs.routes()]
+    results = runs / "claims"
+    verdicts = Verdicts(results)
+    return [
+        jobs.routes(),
+        techniques.router(verdicts),
+        claims.router(jobs, verdicts, results),
+        runs_room.router(runs),
+        chat.router(jobs, runs=runs, model=model),
+        inspect_room.router(),
+    ]
