@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import volvelle
 from volvelle.cli.table import available
 
 HEAVY = ("torch", "transformers", "scipy", "tokenizers", "gguf", "safetensors", "huggingface_hub")
@@ -100,6 +103,17 @@ def test_configuration_files_are_free_of_torch(repository, tmp_path):
 def test_packages_are_lazy(package, tmp_path):
     name = f"volvelle.{package}"
     assert reports(MODULES, [name], tmp_path)[name]["heavy"] == []
+
+
+def test_no_public_name_is_that_of_a_module():
+    """A loaded submodule becomes an attribute of its package, and would hide what the package gives by that name."""
+    found = 0
+    for module in pkgutil.walk_packages(volvelle.__path__, "volvelle."):
+        package = importlib.import_module(module.name) if module.ispkg else None
+        if package is not None and hasattr(package, "__getattr__"):
+            found += 1
+            assert not {name for _, name, _ in pkgutil.iter_modules(package.__path__)} & set(dir(package)), package
+    assert found > 5
 
 
 def test_the_measure_can_fail(tmp_path):

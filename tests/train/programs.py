@@ -12,7 +12,7 @@ from torch import nn
 
 from volvelle.data.pictures import to_bytes
 from volvelle.systems.generation.discriminator import PatchDiscriminator
-from volvelle.systems.generation.vqgan import VQGAN
+from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.train import checkpoint
 from volvelle.train.gan_constraints import Slope
 from volvelle.train.gan_objective import Game, GANObjective

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from volvelle.data.pictures import PictureSet
     from volvelle.systems.generation.codec import Codec
     from volvelle.systems.generation.perceptual import Perceptual
-    from volvelle.systems.generation.vqgan import VQGAN
+    from volvelle.systems.generation.vqgan_model import VQGAN
     from volvelle.train.recipes.vqgan import TrainVQGAN
 
 CLAIM = Claim(

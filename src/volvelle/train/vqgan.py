@@ -18,7 +18,7 @@ from volvelle.runs import RunFolder
 from volvelle.systems.generation.discriminator import PatchDiscriminator
 from volvelle.systems.generation.load import load_vqgan, vqgan, write_vqgan
 from volvelle.systems.generation.perceptual import Perceptual
-from volvelle.systems.generation.vqgan import VQGAN
+from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.systems.modes import evaluating
 from volvelle.train.classify import data_folder
 from volvelle.train.estimate import MemoryEstimate, estimate_step

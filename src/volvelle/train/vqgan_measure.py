@@ -14,7 +14,7 @@ from volvelle.parts.metrics.psnr import peak_signal_noise_ratio
 from volvelle.parts.metrics.ssim import structural_similarity
 from volvelle.parts.quantization.usage import codebook_usage
 from volvelle.systems.generation.perceptual import Perceptual
-from volvelle.systems.generation.vqgan import VQGAN
+from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.systems.modes import evaluating
 from volvelle.train.picture_sets import few
 from volvelle.train.player import to_device

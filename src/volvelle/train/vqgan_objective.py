@@ -22,7 +22,7 @@ from torch.nn.grad import conv2d_weight
 from volvelle.data.pictures import to_signed
 from volvelle.parts.adversarial.losses import GanLoss, gan_loss
 from volvelle.systems.generation.perceptual import Perceptual
-from volvelle.systems.generation.vqgan import VQGAN
+from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.train.phase import Loss, Objective, OptimizerFactory, Phase, adamw, trainable
 from volvelle.train.recipes.vqgan import TrainVQGAN
 from volvelle.train.schedule import schedule

@@ -15,7 +15,7 @@ from volvelle.data.text import spread
 from volvelle.files import write_atomic
 from volvelle.runs import RunFolder
 from volvelle.systems.generation.perceptual import NAME
-from volvelle.systems.generation.vqgan import VQGAN
+from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.systems.modes import evaluating
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.loop import FitResult

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from volvelle.systems.generation.prior import Prior as Prior
     from volvelle.systems.generation.prior import read_prior as read_prior
     from volvelle.systems.generation.prior import write_prior as write_prior
-    from volvelle.systems.generation.vqgan import VQGAN as VQGAN
+    from volvelle.systems.generation.vqgan_model import VQGAN as VQGAN
 
 _HOMES = {
     "Codec": "codec",
@@ -41,7 +41,7 @@ _HOMES = {
     "Perceptual": "perceptual",
     "Prior": "prior",
     "ResNet": "gan_config",
-    "VQGAN": "vqgan",
+    "VQGAN": "vqgan_model",
     "VQGANConfig": "config",
     "load_vqgan": "load",
     "open_codec": "load",

@@ -17,7 +17,7 @@ from volvelle.systems.backbone.files import read_tensors, write_tensors
 from volvelle.systems.generation import foreign, key_maps, taming
 from volvelle.systems.generation.codec import Codec
 from volvelle.systems.generation.config import KIND, VQGANConfig, find_config
-from volvelle.systems.generation.vqgan import VQGAN
+from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.systems.key_map import KeyMap
 from volvelle.systems.native_folder import CONFIG, SAFETENSORS, is_model, load_state, read_model, write_model
 
