@@ -16,7 +16,7 @@ Shapes: z of any shape with d numbers along `dim`, codebook (K, d), codes int64 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,32 @@ def vector_quantize(
     return Quantized(through.movedim(-1, dim), codes, loss)
 
 
+class Quantizer(nn.Module):
+    """What Modules with a codebook share: `embedding.weight` (codes, width), for vectors along `dim`."""
+
+    embedding: Any
+    """What holds the weight; each kind brings its own."""
+    numbers: tuple[str, ...] = ("commitment",)
+    """Arguments that print(model) shows."""
+
+    def __init__(self, codes: int, width: int, *, dim: int, commitment: float):
+        super().__init__()
+        if codes < 1 or width < 1:
+            raise ValueError(f"{type(self).__name__}: codes and width must be at least 1, got {codes} and {width}")
+        self.dim, self.commitment = dim, commitment
+
+    def look_up(self, codes: Tensor) -> Tensor:
+        """The vectors of codes, with the `width` numbers along `dim`. Raises IndexError for what is no code."""
+        return F.embedding(codes, self.embedding.weight).movedim(-1, self.dim)
+
+    def extra_repr(self) -> str:
+        """The numbers shown by print(model)."""
+        codes, width = self.embedding.weight.shape
+        return f"codes={codes}, width={width}, " + ", ".join(f"{name}={getattr(self, name):g}" for name in self.numbers)
+
+
 @export("nn.VectorQuantizer", twin=vector_quantize)
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """A codebook of `codes` vectors of `width` numbers that learns by its loss; forward gives `Quantized`.
 
     The weights are `embedding.weight` (codes, width), which begin uniform in ±1 / codes, as in taming-transformers.
@@ -84,6 +108,9 @@ class VectorQuantizer(nn.Module):
     >>> quantizer(torch.randn(2, 4, 3, 5)).codes.shape, quantizer.look_up(torch.tensor([[3, 1]])).shape
     (torch.Size([2, 3, 5]), torch.Size([1, 4, 2]))
     """
+
+    embedding: nn.Embedding
+    numbers = ("commitment", "codebook_weight")
 
     def __init__(
         self,
@@ -96,10 +123,8 @@ class VectorQuantizer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        super().__init__()
-        if codes < 1 or width < 1:
-            raise ValueError(f"VectorQuantizer: codes and width must be at least 1, got {codes} and {width}")
-        self.dim, self.commitment, self.codebook_weight = dim, commitment, codebook_weight
+        super().__init__(codes, width, dim=dim, commitment=commitment)
+        self.codebook_weight = codebook_weight
         self.embedding = nn.Embedding(codes, width, dtype=dtype, device=device)
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
@@ -113,16 +138,7 @@ class VectorQuantizer(nn.Module):
             codebook_weight=self.codebook_weight,
         )
 
-    def look_up(self, codes: Tensor) -> Tensor:
-        """The vectors of codes, with the `width` numbers along `dim`. Raises IndexError for what is no code."""
-        return F.embedding(codes, self.embedding.weight).movedim(-1, self.dim)
-
     @torch.no_grad()
     def start_from(self, vectors: Tensor) -> None:
         """Take over (codes, width) vectors as the codes."""
         self.embedding.weight.copy_(vectors)
-
-    def extra_repr(self) -> str:
-        """The numbers shown by print(model)."""
-        codes, width = self.embedding.weight.shape
-        return f"codes={codes}, width={width}, commitment={self.commitment:g}, codebook_weight={self.codebook_weight:g}"
