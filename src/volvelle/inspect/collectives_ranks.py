@@ -34,17 +34,13 @@ def on_ranks(
         VolvelleError: a rank failed, died or did not answer within `limit` seconds; the others are ended first.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
-    known = multiprocessing.get_all_start_methods()
-    # A fork server imports torch once, and forks before there is any thread.
-    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
-    if "forkserver" in known:
-        context.set_forkserver_preload([program.__module__])
+    context = fresh_processes(program.__module__)
     pipes, processes = [], []
     try:
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             place = (theirs, store.port, rank, ranks, threads)
-            processes.append(context.Process(target=_rank, args=(place, program, arguments), daemon=True))  # pyright: ignore[reportAttributeAccessIssue]
+            processes.append(context.Process(target=_rank, args=(place, program, arguments), daemon=True))
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
@@ -54,6 +50,18 @@ def on_ranks(
             process.kill()
         for process in processes:
             process.join(5)
+
+
+def fresh_processes(module: str) -> Any:
+    """How processes begin that hold nothing of this one but what `module` imports.
+
+    A fork server imports torch once, and forks before there is any thread; only its first caller's module counts.
+    """
+    known = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    if "forkserver" in known:
+        context.set_forkserver_preload([module])
+    return context
 
 
 def _answers(pipes: Sequence[Any], limit: float) -> list[Any]:
