@@ -70,11 +70,11 @@ def test_nan_shows_in_the_loss_and_half_precision_in_fp32():
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="vector_quantize: codebook must be"):
         vector_quantize(torch.zeros(2, 3), torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="^VectorQuantizer: codes and width"):
+    with pytest.raises(ValueError, match=r"^VectorQuantizer: codes and width"):
         VectorQuantizer(0, 3)
-    with pytest.raises(ValueError, match="^EMAVectorQuantizer: codes and width"):
+    with pytest.raises(ValueError, match=r"^EMAVectorQuantizer: codes and width"):
         EMAVectorQuantizer(4, 0)
-    with pytest.raises(ValueError, match="^EMAVectorQuantizer: decay and least"):
+    with pytest.raises(ValueError, match=r"^EMAVectorQuantizer: decay and least"):
         EMAVectorQuantizer(4, 3, decay=1.0)
     with pytest.raises(ValueError, match="ema_codebook: decay"):
         ema_codebook(*(torch.zeros(1),) * 5, decay=1.5)
