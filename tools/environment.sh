@@ -52,5 +52,16 @@ prepare() { # prepare core|check
     # Aside, not among the packages: its operators are the oracle of ours, and the wheel's CUDA would break transformers.
     [ "$kind" = core ] || install --no-deps --target .venv/lib/torchvision-aside 'torchvision==0.28.0' ||
         echo "torchvision could not be installed: tests against its operators will skip" >&2
+    [ "$kind" = core ] || prepare_browser
     printf '%s\n' "$now" >".venv/volvelle-$kind.stamp"
+}
+
+# Tests of the studio drive a real browser. Where Debian's cannot be installed they skip, and say so.
+prepare_browser() {
+    local root=()
+    if command -v chromedriver >/dev/null && command -v chromium >/dev/null; then return; fi
+    [ "$(id -u)" = 0 ] || root=(sudo -n)
+    { "${root[@]}" apt-get update -qq && "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 </dev/null ||
+        echo "Chromium could not be installed: tests of the studio in a browser will skip" >&2
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
-from volvelle.serve.studio import chat, claims, inspect_room, techniques
+from volvelle.serve.studio import chat, claims, inspect_room, techniques, vision
 from volvelle.serve.studio import runs as runs_room
 from volvelle.serve.studio.jobs import Jobs
 from volvelle.serve.studio.verdicts import Verdicts
@@ -22,5 +22,6 @@ def rooms(jobs: Jobs, *, runs: Path = Path("runs"), model: str = "smollm2") -> l
         claims.router(jobs, verdicts, results),
         runs_room.router(runs),
         chat.router(jobs, runs=runs, model=model),
+        vision.router(jobs, runs=runs),
         inspect_room.router(),
     ]

@@ -3,7 +3,7 @@ import { figure, h } from "./dom.js";
 
 const CLASSES = { held: "held", "not held": "failed", "not measurable here": "pending" };
 
-/** The class of a found verdict: held, failed, pending, or none. */
+/** The class of a found verdict: held, failed, pending, or none where there is no record. */
 export function verdictClass(found) {
   return found ? CLASSES[found.verdict] ?? "none" : "none";
 }

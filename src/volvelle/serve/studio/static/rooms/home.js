@@ -6,7 +6,7 @@ import { wheel } from "../wheel.js";
 export const title = "Catalogue";
 export const styles = ["home.css"];
 const PAGE = 12;
-const VERDICTS = [["", "all"], ["held", "held"], ["failed", "not held"], ["none", "not measured"]];
+const MARKS = [["held", "held"], ["failed", "not held"], ["pending", "not measurable"], ["none", "not measured"], ["bare", "without a claim"]];
 
 /** Fill the room. */
 export async function mount(root, { signal, query }) {
@@ -18,10 +18,12 @@ export async function mount(root, { signal, query }) {
     page: Math.max(1, Number(query.get("page")) || 1),
   };
   for (const one of techniques) {
-    one.mark = verdictClass(one.found);
+    one.mark = one.claimed ? verdictClass(one.found) : "bare";
     one.text = [one.title, one.summary, one.summary_zh, one.family, one.authors, one.paper, one.words, one.key].join(" ").toLowerCase();
   }
 
+  const count = (mark) => techniques.filter((one) => one.mark === mark).length;
+  const marks = MARKS.filter(([mark]) => count(mark));
   const dial = wheel(families, {
     marks: (family) => techniques.filter((one) => one.family === family).map((one) => one.mark),
     choose: (family) => change({ family: family === state.family ? "" : family ?? "" }),
@@ -54,7 +56,7 @@ export async function mount(root, { signal, query }) {
     const first = (state.page - 1) * PAGE;
     family.value = state.family;
     dial.point(state.family, found.length);
-    verdicts.replaceChildren(...VERDICTS.map(([mark, name]) => h("button", { type: "button", "aria-pressed": String(state.verdict === mark),
+    verdicts.replaceChildren(...[["", "all"], ...marks].map(([mark, name]) => h("button", { type: "button", "aria-pressed": String(state.verdict === mark),
       onclick: () => change({ verdict: mark }) }, name, h("small", {}, mark ? near.filter((one) => one.mark === mark).length : near.length))));
     told.replaceChildren(found.length ? `${first + 1} to ${Math.min(first + PAGE, found.length)} of ${found.length}, newest paper first` : "");
     cards.replaceChildren(...found.slice(first, first + PAGE).map(card));
@@ -70,7 +72,6 @@ export async function mount(root, { signal, query }) {
     pages.replaceChildren(turn(state.page - 1, "← Newer"), h("span", { class: "meta number" }, `page ${state.page} of ${last}`), turn(state.page + 1, "Older →"));
   }
 
-  const count = (mark) => techniques.filter((one) => one.mark === mark).length;
   root.append(
     h("section", { class: "hero" },
       h("div", {},
@@ -78,8 +79,7 @@ export async function mount(root, { signal, query }) {
         h("p", { class: "lead" }, "A volvelle is the paper wheel in an old book: a page you operate. Each technique here is a part to import, "
           + "often a model to run, and a claim that was measured, not quoted."),
         h("dl", { class: "tally" },
-          [["held", count("held"), "held"], ["failed", count("failed"), "not held"], ["none", count("none"), "not measured"]].map(([mark, n, name]) =>
-            h("div", { class: mark }, h("dt", {}, name), h("dd", {}, String(n))))),
+          marks.map(([mark, name]) => h("div", { class: mark }, h("dt", {}, name), h("dd", {}, String(count(mark)))))),
         h("p", { class: "meta" }, `This machine: ${machine.processor}, ${machine.cores} cores, torch ${machine.torch}. `,
           h("a", { href: "#/claims" }, "Measure the claims here"))),
       dial.drawing),

@@ -47,14 +47,12 @@ function claim(one) {
 }
 
 function found(record, name, folded) {
-  const rows = record.findings.map((one) => h("tr", { class: one.held === false ? "bad" : "" },
-    h("td", {}, one.what), h("td", { class: "number" }, value(one)), h("td", { class: "number" }, one.bound ?? ""),
-    h("td", {}, one.held === null ? "" : h("span", { class: `badge ${one.held ? "held" : "failed"}` }, one.held ? "held" : "not held"))));
+  const judged = record.findings.filter((one) => one.held !== null), told = record.findings.filter((one) => one.held === null);
   const body = [
     h("p", { class: "meta" }, `${origin(record)}; ${record.budget}, ${duration(record.seconds)}, ${when(record.measured)}`),
     record.why && h("p", {}, record.why),
-    rows.length > 0 && h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "measured"), h("th", { class: "number" }, "figure"),
-      h("th", { class: "number" }, "expected"), h("th", {}, ""))), h("tbody", {}, rows))),
+    figures(judged),
+    told.length > 0 && (told.length > 6 ? h("details", {}, h("summary", {}, `${told.length} more figures, reported without a bound`), figures(told)) : figures(told)),
     record.pictures.map((picture, i) => h("figure", {}, h("img", { src: `/studio/api/techniques/${name}/pictures/${i}?own=${record.own}`,
       alt: `${name}: ${picture}`, loading: "lazy" }), h("figcaption", { class: "meta" }, picture))),
     record.notes.map((note) => h("p", { class: "meta" }, note)),
@@ -62,8 +60,20 @@ function found(record, name, folded) {
       Object.entries({ ...record.setting, ...record.peers, python: record.machine.python, torch: record.machine.torch }).map(([key, v]) =>
         [h("dt", {}, key), h("dd", {}, typeof v === "number" ? figure(v) : String(v))]))),
   ];
-  if (folded) return h("details", { class: "panel" }, h("summary", {}, "Also ", badge(record), ` ${record.own ? "here" : "elsewhere"}, ${record.budget}`), body);
+  if (folded) return h("details", { class: "panel" }, h("summary", {}, "Also ", badge(record), ` ${record.own ? "in this folder" : "as it came with the checkout"}, ${record.budget}`), body);
   return h("div", { class: "panel" }, h("p", { class: "verdict" }, badge(record)), body);
+}
+
+function figures(findings) {
+  if (!findings.length) return null;
+  const bounds = findings.some((one) => one.held !== null);
+  const head = ["measured", "figure", ...(bounds ? ["expected", ""] : [])];
+  return h("div", { class: "scroll" }, h("table", { class: "findings" },
+    h("thead", {}, h("tr", {}, head.map((name, i) => h("th", { class: i === 1 || i === 2 ? "number" : "" }, name)))),
+    h("tbody", {}, findings.map((one) => h("tr", { class: one.held === false ? "bad" : "" },
+      h("td", {}, one.what), h("td", { class: "number" }, value(one)),
+      bounds && [h("td", { class: "number" }, one.bound ?? ""), h("td", {}, one.held === null ? ""
+        : h("span", { class: `badge ${one.held ? "held" : "failed"}` }, one.held ? "held" : "not held"))])))));
 }
 
 function texts(files) {
