@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.support import claims_table, generation_table, serving_table, vision_tables
+from benchmarks.support import claims_table, from_code, generation_table, serving_table, vision_tables
 from benchmarks.support.comparison_table import comparison
 from benchmarks.support.footer import footer
-from volvelle.parts.attention.capabilities import table as capability_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -45,6 +44,7 @@ PAGES = {
     "clicks": "docs/sam.md",
     "claims": "docs/claims.md",
     "short claims": "README.md",
+    "assets": "docs/provenance.md",
 }
 RUN_BY = {
     "camvid": "trained camvid RUN",
@@ -350,16 +350,12 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 }
 
 
-def capabilities() -> list[str]:
-    """What every back end of attention serves, asked of the back ends."""
-    return [*capability_table("cpu"), "", *capability_table("cuda")]
-
-
 FROM_CODE: dict[str, Callable[[], list[str]]] = {
-    "capabilities": capabilities,
+    "capabilities": from_code.capabilities,
     "thundernet": vision_tables.thundernet,
     "claims": claims_table.page,
     "short claims": partial(claims_table.short, claims_table.ENGLISH),
+    "assets": from_code.assets,
 }
 """Tables that follow from the code, and those of many records."""
 
