@@ -129,22 +129,25 @@ class Recent:
         return self._found[key]
 
 
-def segment_routes(promptable: Promptable, *, queue: int = 32) -> APIRouter:
-    """POST /v1/segment with this model."""
-    router, desk, embeddings = APIRouter(prefix="/v1"), Desk("volvelle-segment", queue), Recent()
+class Segmenter:
+    """A promptable model and the pictures that it embedded last: each is embedded once."""
 
-    def answer(asked: SegmentAsked) -> dict[str, Any]:
+    def __init__(self, promptable: Promptable):
+        self.promptable, self.embeddings = promptable, Recent()
+
+    def answer(self, asked: SegmentAsked) -> dict[str, Any]:
+        """A mask for each object that is asked for."""
         began = time.perf_counter()
-        key, made = _known(asked)
+        key, made = known(asked)
 
         def embed() -> Embedding:
             with torch.no_grad():
-                return promptable.embed(made())
+                return self.promptable.embed(made())
 
-        embedding: Embedding = embeddings.get(key, embed)
+        embedding: Embedding = self.embeddings.get(key, embed)
         embedded = time.perf_counter()
         labels = [[1] * len(row) for row in asked.points] if asked.labels is None else asked.labels
-        found = objects_at(promptable, embedding, asked.points, labels, asked.boxes)
+        found = objects_at(self.promptable, embedding, asked.points, labels, asked.boxes)
         height, width = embedding.original
         masks = []
         for one in found:
@@ -156,29 +159,25 @@ def segment_routes(promptable: Promptable, *, queue: int = 32) -> APIRouter:
         seconds = {"embed": embedded - began, "decode": time.perf_counter() - embedded}
         return {"image_id": key, "width": width, "height": height, "masks": masks, "seconds": seconds}
 
-    @router.post("/segment")
-    async def segment(asked: SegmentAsked) -> dict[str, Any]:
-        """Masks of the objects that are asked for, as COCO's run lengths."""
-        return await desk.run(lambda: answer(asked))
 
-    return router
+class Finder:
+    """A detector and the pictures it saw last; boxes of less than `trusted` are left out unless a request says more."""
 
+    def __init__(self, model: Detector, fit: Fit, trusted: float):
+        self.model, self.fit, self.trusted, self.pictures = model, fit, trusted, Recent()
 
-def detect_routes(model: Detector, fit: Fit, *, trusted: float = 0.5, queue: int = 32) -> APIRouter:
-    """POST /v1/detect with this model; boxes of less than `trusted` are left out where nobody says otherwise."""
-    router, desk, pictures = APIRouter(prefix="/v1"), Desk("volvelle-detect", queue), Recent()
-
-    def answer(asked: DetectAsked) -> dict[str, Any]:
+    def answer(self, asked: DetectAsked) -> dict[str, Any]:
+        """Boxes with class and score, surest first."""
         began = time.perf_counter()
-        key, made = _known(asked)
-        picture: Image.Image = pictures.get(key, made)
-        least = trusted if asked.score is None else asked.score
+        key, made = known(asked)
+        picture: Image.Image = self.pictures.get(key, made)
+        least = self.trusted if asked.score is None else asked.score
         with torch.no_grad():
-            found = detect(model, fit.prepare(picture)[None])
+            found = detect(self.model, self.fit.prepare(picture)[None])
         sure = found.mask[0] & (found.scores[0] >= least)
-        corners = fit.back(found.boxes[0][sure], *picture.size).tolist()
+        corners = self.fit.back(found.boxes[0][sure], *picture.size).tolist()
         facts = zip(corners, found.labels[0][sure].tolist(), found.scores[0][sure].tolist(), strict=True)
-        objects = [{"class": model.classes[label], "score": score, "box": box} for box, label, score in facts]
+        objects = [{"class": self.model.classes[label], "score": score, "box": box} for box, label, score in facts]
         return {
             "image_id": key,
             "width": picture.width,
@@ -187,15 +186,32 @@ def detect_routes(model: Detector, fit: Fit, *, trusted: float = 0.5, queue: int
             "seconds": {"detect": time.perf_counter() - began},
         }
 
-    @router.post("/detect")
-    async def find(asked: DetectAsked) -> dict[str, Any]:
-        """Boxes x1, y1, x2, y2 in the picture's pixels with class and score, surest first."""
-        return await desk.run(lambda: answer(asked))
+
+def segment_routes(promptable: Promptable, *, queue: int = 32) -> APIRouter:
+    """POST /v1/segment with this model."""
+    router, desk, segmenter = APIRouter(prefix="/v1"), Desk("volvelle-segment", queue), Segmenter(promptable)
+
+    @router.post("/segment")
+    async def segment(asked: SegmentAsked) -> dict[str, Any]:
+        """Masks of the objects that are asked for, as COCO's run lengths."""
+        return await desk.run(lambda: segmenter.answer(asked))
 
     return router
 
 
-def _known(asked: Pictured) -> tuple[str, Callable[[], Image.Image]]:
+def detect_routes(model: Detector, fit: Fit, *, trusted: float = 0.5, queue: int = 32) -> APIRouter:
+    """POST /v1/detect with this model; boxes of less than `trusted` are left out where nobody says otherwise."""
+    router, desk, finder = APIRouter(prefix="/v1"), Desk("volvelle-detect", queue), Finder(model, fit, trusted)
+
+    @router.post("/detect")
+    async def find(asked: DetectAsked) -> dict[str, Any]:
+        """Boxes x1, y1, x2, y2 in the picture's pixels with class and score, surest first."""
+        return await desk.run(lambda: finder.answer(asked))
+
+    return router
+
+
+def known(asked: Pictured) -> tuple[str, Callable[[], Image.Image]]:
     """The picture's id, and what decodes it; an id alone cannot be decoded again."""
     if asked.image is not None:
         content = asked.content()
