@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from tests.decode.helpers import Guessing, V, decoder, late
+from tests.decode.helpers import Guessing, V, decoder, late, lively
 
 import volvelle.adapt as adapt
 from volvelle.adapt.methods import LoRA
@@ -14,6 +14,7 @@ from volvelle.decode.contract import ALWAYS
 from volvelle.decode.drafters.draft_model import DraftModel
 from volvelle.decode.drafters.first_of import FirstOf
 from volvelle.decode.drafters.medusa import Medusa
+from volvelle.decode.drafters.mtp import MTP
 from volvelle.decode.drafters.ngram import NGram
 from volvelle.decode.drafters.prompt_lookup import PromptLookup
 from volvelle.decode.options import Sampling
@@ -22,6 +23,7 @@ from volvelle.decode.seats import Seats
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language import config as c
 from volvelle.systems.language.medusa import MedusaHeads
+from volvelle.systems.language.mtp import KINDS as KINDS_OF_MTP
 
 CONTEXT = 48
 
@@ -62,6 +64,7 @@ def drafters(model):
     small = decoder(seed=3, depth=1)
     torch.manual_seed(1)
     heads = MedusaHeads(model.config, 2).double()
+    modules = {kind: lively(KINDS_OF_MTP[kind](model.config, 2)) for kind in ("sequential", "parallel")}
     return {
         "plain": None,
         "lookup": PromptLookup(n=2, k=4),
@@ -70,11 +73,17 @@ def drafters(model):
         "model": DraftModel(small, k=3),
         "itself": DraftModel(model, k=3),
         "medusa": Medusa(heads, k=4, ranks=3),
+        "sequential": MTP(modules["sequential"], k=3),
+        "parallel": MTP(modules["parallel"], k=2),
         "first of": FirstOf(PromptLookup(n=3, least=2, k=4), DraftModel(small, k=2)),
+        "first of mtp": FirstOf(PromptLookup(n=3, least=2, k=4), MTP(modules["sequential"], k=2)),
     }
 
 
-KINDS = ("plain", "lookup", "branches", "ngram", "model", "itself", "medusa", "first of")
+KINDS = (
+    "plain", "lookup", "branches", "ngram", "model", "itself", "medusa", "sequential", "parallel", "first of",
+    "first of mtp",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +104,32 @@ def test_every_answer_is_the_one_it_gets_alone(kind):
         assert sum(len(a.tokens) for a in found) > 2 * sum(a.steps for a in found)
 
 
-@pytest.mark.parametrize("kind", ["plain", "lookup", "itself"])
+@pytest.mark.parametrize("kind", ["plain", "lookup", "branches", "model", "sequential"])
+def test_linear_attention_takes_seats_too(kind):
+    """Its states are sums: a row's is exchanged whole when another text takes the seat."""
+    model = decoder(attention=c.LinearAttention(chunk=4))
+    wanted = [(prompt, {"max_tokens": most, "eos_ids": ()}) for prompt, most in texts(7, seed=9)]
+    with Seats(model, 3, context=CONTEXT, drafter=drafters(model)[kind], policy=ALWAYS) as seats:
+        seats.part = 5
+        found = serve(seats, wanted)
+    for (prompt, options), answer in zip(wanted, found, strict=True):
+        assert answer.tokens == generate(model, prompt, **options).tokens
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+def test_modules_draft_for_a_text_that_joins_as_for_one_alone(kind):
+    """Whatever sat there before, and however full their caches are of others' tokens: the same drafts."""
+    model = decoder()
+    drafter = drafters(model)[kind]
+    wanted = [(prompt, {"max_tokens": most, "eos_ids": ()}) for prompt, most in texts(9, seed=11)]
+    with Seats(model, 3, context=CONTEXT, drafter=drafter, policy=ALWAYS) as seats:
+        found = serve(seats, wanted)
+    for (prompt, options), answer in zip(wanted, found, strict=True):
+        alone = generate(model, prompt, drafter=drafter, policy=ALWAYS, **options)
+        assert (answer.tokens, answer.accepted, answer.proposed) == (alone.tokens, alone.accepted, alone.proposed)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lookup", "itself", "sequential"])
 def test_drawn_answers_too(kind):
     """Where nothing drafts the random numbers are those of `generate`; drafts use more of them."""
     model = decoder()
@@ -312,9 +346,9 @@ class Together(Guessing):
             "when its prompt is read",
         ),
         (
-            lambda m: Seats(decoder(attention=c.LinearAttention()), 1, context=8),
+            lambda m: Seats(decoder(attention=c.LinearAttention()), 1, context=8, exact="bitwise"),
             VolvelleError,
-            "keys and values, which this model does not have",
+            "exact=bitwise needs softmax attention",
         ),
     ],
 )

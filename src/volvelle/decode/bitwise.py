@@ -102,9 +102,15 @@ class FixedWidth:
         return logits[:, real - n : real], states[:, :real]
 
 
-def _check(cache: Cache, mask: Tensor | None, n: int, width: int) -> KVCache | SeatCache:
+def in_order(cache: Cache) -> KVCache | SeatCache:
+    """The cache, as one whose sums can be kept in one order; raises VolvelleError where it is none."""
     if not isinstance(cache, KVCache | SeatCache):
         raise VolvelleError("exact=bitwise needs softmax attention: a state of sums has no slots to keep in order")
+    return cache
+
+
+def _check(cache: Cache, mask: Tensor | None, n: int, width: int) -> KVCache | SeatCache:
+    cache = in_order(cache)
     if mask is not None and mask.dim() == 3:
         raise VolvelleError(
             "exact=bitwise takes chains, and this drafter drafts trees",

@@ -143,7 +143,7 @@ class Drafting(Protocol):
         """
         raise VolvelleError(
             f"{type(self).__name__}: texts that come and go cannot be drafted for with this",
-            tip="prompt lookup, n-grams, Medusa's heads and a smaller model can",
+            tip="prompt lookup, n-grams, Medusa's heads, MTP modules and a smaller model can",
         )
 
 

@@ -57,32 +57,13 @@ def generate(
     with drafts from one without (decode/bitwise.py). `logprobs` = m notes how likely the model found each token, and
     its m likeliest ones there.
 
-    With `logprobs` = m the answer says of each token how likely the model found it, and its m likeliest there.
-
     Raises VolvelleError when the prompt is empty, when the prompt and `max_tokens` do not fit into the context (nothing
     is cut silently), and when the drafter does not fit the model.
     """
-    answer = stream(
-        model,
-        prompt_ids,
-        sampling=sampling,
-        max_tokens=max_tokens,
-        stop=stop,
-        eos_ids=eos_ids,
-        rules=rules,
-        drafter=drafter,
-        acceptance=acceptance,
-        policy=policy,
-        exact=exact,
-        logprobs=logprobs,
-    )
-    while True:
-        try:
-            token = next(answer)
-        except StopIteration as end:
-            return end.value
-        if on_token is not None:
-            on_token(token)
+    request = Request(model, prompt_ids, sampling, limits(max_tokens, stop, eos_ids, rules, logprobs))
+    events = _events(model, [request], _help(drafter, acceptance, policy, exact), exact)
+    [answer] = _listened(events, on_token and (lambda _, token: on_token(token)))
+    return answer
 
 
 def stream(
@@ -149,7 +130,13 @@ def generate_batch(
         return []
     ends = limits(max_tokens, stop, eos_ids, rules, logprobs)
     requests = [Request(model, prompt, options, ends) for prompt, options in zip(prompts, sampling, strict=True)]
-    events = _events(model, requests, _help(drafter, acceptance, policy, exact), exact)
+    return _listened(_events(model, requests, _help(drafter, acceptance, policy, exact), exact), on_token)
+
+
+def _listened(
+    events: Generator[Event, None, list[Generation]], on_token: Callable[[int, Token], object] | None
+) -> list[Generation]:
+    """Decode to the end, and tell every token to who listens."""
     while True:
         try:
             row, token = next(events)

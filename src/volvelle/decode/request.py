@@ -294,13 +294,17 @@ def seeded(seed: int | None) -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
 
-def _check_prompt(model: LanguageModel, prompt: list[int]) -> None:
-    vocabulary = model.config.vocabulary
+def check_tokens(prompt: Sequence[int], vocabulary: int) -> None:
+    """Raise VolvelleError for a prompt without tokens, or with ones that are none of the vocabulary."""
     if not prompt:
         raise VolvelleError("the prompt is empty: a model needs at least one token to go on from")
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         wrong = next(token for token in prompt if not 0 <= token < vocabulary)
         raise VolvelleError(f"prompt token {wrong} is outside the model's vocabulary of {vocabulary}")
+
+
+def _check_prompt(model: LanguageModel, prompt: list[int]) -> None:
+    check_tokens(prompt, model.config.vocabulary)
     longest = model.config.context if isinstance(model.config, EncoderDecoderConfig) else model.room
     if len(prompt) > longest:
         raise _too_long(prompt, longest)

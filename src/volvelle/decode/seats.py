@@ -27,16 +27,15 @@ from torch import Tensor
 
 from volvelle.adapt.model import record_of, using
 from volvelle.decode.accept_exact import EXACT
-from volvelle.decode.bitwise import WIDTH, AnyWidth, FixedWidth
+from volvelle.decode.bitwise import WIDTH, AnyWidth, FixedWidth, in_order, is_any_width
 from volvelle.decode.contract import Acceptance, Checked, Drafter, Policy, Seen
 from volvelle.decode.generation import GREEDY, Exactness, finished, limits
 from volvelle.decode.loop import Decoding, Event, Help, choose_next, computing, note_logprobs, step
 from volvelle.decode.options import Rules, Sampling
 from volvelle.decode.policy import Adaptive
-from volvelle.decode.request import NO_RULES, Generation, Limits, Request
+from volvelle.decode.request import NO_RULES, Generation, Limits, Request, check_tokens
 from volvelle.decode.speculation import Speculation
 from volvelle.errors import UsageError, VolvelleError
-from volvelle.parts.attention.cache import KVCache
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.native.step import MOST
 from volvelle.systems.language.projections import fuse_projections
@@ -56,9 +55,7 @@ class Reading:
         self.started = time.perf_counter()
         self.first = self.last = 0.0
         with computing(seats.model), seats.using(adapter):
-            cache = seats.model.new_cache(1, len(request.prompt))
-        assert isinstance(cache, KVCache)
-        self.cache, self._done = cache, 0
+            self.cache, self._done = seats.model.new_cache(1, len(request.prompt)), 0
         self._logits: Tensor | None = None
         self._states: list[Tensor] = []
 
@@ -110,9 +107,9 @@ class Reading:
 class Seats:
     """Rows for `count` texts of up to `context` tokens (prompt and answer), and the texts that are in them.
 
-    The drafter is one that takes texts which join: prompt lookup, n-grams, Medusa's heads, a smaller model. `exact` =
-    "bitwise" computes every step in one shape, so that an answer does not depend on what is in the other rows, not even
-    by rounding; prompts are then read whole. Raises VolvelleError for a model or a drafter that cannot be used so.
+    The drafter is one that takes texts which join, as all of this library's do. `exact` = "bitwise" computes every step
+    in one shape, so that an answer does not depend on what is in the other rows, not even by rounding; prompts are then
+    read whole. Raises VolvelleError for a model or a drafter that cannot be used so.
     """
 
     def __init__(
@@ -151,8 +148,7 @@ class Seats:
                 fuse_projections(one)
         forward, whole = None, False
         if exact == "bitwise":
-            straight = model.model.straight
-            whole = straight is not None and straight.whole is not None and straight.head is not None
+            whole = is_any_width(model)
             most = MOST // self.count if whole else WIDTH
             if most < 1:
                 raise VolvelleError(f"exact=bitwise: at most {MOST} seats, got {self.count}")
@@ -166,8 +162,10 @@ class Seats:
                     drafts.drafting.join(row, self._idle)
             width = 1 if drafts is None else max(WIDTH, 1 + drafts.drafting.width)
             cache = model.new_seats(self.count, model.ahead + self.context + width)
-            if isinstance(forward, FixedWidth):
-                forward.reach = cache.context
+            if exact == "bitwise":
+                reach = in_order(cache).context
+                if isinstance(forward, FixedWidth):
+                    forward.reach = reach
         return Decoding(model, requests, cache, drafts=drafts, forward=forward, read=True)
 
     def __enter__(self) -> Seats:
@@ -203,6 +201,18 @@ class Seats:
 
         Raises VolvelleError when the prompt is empty or does not fit with `max_tokens` into the context.
         """
+        room = self.fits(prompt_ids, max_tokens)
+        ends = limits(room if max_tokens is None else max_tokens, stop, eos_ids, rules, logprobs)
+        adapter = adapter or self.adapter
+        with self.using(adapter):
+            request = Request(self.model, prompt_ids, sampling, ends)
+        return Reading(self, request, adapter)
+
+    def fits(self, prompt_ids: Sequence[int] | Tensor, max_tokens: int | None) -> int:
+        """How many tokens an answer to this prompt may have; to be asked from any thread.
+
+        Raises VolvelleError where `read` would for the prompt and `max_tokens`.
+        """
         length = len(prompt_ids)
         room = self.context - length
         if length and (room < 1 or (max_tokens is not None and max_tokens > room)):
@@ -211,11 +221,8 @@ class Seats:
                 f"the prompt's {length} tokens{wanted} exceed the context of {self.context}",
                 tip=f"max_tokens={room} fits" if room >= 1 else "shorten the prompt; nothing is cut silently",
             )
-        ends = limits(room if max_tokens is None else max_tokens, stop, eos_ids, rules, logprobs)
-        adapter = adapter or self.adapter
-        with self.using(adapter):
-            request = Request(self.model, prompt_ids, sampling, ends)
-        return Reading(self, request, adapter)
+        check_tokens([int(token) for token in prompt_ids], self.model.config.vocabulary)
+        return room
 
     def sit(self, reading: Reading) -> Event:
         """Take a free seat with a text that is read, and get its first token; one that ends with it takes none.

@@ -267,3 +267,29 @@ def test_mutants_are_caught(mutant, monkeypatch):
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
         all_traces()
+
+
+def test_a_text_takes_a_row_and_the_others_go_on():
+    """Read alone, then adopted in the place of another: every row goes on as a text of its own would."""
+    words, cache = Words(), new_cache(3)
+    texts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    run(words, cache, torch.tensor(texts))
+    cache.commit()
+    alone, texts[1] = new_cache(1), [11, 12, 13, 14, 15]
+    run(words, alone, torch.tensor([texts[1]]))
+    alone.commit()
+    cache.adopt(1, alone)
+    assert cache.lengths.tolist() == [3, 5, 3]
+    assert cache.length == 5
+    out = run(words, cache, torch.tensor([[20], [21], [22]]))
+    for row, text in enumerate(texts):
+        for layer in range(LAYERS):
+            torch.testing.assert_close(out[layer, row, 0], words.fresh(layer, [*text, 20 + row])[-1])
+
+
+@pytest.mark.parametrize(
+    "other", [new_cache(2), StateCache.allocate(LAYERS + 1, 1, H_KV, D), StateCache.allocate(LAYERS, 1, H_KV, D + 2)]
+)
+def test_what_cannot_be_adopted_is_said(other):
+    with pytest.raises(ValueError, match="one text of 2 layers with states"):
+        new_cache(3).adopt(0, other)

@@ -90,11 +90,16 @@ class MTPDrafting(Drafting):
         k = min(k, self.width)
         if k < 1:
             return None
+        live = torch.tensor([request.finish is None for request in requests], device=seen.ids.device)
         if all(request.all_argmax(k) for request in requests):
-            return Draft(self.drafts.draft(k).tokens)
+            return Draft(self.drafts.draft(k, rows=live).tokens)
         draws = _Draws(requests, self.head)
-        tokens = self.drafts.draft(k, draws).tokens
+        tokens = self.drafts.draft(k, draws, rows=live).tokens
         return Draft(tokens, q=None if all(r.sampling.greedy for r in requests) else torch.stack(draws.q, 1))
+
+    def join(self, row: int, request: Request) -> None:
+        """The text before it is forgotten; what was not observed of it yet is not told any more."""
+        self.drafts.forget(row)
 
 
 class _Draws:

@@ -14,7 +14,7 @@ Shapes: b batch, h_kv key/value heads, n new tokens, d features a head.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -110,7 +110,44 @@ def checked_path(cache: str, b: int, n: int, path: Tensor) -> Tensor:
     return path[:, : int(columns[-1]) + 1 if columns.numel() else 0]
 
 
-class KVCache:
+class Slots:
+    """Storage for the keys and values of all layers, allocated once; heirs say which slot holds which token."""
+
+    beside = 0
+    """Slots of a row that hold no token of the context."""
+
+    def __init__(self, storage: Tensor) -> None:
+        """Use storage of shape (layers, 2, b, h_kv, context + beside, d); `allocate` makes one."""
+        self._storage = storage
+        self.layers, _, self.batch, self.kv_heads, slots, self.head_width = storage.shape
+        self.context = slots - self.beside
+        self._slots = torch.arange(slots, device=storage.device)
+        self.reach: int | None = None
+        """The slots that every step answers with, masked where nothing is yet, so that all steps have one shape; None:
+        those so far."""
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        context: int,
+        head_width: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Allocate room for `context` tokens a row, once: 2 * layers * b * h_kv * (context + beside) * d numbers."""
+        shape = (layers, 2, batch, kv_heads, context + cls.beside, head_width)
+        return cls(torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def storage(self) -> Tensor:
+        """All slots, (layers, 2, b, h_kv, context + beside, d), for kernels that write an open step's themselves."""
+        return self._storage
+
+
+class KVCache(Slots):
     """Keys and values of the tokens so far, for all layers.
 
     >>> cache = KVCache.allocate(layers=1, batch=1, kv_heads=2, context=8, head_width=4)
@@ -125,39 +162,15 @@ class KVCache:
 
     def __init__(self, storage: Tensor) -> None:
         """Use storage of shape (layers, 2, b, h_kv, context, d); `allocate` makes one."""
-        self._storage = storage
+        super().__init__(storage)
         self._new: tuple[Tensor, ...] = ()  # of the open step: keys and values of each layer, its new slots
         self._all: tuple[Tensor, ...] = ()  # and all slots up to its end
-        self.layers, _, self.batch, self.kv_heads, self.context, self.head_width = storage.shape
-        self._slots = torch.arange(self.context, device=storage.device)
         # False marks a hole of that row; slots that are not written yet count as True
         self._keep = torch.ones(self.batch, self.context, dtype=torch.bool, device=storage.device)
         self._has_holes = False
         self._cursor = self._pending = 0
         self._serial = 0
-        self.reach: int | None = None
-        """The slots that every step answers with, masked where nothing is yet, so that all steps have one shape; None:
-        those so far."""
         self._rewinds: list[tuple[int, int]] = []  # (serial, cursor): older snapshots beyond the cursor are lost
-
-    @classmethod
-    def allocate(
-        cls,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        context: int,
-        head_width: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> KVCache:
-        """Allocate room for `context` tokens a row: 2 * layers * b * h_kv * context * d numbers, once."""
-        return cls(torch.zeros(layers, 2, batch, kv_heads, context, head_width, dtype=dtype, device=device))
-
-    @property
-    def storage(self) -> Tensor:
-        """All slots, (layers, 2, b, h_kv, context, d), for kernels that write an open step's themselves."""
-        return self._storage
 
     @property
     def length(self) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from volvelle.parts.attention.cache import KVCache, Step, check_step, checked_path
+from volvelle.parts.attention.cache import KVCache, Slots, Step, check_step, checked_path
 
 
 class SeatSnapshot(NamedTuple):
@@ -24,7 +24,7 @@ class SeatSnapshot(NamedTuple):
     serial: int
 
 
-class SeatCache:
+class SeatCache(Slots):
     """Keys and values of the tokens so far, for all layers; rows have different lengths.
 
     >>> cache = SeatCache.allocate(layers=1, batch=2, kv_heads=2, context=8, head_width=4)
@@ -39,12 +39,12 @@ class SeatCache:
     [0, 2]
     """
 
+    beside = 1
+    """The last slot takes what nobody reads."""
+
     def __init__(self, storage: Tensor) -> None:
-        """Use storage of shape (layers, 2, b, h_kv, context + 1, d): the last slot takes what nobody reads."""
-        self._storage = storage
-        self.layers, _, self.batch, self.kv_heads, slots, self.head_width = storage.shape
-        self.context = slots - 1
-        self._slots = torch.arange(slots, device=storage.device)
+        """Use storage of shape (layers, 2, b, h_kv, context + 1, d); `allocate` makes one."""
+        super().__init__(storage)
         self._rows = torch.arange(self.batch, device=storage.device)[:, None]
         self._lengths = torch.zeros(self.batch, dtype=torch.long, device=storage.device)
         self._at = self._slots.new_zeros(self.batch, 0)  # the open step's slots (b, n)
@@ -54,29 +54,7 @@ class SeatCache:
         """The tokens of the open step."""
         self.in_turn = True
         """Whether the open step's tokens lie in the slots behind each row's last, none left out."""
-        self.reach: int | None = None
-        """The slots that every step answers with, masked where nothing is yet, so that all steps have one shape; None:
-        those so far."""
         self._serial, self._rewinds = 0, list[tuple[int, Tensor]]()
-
-    @classmethod
-    def allocate(
-        cls,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        context: int,
-        head_width: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> SeatCache:
-        """Allocate room for `context` tokens a row, once: 2 * layers * b * h_kv * (context + 1) * d numbers."""
-        return cls(torch.zeros(layers, 2, batch, kv_heads, context + 1, head_width, dtype=dtype, device=device))
-
-    @property
-    def storage(self) -> Tensor:
-        """All slots, (layers, 2, b, h_kv, context + 1, d), for kernels that write an open step's themselves."""
-        return self._storage
 
     @property
     def length(self) -> int:

@@ -187,6 +187,26 @@ class StateCache:
         self._ragged = bool((self._lengths != self._lengths[0]).any())
         self._close()
 
+    def adopt(self, row: int, text: StateCache) -> None:
+        """Let the text of a cache of one row go on in this row; an open step is forgotten.
+
+        Raises ValueError where it has more rows, or states of another shape.
+        """
+        ours, theirs = self._states[0], text._states[0]
+        if text.batch != 1 or text.layers != self.layers or theirs.s.shape[1:] != ours.s.shape[1:]:
+            raise ValueError(
+                f"StateCache: one text of {self.layers} layers with states {tuple(ours.s.shape[1:])} is wanted, got "
+                f"{text.batch} of {text.layers} with {tuple(theirs.s.shape[1:])}"
+            )
+        at = torch.tensor([row], device=self._lengths.device)
+        pairs = zip(self._states, text._states, strict=True)
+        self._states = tuple(
+            LinearState(*(x.index_copy(0, at, y) for x, y in zip(one, other, strict=True))) for one, other in pairs
+        )
+        self._lengths = self._lengths.index_copy(0, at, text._lengths)
+        self._ragged = bool((self._lengths != self._lengths[0]).any())
+        self.compact()
+
     def compact(self) -> None:
         """Forget an open step. A state has no slots: there is nothing else to do."""
         self._cursor = int(self._lengths.max())

@@ -175,15 +175,16 @@ class Decoder(Prefaced):
             self.device,
         )
 
-    def new_seats(self, batch: int, context: int) -> SeatCache:
+    def new_seats(self, batch: int, context: int) -> SeatCache | StateCache:
         """Allocate a cache for texts that come and go: `batch` rows of up to `context` tokens.
 
-        What comes before a text comes with it (`SeatCache.adopt`). Raises VolvelleError for linear attention and for a
-        masked language model.
+        What comes before a text comes with it (`adopt`). Raises VolvelleError for a masked language model.
         """
         config = self.config
         if self._linear or not config.causal:
-            raise VolvelleError("texts come and go in a cache of keys and values, which this model does not have")
+            cache = self.new_cache(batch, context)
+            assert isinstance(cache, StateCache)
+            return cache
         sizes = (config.depth, batch, config.kv_heads, context, config.head_width)
         return SeatCache.allocate(*sizes, self.dtype, self.device)
 

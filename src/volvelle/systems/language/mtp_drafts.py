@@ -69,17 +69,26 @@ class Drafts:
             start = part.stop
 
     @torch.no_grad()
-    def draft(self, k: int, choose: Choose | None = None) -> Drafted:
+    def draft(self, k: int, choose: Choose | None = None, *, rows: Tensor | None = None) -> Drafted:
         """Propose the k tokens after the last one observed; `choose` maps logits (b, r) to tokens (b,).
 
-        Without it the likeliest token is taken.
+        Without it the likeliest token is taken. `rows` (b,) are True where drafts are wanted, None: everywhere; what is
+        proposed elsewhere means nothing.
 
-        Raises VolvelleError before anything was observed in every row.
+        Raises VolvelleError before anything was observed in every row that is wanted.
         """
-        if not bool(self.known[0].all()):
+        known = self.known[0] if rows is None else self.known[0] | ~rows
+        if not bool(known.all()):
             raise VolvelleError("drafts: a row has nothing to follow; observe at least one position of each")
         self._make_room(k)
         return self._propose(k, choose or self._likeliest)
+
+    def forget(self, row: int) -> None:
+        """Forget the text of this row: another begins there."""
+        at = torch.tensor([row], device=self.model.device)
+        for cache in self.caches:
+            cache.forget(at)
+        self.known = [known.index_fill(0, at, False) for known in self.known]
 
     def reset(self) -> None:
         """Forget everything."""
