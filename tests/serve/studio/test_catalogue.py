@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 
 import pytest
 from fastapi.testclient import TestClient
@@ -73,6 +74,12 @@ def test_every_claim_and_every_part_has_its_place():
         assert entry.title, entry
         assert entry.summary.strip("."), entry
         assert entry.files, entry
+
+
+def test_every_card_says_it_in_chinese_too():
+    entries = catalogue.entries()
+    silent = [entry.key for entry in entries if not re.search("[\u4e00-\u9fff]", entry.summary_zh or "")]
+    assert silent == [], f"a part without a claim wants a line in serve/studio/chinese.json: {silent}"
 
 
 def test_the_newest_paper_comes_first_and_all_pages_are_there(client):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from volvelle.claims.claim import Claim
@@ -94,14 +96,17 @@ def _of_part(part: Technique, claim: str | None) -> Entry:
     title, said = title_of(text)
     public = {name.partition(".")[2] for name in part.names}
     defined = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public)
-    documents = map(ast.get_docstring, defined)
+    stem = Path(part.file).stem
+    # The definition that bears the file's name says best what the file is.
+    documents = map(ast.get_docstring, sorted(defined, key=lambda node: stem not in node.name))
     summary = said or next((first_sentence(one) for one in documents if one), "")
+    key = f"{Path(part.file).parent.name}.{stem}"
     return Entry(
-        key=f"{Path(part.file).parent.name}.{Path(part.file).stem}",
+        key=key,
         title=title,
         family=KIN.get(part.family, part.family),
         summary=_sentence(summary.removeprefix("Return ")),
-        summary_zh=None,
+        summary_zh=_chinese().get(key),
         paper=paper_of(text),
         url=None,
         where=None,
@@ -113,7 +118,14 @@ def _of_part(part: Technique, claim: str | None) -> Entry:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+    word = text.partition(" ")[0]
+    return f"{text}." if len(word) < 2 or not word.isalpha() else f"{text[:1].upper()}{text[1:]}."
+
+
+@functools.cache
+def _chinese() -> dict[str, str]:
+    """Summaries in Chinese of the parts without a claim; a claim brings its own."""
+    return json.loads((files("volvelle.serve.studio") / "chinese.json").read_text(encoding="utf-8"))
 
 
 def _file_of(claim: str) -> str:
