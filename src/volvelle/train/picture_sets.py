@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from volvelle.data.pictures import PictureSet, read_pictures
-from volvelle.data.text import OnBad, spread
+from volvelle.data.text import spread
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.classify import data_folder
 from volvelle.train.observer import Observer
 from volvelle.train.ranks import Ranks
+from volvelle.train.recipes.pictures import PictureOptions
 from volvelle.train.scenes import data_path
-
-
-class Asked(Protocol):
-    """What a recipe says of its pictures."""
-
-    @property
-    def data(self) -> str:
-        """A folder, a known data set, or scenes."""
-        ...
-
-    @property
-    def held_out(self) -> str | None:
-        """A folder to measure on."""
-        ...
-
-    @property
-    def held_out_share(self) -> float:
-        """The share set aside where there is nothing else to measure on."""
-        ...
-
-    @property
-    def on_bad(self) -> OnBad:
-        """What to do with files that cannot be read."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """What says which are set aside."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +26,7 @@ class PictureParts:
     where: str
 
 
-def read_picture_parts(recipe: Asked, run: RunFolder, observer: Observer, ranks: Ranks) -> PictureParts:
+def read_picture_parts(recipe: PictureOptions, run: RunFolder, observer: Observer, ranks: Ranks) -> PictureParts:
     """Find and check all pictures. Raises VolvelleError for bad files, and for one picture only."""
     folder = data_folder(str(data_path(recipe.data, run, observer, ranks, seed=recipe.seed)))
     train, held = read_pictures(folder, on_bad=recipe.on_bad)

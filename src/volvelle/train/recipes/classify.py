@@ -7,23 +7,17 @@ from typing import Literal
 
 from volvelle.errors import UsageError
 from volvelle.systems.backbone.names import find_config
-from volvelle.train.options import FitOptions
+from volvelle.train.recipes.pictures import PictureOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainClassify(FitOptions):
+class TrainClassify(PictureOptions):
     """Train an image classifier on a folder with a folder for each class, from known weights or from scratch."""
 
     data: str
     """A folder with a folder of pictures for each class (or train/ and val/ of such), an IDX folder, fashion-mnist."""
-    held_out: str | None = None
-    """A folder of the same kind to measure on; when absent, the val or test part of `data`, or a share of it."""
     held_out_share: float = 0.1
     """The share of each class set aside where there is nothing else to measure on."""
-    held_out_size: int | None = None
-    """The most held-out pictures that evaluations during the run look at; None: all. The last one looks at all."""
-    on_bad: Literal["stop", "skip"] = "stop"
-    """What to do with files that cannot be read."""
 
     backbone: str = "efficientnet-lite0"
     """The network: efficientnet-b0 … b7 and lite0 … lite4, mobilenet-v2, resnet-18, snet49, …"""
@@ -59,21 +53,13 @@ class TrainClassify(FitOptions):
     """Steps between two evaluations; None: at the start and the end."""
     samples: int = 12
     """Of the worst misses, how many the report shows."""
-    device: str | None = None
-    """Where to train: cpu, cuda, cuda:1; None: a CUDA device when there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         find_config(self.backbone)
-        if not 0 < self.held_out_share < 1:
-            raise UsageError(f"held_out_share: must lie between 0 and 1, got {self.held_out_share}")
-        for name in ("held_out_size", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: must be at least 1, got {value}")
         if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
             raise UsageError(f"area: wanted least,largest above 0 and up to 1, got {self.area}")
-        for name, high in (("mirror", 1), ("colour", 0.99), ("smoothing", 0.99), ("backbone_rate", 1)):
+        for name, high in (("colour", 0.99), ("smoothing", 0.99), ("backbone_rate", 1)):
             if not 0 <= getattr(self, name) <= high:
                 raise UsageError(f"{name}: must lie between 0 and {high}, got {getattr(self, name)}")
         if self.samples < 0:

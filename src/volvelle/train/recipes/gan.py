@@ -7,7 +7,7 @@ from typing import Literal
 
 from volvelle.errors import UsageError
 from volvelle.systems.generation import gan_config as c
-from volvelle.train.options import FitOptions
+from volvelle.train.recipes.pictures import ViewOptions
 
 LossName = Literal["minimax", "non-saturating", "hinge", "least-squares", "wasserstein"]
 PenaltyName = Literal["auto", "none", "gradient", "one-sided", "r1", "clip"]
@@ -65,28 +65,13 @@ class PenaltyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainGAN(FitOptions):
+class TrainGAN(ViewOptions):
     """Train a generator of pictures against a critic, by the rules of one of five games."""
 
-    data: str
-    """A folder of pictures (docs/generation.md: layouts), an IDX folder, fashion-mnist, or scenes."""
-    held_out: str | None = None
-    """A folder to measure on; when absent, the val or test part of `data`, or a share of it."""
-    held_out_share: float = 0.1
-    """The share of the pictures set aside where there is nothing else to measure on."""
     held_out_size: int | None = 2000
     """The most held-out pictures, and as many samples, that the result is measured on; None: all."""
-    on_bad: Literal["stop", "skip"] = "stop"
-    """What to do with files that cannot be read."""
-
-    size: int | None = None
-    """Side of the pictures in pixels; None: that of the data, up to 64."""
     channels: Literal[1, 3] | None = None
     """1: grey, 3: colour; None: as the data is."""
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Least and greatest side of a training view, as a share of the picture's shorter side."""
-    mirror: float = 0.0
-    """Share of mirrored views."""
 
     latent: int = 64
     """Numbers that the generator draws a picture from."""
@@ -125,21 +110,13 @@ class TrainGAN(FitOptions):
     """Samples on a sheet."""
     extractor: str = "efficientnet-lite0"
     """What gives the features of the Fréchet distance: a backbone, a run of train classify, or pixels."""
-    device: str | None = None
-    """Where to train: cpu, cuda, cuda:1; None: a CUDA device when there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("size", "latent", "critic_steps", "samples", "held_out_size"):
+        for name in ("latent", "critic_steps", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: must be at least 1, got {value}")
-        if not 0 < self.held_out_share < 1:
-            raise UsageError(f"held_out_share: must lie between 0 and 1, got {self.held_out_share}")
-        if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1] <= 1 or not 0 <= self.mirror <= 1:
-            raise UsageError(
-                f"zoom, mirror: wanted 0 < least,greatest <= 1 and a share, got {self.zoom} and {self.mirror}"
-            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas) or self.critic_rate <= 0:
             given = f"{self.betas} and {self.critic_rate}"
             raise UsageError(f"betas, critic_rate: wanted two in [0, 1), and above 0, got {given}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from volvelle.errors import UsageError
 from volvelle.systems.generation.config import Codebook, VQGANConfig
-from volvelle.train.options import FitOptions
+from volvelle.train.recipes.pictures import ViewOptions
 
 GRID = 16
 """Codes along a side that a picture has at most, unless multipliers say otherwise."""
@@ -127,30 +127,16 @@ class AdversaryOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainVQGAN(FitOptions):
+class TrainVQGAN(ViewOptions):
     """Train an image codec: pictures become a small grid of codes, and codes become pictures again."""
 
-    data: str
-    """A folder of pictures (docs/generation.md: layouts), an IDX folder, fashion-mnist, or scenes."""
-    held_out: str | None = None
-    """A folder to measure on; when absent, the val or test part of `data`, or a share of it."""
-    held_out_share: float = 0.1
-    """The share of the pictures set aside where there is nothing else to measure on."""
     held_out_size: int | None = 512
-    """The most held-out pictures that evaluations during the run look at; None: all. The last one looks at all."""
-    on_bad: Literal["stop", "skip"] = "stop"
-    """What to do with files that cannot be read."""
-
     start: str | None = None
     """A codec to begin with: a run, or any checkpoint that load_vqgan opens; None: from scratch, as model= says."""
     size: int | None = None
     """Side of the pictures in pixels; None: that of the data up to 64, made a multiple of the pixels a code."""
     channels: Literal[1, 3] | None = None
     """1: grey, 3: colour; None: as the data is."""
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Least and greatest side of a training view, as a share of the picture's shorter side."""
-    mirror: float = 0.0
-    """Share of mirrored views."""
 
     model: CodecShape = field(default_factory=CodecShape)
     """The size of the codec: model.width=64 model.codes=1024."""
@@ -173,21 +159,11 @@ class TrainVQGAN(FitOptions):
     """Steps between two evaluations; None: at the start and the end."""
     samples: int = 10
     """Held-out pictures that the report shows with their reconstructions."""
-    device: str | None = None
-    """Where to train: cpu, cuda, cuda:1; None: a CUDA device when there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("held_out_size", "size", "samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: must be at least 1, got {value}")
-        if not 0 < self.held_out_share < 1:
-            raise UsageError(f"held_out_share: must lie between 0 and 1, got {self.held_out_share}")
-        if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1] <= 1 or not 0 <= self.mirror <= 1:
-            raise UsageError(
-                f"zoom, mirror: wanted least,greatest above 0 and up to 1, and a share, got {self.zoom}, {self.mirror}"
-            )
+        if self.samples < 1:
+            raise UsageError(f"samples: must be at least 1, got {self.samples}")
         if len(self.betas) != 2 or not 0 <= min(self.betas) <= max(self.betas) < 1:
             raise UsageError(f"betas: wanted two numbers from 0 to below 1, got {self.betas}")
         if self.size is not None:
