@@ -39,7 +39,7 @@ from volvelle.train.schedule import linear
 
 SMALL = {"generator": GeneratorOptions(width=4), "latent": 8, "size": 12, "batch": 4, "channels": 1}
 GAMES = {
-    "non-saturating, spectral": {},
+    "non-saturating, spectral": {"critic": CriticOptions(width=4, norm="spectral")},
     "hinge, batch norm": {"loss": "hinge", "critic": CriticOptions(width=4, norm="batch")},
     "least squares, r1": {"loss": "least-squares", "penalty": PenaltyOptions(kind="r1")},
     "wasserstein, gradient": {"loss": "wasserstein", "critic_steps": 2},
@@ -314,7 +314,8 @@ def test_bad_pictures_and_words_are_named(tmp_path, monkeypatch):
 
 def test_words_mean_what_the_first_line_says():
     assert typing.get_args(LossName) == KINDS
-    assert recipe().norm == "spectral"
+    assert recipe().norm == "batch"
+    assert recipe(loss="wasserstein", penalty=PenaltyOptions(kind="none")).norm == "spectral"
     assert recipe(loss="wasserstein").penalty_kind == "gradient"
     assert recipe(loss="wasserstein").norm == "none"
     assert recipe(loss="wasserstein").turns == 5

@@ -36,7 +36,8 @@ class CriticOptions:
     width: int = 32
     """dcgan, resnet: channels at the finest map, or everywhere."""
     norm: Literal["auto", "none", "batch", "layer", "spectral"] = "auto"
-    """dcgan, resnet: auto: spectral, or none where a penalty already holds the critic."""
+    """dcgan, resnet: auto: none where a penalty already holds the critic, else batch, and spectral for the Wasserstein
+    loss, whose critic must be held."""
     widths: tuple[int, ...] = (256, 256)
     """orthogonal: features of its layers."""
 
@@ -90,7 +91,7 @@ class TrainGAN(ViewOptions):
     """Passes over the data, used when `steps` is absent."""
     batch: int = 64
     """Pictures in one micro-batch."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """Peak learning rate of the generator."""
     critic_rate: float = 1.0
     """The critic's learning rate over the generator's."""
@@ -142,7 +143,9 @@ class TrainGAN(ViewOptions):
         """The critic's norm that "auto" stands for."""
         if self.critic.norm != "auto":
             return self.critic.norm
-        return "spectral" if self.penalty_kind == "none" else "none"
+        if self.penalty_kind != "none":
+            return "none"
+        return "spectral" if self.loss == "wasserstein" else "batch"
 
     @property
     def turns(self) -> int:
