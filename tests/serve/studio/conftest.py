@@ -1,28 +1,16 @@
-"""The studio in a process of its own over a folder with a real run, and a headless browser that notes what it does."""
+"""The studio over a folder with a real run, and the browser that the tests drive."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from tests.serve.studio.browser import Page, no_browser, open_browser, studio_in, watched
 from tests.small_runs import train_base
 
 pytest.importorskip("fastapi", reason="wants the extra serve")
-
-LOCAL = {"127.0.0.1", "localhost"}
-ASIDE = {"data", "blob", "about", "chrome", "chrome-error"}
-"""Schemes that ask nothing of any machine."""
-PATIENCE = 60
-"""Seconds that a page has; a busy machine needs them, an idle one does not."""
 
 
 @pytest.fixture(scope="session")
@@ -40,160 +28,15 @@ def studio(place) -> Iterator[str]:
         yield url
 
 
-class studio_in:
-    """`with studio_in(folder, "model=runs/base") as url`: a studio of that folder until the end of the block."""
-
-    def __init__(self, folder: Path, *words: str):
-        self.command = [sys.executable, "-m", "volvelle", "studio", "port=0", *words]
-        self.folder = folder
-
-    def __enter__(self) -> str:
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=self.folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        said = []
-        for line in self.process.stdout:
-            said.append(line)
-            if line.startswith("http://"):
-                return line.split()[0]
-        raise AssertionError(f"the studio did not start:\n{''.join(said)}")
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            output, _ = self.process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        assert "Traceback" not in output, output
-        assert self.process.returncode in (0, -15), output
-
-
-@dataclass
-class Page:
-    """A browser at the studio. Checked at the end of a test: no complaint in its console, no request elsewhere."""
-
-    driver: Any
-    url: str
-    complaints: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def open(self, where: str) -> None:
-        """Open an address such as "#/runs", as if it were typed, and wait until the room is there."""
-        self.driver.get("about:blank")
-        self.driver.get(f"{self.url}{where}")
-        self.settle()
-
-    def settle(self) -> None:
-        """Wait until the room that is being opened is there."""
-        ready = "return !!document.querySelector('.room > *') && !document.querySelector('main[aria-busy]')"
-        self.wait(lambda: self.run(ready))
-
-    def run(self, script: str, *given: object) -> Any:
-        """What a piece of JavaScript returns."""
-        return self.driver.execute_script(script, *given)
-
-    def wait(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-        """Wait until the condition is true and return its value; elements may be exchanged meanwhile."""
-        from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        passing = (NoSuchElementException, StaleElementReferenceException)
-        waiting = WebDriverWait(self.driver, seconds, poll_frequency=0.05, ignored_exceptions=passing)
-        return waiting.until(lambda _: condition())
-
-    def all(self, selector: str) -> list[Any]:
-        """The elements that a CSS selector finds."""
-        return self.driver.find_elements("css selector", selector)
-
-    def find(self, selector: str) -> Any:
-        """The first visible element that a CSS selector finds, as soon as there is one."""
-        return self.wait(lambda: next((one for one in self.all(selector) if one.is_displayed()), None))
-
-    def click(self, selector: str) -> None:
-        """Click the first visible element that a CSS selector finds."""
-        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", self.find(selector))
-        self.wait(lambda: self.find(selector).click() is None)
-
-    def choose(self, selector: str, value: str) -> None:
-        """Choose an option of a select."""
-        from selenium.webdriver.support.ui import Select
-
-        Select(self.find(selector)).select_by_value(value)
-
-    def press(self, *keys: str) -> None:
-        """Press keys (selenium's Keys, or letters) where the focus is."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def focused(self) -> Any:
-        """The element that has the focus."""
-        return self.driver.switch_to.active_element
-
-    def text(self, selector: str = "main") -> str:
-        """What is to be read there."""
-        return self.find(selector).text
-
-    def size(self, width: int, height: int = 900) -> None:
-        """Give the page a size, in px; a narrow one is a phone's."""
-        sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-
-    def scheme(self, name: str) -> None:
-        """What the system says of colours: light or dark."""
-        features = [{"name": "prefers-color-scheme", "value": name}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-    def overflow(self) -> list[str]:
-        """What reaches over the page's right edge; empty when nothing scrolls sideways."""
-        return self.run(
-            """const wide = document.documentElement.scrollWidth > innerWidth;
-            return wide ? [...document.querySelectorAll("body *")].filter((one) => one.getBoundingClientRect().right >
-              innerWidth + 1).map((one) => one.tagName + "." + one.getAttribute("class")).slice(0, 12) : [];"""
-        )
-
-    def note(self) -> None:
-        """Take what the browser wrote down since the last time."""
-        for entry in self.driver.get_log("browser"):
-            self.complaints.append(f"{entry['level']}: {entry['message']}")
-        for entry in self.driver.get_log("performance"):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                self.requests.append(message["params"]["request"]["url"])
-
-    def elsewhere(self) -> list[str]:
-        """The requests that left this machine."""
-        parts = ((url, urlsplit(url)) for url in self.requests)
-        return [url for url, part in parts if part.scheme not in ASIDE and part.hostname not in LOCAL]
-
-
 @pytest.fixture(scope="session")
 def chrome() -> Iterator[Any]:
     """One headless browser for all tests; a test that asks for it is skipped where none can be had."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="wants the extra dev (selenium)")
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("no Chromium with its chromedriver; on Debian: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    words = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking")
-    for word in (*words, "no-first-run", "window-size=1280,900", "lang=en"):
-        options.add_argument(f"--{word}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    session.set_script_timeout(PATIENCE)
-    try:
-        yield session
-    finally:
-        session.quit()
+    pytest.importorskip("selenium", reason="wants the extra dev (selenium)")
+    if (why := no_browser()) is not None:
+        pytest.skip(why)
+    session = open_browser()
+    yield session
+    session.quit()
 
 
 @pytest.fixture
@@ -201,27 +44,3 @@ def page(chrome, studio) -> Iterator[Page]:
     """The browser at the studio, 1280 px wide and light."""
     with watched(chrome, studio) as found:
         yield found
-
-
-class watched:
-    """`with watched(chrome, url) as page`: a Page that is checked at the block's end."""
-
-    def __init__(self, chrome: Any, url: str):
-        self.page = Page(chrome, url)
-
-    def __enter__(self) -> Page:
-        page = self.page
-        page.note()  # what earlier tests left
-        page.complaints.clear()
-        page.requests.clear()
-        page.size(1280)
-        page.scheme("light")
-        return page
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.page.note()
-        self.page.driver.get("about:blank")
-        if kind is None:
-            assert self.page.complaints == []
-            assert self.page.requests, "the browser asked for nothing: it was not watched"
-            assert self.page.elsewhere() == []

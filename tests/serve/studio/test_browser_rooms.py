@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.serve.studio.conftest import Page
+from tests.serve.studio.browser import Page
 
 from volvelle.claims.run import run_claim
 from volvelle.runs import RunFolder

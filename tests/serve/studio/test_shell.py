@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,37 @@ def test_the_page_loads_nothing_from_elsewhere_and_holds_no_script_or_style():
     page = read_files()["index.html"].content.decode()
     assert re.findall(r"<script(?![^>]*src=)", page) == []
     assert re.findall(r"<style|\sstyle=|\son\w+=", page) == []
+
+
+def test_git_keeps_every_file_of_the_page(repository):
+    """What git ignores is in no package either: the build leaves it out."""
+    listed = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--", str(STATIC)]
+    found = subprocess.run(listed, cwd=repository, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert found.stdout == ""
+
+
+@pytest.mark.slow
+def test_the_package_holds_every_file_of_the_page(repository, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "--wheel-dir",
+        str(tmp_path),
+        str(repository),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0 and "hatchling" in built.stderr:
+        pytest.skip("pip cannot fetch hatchling, which builds the package")
+    assert built.returncode == 0, built.stderr
+    packed = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    wanted = {f"volvelle/serve/studio/static/{name}" for name in read_files()} | {"volvelle/serve/studio/chinese.json"}
+    assert wanted <= set(packed)
 
 
 def test_no_file_of_the_page_is_longer_than_the_others_may_be():

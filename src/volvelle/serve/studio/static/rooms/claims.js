@@ -54,7 +54,7 @@ export async function mount(root, { signal, query }) {
       h("td", {}, badge(found)),
       h("td", { class: "when" }, found && [h("span", { class: "number" }, duration(found.seconds)), h("p", { class: "meta" }, `${found.budget}, ${when(found.measured)}`),
         h("p", { class: "meta", title: origin(found) }, found.here ? "this machine" : `another machine: ${found.machine.processor}`)]),
-      h("td", { class: "again" }, job ? h("span", { class: "badge pending" }, job.state) : [h("span", { class: "meta" }, found ? "again" : "measure"), Object.keys(declared).map(again)]));
+      h("td", { class: "again" }, job ? h("span", { class: "badge pending" }, job.state) : [Object.keys(declared).map(again), h("p", { class: "meta" }, found ? "measure again" : "measure it")]));
   }
 
   async function measure(one, budget) {

@@ -6,6 +6,7 @@ import { duration, every, figure, get, h, when } from "../dom.js";
 export let title = "Runs";
 export const styles = ["runs.css"];
 const PACE = 1500;
+const SHOWN = 4; // curves beyond these are folded away
 const FIRST = ["loss", "held_out_loss", "perplexity", "held_out_perplexity", "accuracy", "mean_iou"];
 const ASIDE = new Set(["step", "event", "seconds"]);
 
@@ -101,6 +102,7 @@ class Lines {
   offset = 0;
   steps = 0;
   series = new Map();
+  unfolded = false;
 
   /** Take what the server read; true when there is something new to draw. */
   add({ records, offset, began }) {
@@ -118,7 +120,7 @@ class Lines {
     return records.length > 0;
   }
 
-  /** One figure a quantity: what was trained on and what was held out together. */
+  /** One figure a quantity: what was trained on and what was held out together. The first few stand open. */
   draw() {
     const groups = new Map();
     for (const name of this.series.keys()) {
@@ -127,9 +129,12 @@ class Lines {
     }
     const place = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
     if (!groups.size) return [h("p", { class: "meta" }, "Nothing is logged yet.")];
-    return [...groups].sort((a, b) => place(a[0]) - place(b[0])).map(([base, names]) => h("section", { class: "panel" },
+    const drawn = [...groups].sort((a, b) => place(a[0]) - place(b[0])).map(([base, names]) => h("section", { class: "panel" },
       h("h3", {}, base.replaceAll("_", " ")),
-      chart(names.map((name) => ({ name: name.replaceAll("_", " "), points: thin(this.series.get(name)) })), { label: `${base} by step`, x: "step", height: 220, legend: names.length > 1 })));
+      chart(names.map((name) => ({ name: name.replaceAll("_", " "), points: thin(this.series.get(name)) })), { label: `${base} by step`, x: "step", height: 210, legend: names.length > 1 })));
+    if (drawn.length <= SHOWN + 2) return drawn;
+    return [...drawn.slice(0, SHOWN), h("details", { class: "more", open: this.unfolded, ontoggle: (event) => { this.unfolded = event.target.open; } },
+      h("summary", {}, `${drawn.length - SHOWN} more curves`), h("div", { class: "curves" }, drawn.slice(SHOWN)))];
   }
 }
 
