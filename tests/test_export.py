@@ -179,13 +179,19 @@ def test_golden_lists_signatures_versions_and_names(monkeypatch, tmp_path):
     assert golden.split("\n", 2)[2] == (
         "functional.scale\n"
         "    (x: float, factor: float = 2.0) -> float\n"
-        "    since 0.1, also functional.rescale, functional.mul deprecated since 0.2\n"
+        "    since 0.1, experimental, also functional.rescale, functional.mul deprecated since 0.2\n"
         "\n"
         "nn.Scale\n"
         "    (factor: float = 2.0)\n"
         "    forward(x: float) -> float\n"
-        "    since 0.3, wraps export_sample.scale\n"
+        "    since 0.3, experimental, wraps export_sample.scale\n"
     )
+
+
+def test_golden_says_which_names_are_stable():
+    registry = Registry()
+    registry.export("functional.f", stable=True)(lambda x: x)
+    assert render_golden(registry).endswith("functional.f\n    (x)\n    since 0.1, stable\n")
 
 
 def test_signatures_do_not_depend_on_the_run():

@@ -37,7 +37,8 @@ class PublicName:
     """One public object: its canonical name ("functional.apply_rope"), its other names, and its history.
 
     `deprecated` maps an old public name to the version since which it should no longer be used. `twin` is, for a
-    Module, the function that its forward calls.
+    Module, the function that its forward calls. A `stable` name keeps its meaning and its arguments until a major
+    version; others may change in a minor one before 1.0.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PublicName:
     since: str = "0.1"
     deprecated: Mapping[str, str] = field(default_factory=dict)
     twin: Callable[..., Any] | None = None
+    stable: bool = False
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -72,11 +74,13 @@ class Registry:
         since: str = "0.1",
         deprecated: Mapping[str, str] | None = None,
         twin: Callable[..., Any] | None = None,
+        stable: bool = False,
     ) -> Callable[[T], T]:
         """Mark a function or class as public under `name`; the decorated object itself comes back unchanged.
 
         Every name is written in full, `functional.NAME` or `nn.NAME`, also those in `aliases` (they stay) and in
-        `deprecated` (old name -> version since which it warns). `twin` is the function that a Module wraps.
+        `deprecated` (old name -> version since which it warns). `twin` is the function that a Module wraps; `stable`
+        promises that name and arguments stay.
 
         Raises:
             ValueError: a name outside the facades, or one that another object already has.
@@ -90,7 +94,7 @@ class Registry:
         """
 
         def record(target: T) -> T:
-            self.add(PublicName(name, target, tuple(aliases), since, dict(deprecated or {}), twin))
+            self.add(PublicName(name, target, tuple(aliases), since, dict(deprecated or {}), twin, stable))
             return target
 
         return record
@@ -223,7 +227,7 @@ def render_golden(registry: Registry) -> str:
         forward = getattr(entry.target, "forward", None) if inspect.isclass(entry.target) else None
         if forward is not None:
             lines.append(f"    forward{signature_text(forward)}")
-        facts = [f"since {entry.since}"]
+        facts = [f"since {entry.since}", "stable" if entry.stable else "experimental"]
         facts += [f"wraps {entry.twin.__module__}.{entry.twin.__qualname__}"] if entry.twin else []
         facts += [f"also {name}" for name in entry.aliases]
         facts += [f"{name} deprecated since {version}" for name, version in sorted(entry.deprecated.items())]

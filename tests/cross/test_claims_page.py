@@ -27,6 +27,7 @@ def test_the_pages_are_fresh(table, repository):
     places = {
         "docs/claims.md": ("claims", table.page()),
         "README.md": ("short claims", table.short(table.ENGLISH)),
+        "README.zh-CN.md": ("short claims in Chinese", table.short(table.CHINESE)),
     }
     for page, (name, lines) in places.items():
         expected = f"<!-- figures: {name} -->\n" + "\n".join(lines) + "\n<!-- end of figures -->"

@@ -24,7 +24,7 @@ from volvelle.export import export
 Critic = Callable[[Tensor], Tensor]
 
 
-@export("functional.gradient_penalty")
+@export("functional.gradient_penalty", stable=True)
 def gradient_penalty(
     critic: Critic,
     real: Tensor,

@@ -30,7 +30,7 @@ KINDS: tuple[GanLoss, ...] = ("minimax", "non-saturating", "hinge", "least-squar
 Player = Literal["discriminator", "generator"]
 
 
-@export("functional.gan_loss")
+@export("functional.gan_loss", stable=True)
 def gan_loss(scores: Tensor, real: bool, kind: GanLoss = "non-saturating", *, for_: Player = "discriminator") -> Tensor:
     """Return the mean loss of scores that should say `real` (the table at the head of the file), a number.
 

@@ -103,7 +103,7 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Yes, explain: Yes, **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor, Explanation]: ...
-@export("functional.attention")
+@export("functional.attention", stable=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -169,7 +169,7 @@ def attention(
     return (out, _explain(spec, backend, chosen)) if explain else out
 
 
-@export("nn.Attention", twin=attention)
+@export("nn.Attention", twin=attention, stable=True)
 class Attention(nn.Module):
     """`attention` with its options held; `position` supplies the score bias of a position encoding.
 

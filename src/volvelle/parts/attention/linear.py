@@ -117,7 +117,7 @@ def linear_attention(
 ) -> tuple[Tensor, LinearState]: ...
 
 
-@export("functional.linear_attention")
+@export("functional.linear_attention", stable=True)
 def linear_attention(
     q: Tensor,
     k: Tensor,

@@ -32,7 +32,7 @@ def boundary_refinement(
     return scores + second(first(scores).relu())
 
 
-@export("nn.BoundaryRefinement", twin=boundary_refinement)
+@export("nn.BoundaryRefinement", twin=boundary_refinement, stable=True)
 class BoundaryRefinement(nn.Module):
     """`boundary_refinement` with its two convolutions `conv1` and `conv2` of `channels` to `channels`.
 

@@ -24,7 +24,7 @@ from volvelle.parts.regions.boxes import wide
 from volvelle.parts.regions.taps import Taps, crossed, pixel_table, weighted_rows, zero_taps
 
 
-@export("functional.deform_conv2d")
+@export("functional.deform_conv2d", stable=True)
 def deform_conv2d(  # noqa: PLR0917 - the peer's signature
     input: Tensor,
     offset: Tensor,
@@ -109,7 +109,7 @@ def _check(
     return groups
 
 
-@export("nn.DeformConv2d", twin=deform_conv2d)
+@export("nn.DeformConv2d", twin=deform_conv2d, stable=True)
 class DeformConv2d(nn.Module):
     """`deform_conv2d` with its weight: called with a map and the offsets, and a mask or none.
 

@@ -38,7 +38,7 @@ def global_convolution(
     return left[1](left[0](x)) + right[1](right[0](x))
 
 
-@export("nn.GlobalConvolution", twin=global_convolution)
+@export("nn.GlobalConvolution", twin=global_convolution, stable=True)
 class GlobalConvolution(nn.Module):
     """`global_convolution` with its four convolutions; the size of the image stays, for any k.
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from volvelle.export import export
 
 
-@export("functional.hybrid_dilation_rates")
+@export("functional.hybrid_dilation_rates", stable=True)
 def hybrid_dilation_rates(depth: int, kernel: int = 3, *, field: int | None = None) -> tuple[int, ...]:
     """Choose rising rates for stacked atrous convolutions that leave no holes: M_2 <= K, pairwise without a factor.
 

@@ -43,7 +43,7 @@ def inception_block(x: Tensor, branches: Iterable[Callable[[Tensor], Tensor]]) -
     return torch.cat([branch(x) for branch in branches], dim=1)
 
 
-@export("nn.InceptionBlock", twin=inception_block)
+@export("nn.InceptionBlock", twin=inception_block, stable=True)
 class InceptionBlock(nn.Module):
     """Four branches of different fields on one input; the widths are the columns of the paper's table 1.
 

@@ -85,7 +85,7 @@ class PointwiseConv2d(nn.Conv2d):
         return pointwise_conv2d(input, weight, bias)
 
 
-@export("nn.DepthwiseSeparableConv2d", twin=depthwise_separable_conv2d)
+@export("nn.DepthwiseSeparableConv2d", twin=depthwise_separable_conv2d, stable=True)
 class DepthwiseSeparableConv2d(nn.Module):
     """`depthwise_separable_conv2d` as two layers, `depthwise` (without a bias) and `pointwise`.
 

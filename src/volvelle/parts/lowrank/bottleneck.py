@@ -58,7 +58,7 @@ def bottleneck_adapter(
     return torch.add(x if residual is None else residual, F.linear(inner, up.to(x.dtype), up_bias), alpha=scale)
 
 
-@export("nn.BottleneckAdapter", twin=bottleneck_adapter)
+@export("nn.BottleneckAdapter", twin=bottleneck_adapter, stable=True)
 class BottleneckAdapter(nn.Module):
     """A bottleneck adapter of `width` features: x + scale · up(f(down(x))), the identity until it is trained.
 

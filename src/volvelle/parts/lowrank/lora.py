@@ -195,7 +195,7 @@ def stacked(updates: Sequence[LowRank], rows: Sequence[LowRank | None]) -> tuple
     return stacks[0].index_select(0, at), stacks[1].index_select(0, at)
 
 
-@export("nn.LoRALinear", twin=lora_linear)
+@export("nn.LoRALinear", twin=lora_linear, stable=True)
 class LoRALinear(LowRank):
     """A linear layer with a trainable low-rank update; it holds the base layer's own weight and bias.
 

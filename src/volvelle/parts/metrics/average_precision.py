@@ -50,7 +50,7 @@ def precision_recall(
     return right / seen.clamp(min=1), torch.where(total > 0, right / total.clamp(min=1), torch.nan)
 
 
-@export("functional.average_precision")
+@export("functional.average_precision", stable=True)
 def average_precision(
     scores: Tensor,
     hits: Tensor,

@@ -22,7 +22,7 @@ BYTE_CLASSES, SHORT_CLASSES = 15, 180
 """The most classes for which a pair of labels fits into 8 bits, and into 15."""
 
 
-@export("functional.confusion_matrix")
+@export("functional.confusion_matrix", stable=True)
 def confusion_matrix(
     preds: Tensor, target: Tensor, num_classes: int, *, ignore_index: int | None = 255, validate_args: bool = True
 ) -> Tensor:

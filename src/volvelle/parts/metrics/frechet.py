@@ -41,7 +41,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.T @ centred / (len(x) - 1)
 
 
-@export("functional.frechet_distance")
+@export("functional.frechet_distance", stable=True)
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
     """Return the squared Fréchet distance of two normal distributions, at least 0.
 

@@ -59,7 +59,7 @@ def class_accuracy(matrix: Tensor) -> Tensor:
     return _ratio(matrix.diagonal(dim1=-2, dim2=-1), matrix.sum(-1))
 
 
-@export("functional.pixel_accuracy")
+@export("functional.pixel_accuracy", stable=True)
 def pixel_accuracy(matrix: Tensor, *, average: Literal["dataset", "image"] = "dataset") -> Tensor:
     """Return PA = Σ_i n_ii / Σ_i t_i, a number: the share of pixels that are right.
 
@@ -73,7 +73,7 @@ def pixel_accuracy(matrix: Tensor, *, average: Literal["dataset", "image"] = "da
     return _ratio(matrices.diagonal(dim1=-2, dim2=-1).sum(-1), matrices.sum((-2, -1))).nanmean()
 
 
-@export("functional.mean_pixel_accuracy")
+@export("functional.mean_pixel_accuracy", stable=True)
 def mean_pixel_accuracy(
     matrix: Tensor, *, average: Average = "dataset", absent: Absent = "skip", without: Collection[int] = ()
 ) -> Tensor:
@@ -89,7 +89,7 @@ def mean_pixel_accuracy(
     return mean_over_classes(class_accuracy(matrices), average=average, absent=absent, without=without)
 
 
-@export("functional.mean_iou")
+@export("functional.mean_iou", stable=True)
 def mean_iou(
     matrix: Tensor, *, average: Average = "dataset", absent: Absent = "skip", without: Collection[int] = ()
 ) -> Tensor:
@@ -107,7 +107,7 @@ def mean_iou(
     return mean_over_classes(class_iou(matrices), average=average, absent=absent, without=without)
 
 
-@export("functional.frequency_weighted_iou")
+@export("functional.frequency_weighted_iou", stable=True)
 def frequency_weighted_iou(matrix: Tensor, *, average: Literal["dataset", "image"] = "dataset") -> Tensor:
     """Return FWIoU = Σ_i t_i IoU_i / Σ_i t_i, a number: classes weigh as much as they have pixels.
 

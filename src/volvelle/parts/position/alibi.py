@@ -18,7 +18,7 @@ from volvelle.export import export
 from volvelle.parts.position.encoding import DistanceBias, PositionEncoding, distances, moved
 
 
-@export("functional.alibi_slopes")
+@export("functional.alibi_slopes", stable=True)
 def alibi_slopes(heads: int, *, bias_max: float = 8.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the slope m_h of each head, (heads,).
 

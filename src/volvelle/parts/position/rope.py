@@ -60,7 +60,7 @@ class Rotation(NamedTuple):
         return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
-@export("functional.rope_frequencies")
+@export("functional.rope_frequencies", stable=True)
 def rope_frequencies(
     dim: int, *, base: float = 10000.0, scaling: Scaling | None = None, length: Tensor | None = None
 ) -> Tensor:
@@ -143,7 +143,7 @@ def _check(q: Tensor, k: Tensor, positions: Tensor, dim: int | None) -> None:
             )
 
 
-@export("functional.apply_rope")
+@export("functional.apply_rope", stable=True)
 def apply_rope(
     q: Tensor,
     k: Tensor,
@@ -172,7 +172,7 @@ def apply_rope(
     return rope_rotation(positions, frequencies, q.dtype, layout=layout, factor=factor)(q, k)
 
 
-@export("functional.convert_rope_layout")
+@export("functional.convert_rope_layout", stable=True)
 def convert_rope_layout(weight: Tensor, heads: int, *, to: Layout, dim: int | None = None) -> Tensor:
     """Permute the rows of a q or k projection so that a model trained in the other layout runs in layout `to`.
 
@@ -198,7 +198,7 @@ def convert_rope_layout(weight: Tensor, heads: int, *, to: Layout, dim: int | No
     return weight.unflatten(0, (heads, d))[:, order].flatten(0, 1)
 
 
-@export("nn.RotaryEmbedding", twin=apply_rope)
+@export("nn.RotaryEmbedding", twin=apply_rope, stable=True)
 class RotaryEmbedding(PositionEncoding):
     """RoPE with its options held: `module(q, k, positions)` is `apply_rope`; `rotation` prepares a step.
 

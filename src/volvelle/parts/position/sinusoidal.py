@@ -16,7 +16,7 @@ from volvelle.parts.position.encoding import PositionEncoding
 from volvelle.parts.position.rope_scaling import plain_frequencies
 
 
-@export("functional.sinusoidal_positions")
+@export("functional.sinusoidal_positions", stable=True)
 def sinusoidal_positions(
     positions: Tensor,
     dim: int,

@@ -50,7 +50,7 @@ def _edges(buckets: int, max_distance: int) -> tuple[int, ...]:
     return find(buckets, max_distance)
 
 
-@export("functional.t5_relative_buckets")
+@export("functional.t5_relative_buckets", stable=True)
 def t5_relative_buckets(
     relative_position: Tensor, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128
 ) -> Tensor:

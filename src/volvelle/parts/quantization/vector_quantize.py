@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
     loss: Tensor
 
 
-@export("functional.vector_quantize")
+@export("functional.vector_quantize", stable=True)
 def vector_quantize(
     z: Tensor,
     codebook: Tensor,
@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
         return f"codes={codes}, width={width}, " + ", ".join(f"{name}={getattr(self, name):g}" for name in self.numbers)
 
 
-@export("nn.VectorQuantizer", twin=vector_quantize)
+@export("nn.VectorQuantizer", twin=vector_quantize, stable=True)
 class VectorQuantizer(Quantizer):
     """A codebook of `codes` vectors of `width` numbers that learns by its loss; forward gives `Quantized`.
 

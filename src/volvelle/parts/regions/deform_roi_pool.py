@@ -24,7 +24,7 @@ from volvelle.parts.regions.samples import Reduce, grid, pooled
 from volvelle.parts.regions.taps import clamped_taps, pixel_table
 
 
-@export("functional.deform_roi_pool")
+@export("functional.deform_roi_pool", stable=True)
 def deform_roi_pool(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -61,7 +61,7 @@ def deform_roi_pool(
     return found.permute(0, 3, 1, 2).to(input.dtype)
 
 
-@export("functional.deform_ps_roi_pool")
+@export("functional.deform_ps_roi_pool", stable=True)
 def deform_ps_roi_pool(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],

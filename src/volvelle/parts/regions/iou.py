@@ -53,7 +53,7 @@ def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return common, areas(a) + areas(b) - common
 
 
-@export("functional.box_iou")
+@export("functional.box_iou", stable=True)
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Return the intersection over union of each box with each: |A ∩ B| / |A ∪ B|, in [0, 1].
 

@@ -29,7 +29,7 @@ BLOCK = 64
 RUN, MOST_PAIRS = 256, 1 << 22  # pairs a box, and in all, up to which runs take less time and memory than blocks
 
 
-@export("functional.nms")
+@export("functional.nms", stable=True)
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Return the indices of the boxes to keep, int64, highest score first; of equal scores the earlier box is first.
 
@@ -46,7 +46,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return _suppress(boxes, scores, None, iou_threshold)
 
 
-@export("functional.batched_nms")
+@export("functional.batched_nms", stable=True)
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Return the indices to keep as `nms` does, where only boxes of one group (a class, an image) strike each other.
 

@@ -39,7 +39,7 @@ Convention = Literal["torchvision", "rfcn", "thundernet"]
 CONVENTIONS: tuple[Convention, ...] = ("torchvision", "rfcn", "thundernet")
 
 
-@export("functional.ps_roi_align")
+@export("functional.ps_roi_align", stable=True)
 def ps_roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -148,7 +148,7 @@ def _of_all(input: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tens
     return torch.einsum("rpn,dpqnx,rqx->rdpq", rows, maps, columns.to(maps.dtype)).to(input.dtype)
 
 
-@export("nn.PSRoIAlign", twin=ps_roi_align)
+@export("nn.PSRoIAlign", twin=ps_roi_align, stable=True)
 class PSRoIAlign(nn.Module):
     """`ps_roi_align` with its options: called with a map and boxes.
 

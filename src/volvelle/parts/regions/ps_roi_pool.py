@@ -28,7 +28,7 @@ from volvelle.parts.regions.ps_roi_align import check_own, own_means
 from volvelle.parts.regions.rois import as_rois, bins_of, half_away, whole_bins
 
 
-@export("functional.ps_roi_pool")
+@export("functional.ps_roi_pool", stable=True)
 def ps_roi_pool(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],

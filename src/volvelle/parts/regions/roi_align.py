@@ -24,7 +24,7 @@ from volvelle.parts.regions.samples import grid, pooled
 from volvelle.parts.regions.taps import clamped_taps, pixel_table, read
 
 
-@export("functional.roi_align")
+@export("functional.roi_align", stable=True)
 def roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],

@@ -22,7 +22,7 @@ from volvelle.parts.convolution.atrous import Size
 from volvelle.parts.regions.rois import as_rois, bins_of, half_away, whole_bins
 
 
-@export("functional.roi_pool")
+@export("functional.roi_pool", stable=True)
 def roi_pool(input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: Size, spatial_scale: float = 1.0) -> Tensor:
     """Return the largest pixel in each bin of each box: (r, c, k_y, k_x), zero where a bin lies outside.
 

@@ -46,7 +46,7 @@ def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
     return F.pixel_shuffle(input, upscale_factor)
 
 
-@export("functional.icnr_init")
+@export("functional.icnr_init", stable=True)
 @torch.no_grad()
 def icnr_init(
     weight: Tensor,

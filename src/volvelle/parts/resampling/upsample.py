@@ -105,7 +105,7 @@ def _transposed(input: Tensor, weight: Tensor, bias: Tensor | None, factor: int)
     return F.conv_transpose2d(input, weight, bias, factor, padding)
 
 
-@export("nn.Upsample2d", twin=upsample2d)
+@export("nn.Upsample2d", twin=upsample2d, stable=True)
 class Upsample2d(nn.Module):
     """`upsample2d` with its weight: c to d channels and s times the size, the same call for every method.
 

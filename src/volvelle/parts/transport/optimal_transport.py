@@ -44,7 +44,7 @@ class Transport(NamedTuple):
     marginals: float
 
 
-@export("functional.optimal_transport")
+@export("functional.optimal_transport", stable=True)
 def optimal_transport(a: Tensor | None, b: Tensor | None, M: Tensor) -> Transport:
     """Return the cheapest plan that moves masses a (n) onto b (m) at costs M (n, m), with its dual potentials.
 

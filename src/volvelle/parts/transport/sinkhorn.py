@@ -37,7 +37,7 @@ class Entropic(NamedTuple):
     rounds: int
 
 
-@export("functional.sinkhorn")
+@export("functional.sinkhorn", stable=True)
 def sinkhorn(
     a: Tensor | None,
     b: Tensor | None,

@@ -16,7 +16,7 @@ from volvelle.export import export
 from volvelle.parts.transport.cost import masses
 
 
-@export("functional.wasserstein_1d")
+@export("functional.wasserstein_1d", stable=True)
 def wasserstein_1d(
     u_values: Tensor,
     v_values: Tensor,
