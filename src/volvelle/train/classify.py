@@ -23,14 +23,14 @@ from volvelle.systems.backbone.model import Backbone
 from volvelle.train.classify_objective import ClassifyObjective, Measured, measure
 from volvelle.train.classify_report import Page, write_report
 from volvelle.train.estimate import MemoryEstimate, estimate_step
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.classify import TrainClassify
 from volvelle.train.sets import drawn_in_batches
-from volvelle.train.text_run import NUMBERS, at_first, choose_device, closing, resume_command
+from volvelle.train.text_run import NUMBERS, at_first, choose_device, eval_command, resume_command
+from volvelle.train.training import Ready, Stage, training
 
 SMALL = 64
 """Side in pixels at which pictures are seen that are no larger than that: a last map of 2 x 2."""
@@ -45,35 +45,22 @@ class Sets:
     where: str
 
 
-def train_classify(
-    recipe: TrainClassify,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a classifier and leave its weights, metrics and a report with its worst misses in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        sets = read_sets(recipe, observer)
-        device, where = choose_device(recipe.device)
-        seed_all(recipe.seed)
-        model = build_model(recipe, sets.train).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        held = held_loader(sets.held, model.preprocessing, recipe.batch)
-        objective = ClassifyObjective(model, recipe, held=held)
-        subtitle = _first_line(recipe, model, where, step_memory(recipe, model.config, len(sets.train), device))
-        observer.say(subtitle)
-        if recipe.batch == 1:
-            observer.say("batch=1: batch normalisation keeps its running statistics, one picture has none of its own")
-        loader = training_loader(recipe, sets.train, model.preprocessing)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, model, sets, result, subtitle, observer)
+@training
+def train_classify(recipe: TrainClassify, stage: Stage) -> Ready:
+    """Train a classifier and leave its weights, metrics and a report with its worst misses in the run folder."""
+    observer = stage.observer
+    sets = read_sets(recipe, observer)
+    device, where = choose_device(recipe.device)
+    seed_all(recipe.seed)
+    model = build_model(recipe, sets.train).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    held = held_loader(sets.held, model.preprocessing, recipe.batch)
+    objective = ClassifyObjective(model, recipe, held=held)
+    subtitle = _first_line(recipe, model, where, step_memory(recipe, model.config, len(sets.train), device))
+    observer.say(subtitle)
+    if recipe.batch == 1:
+        observer.say("batch=1: batch normalisation keeps its running statistics, one picture has none of its own")
+    loader = training_loader(recipe, sets.train, model.preprocessing)
+    return Ready(objective, loader, lambda result: _close(recipe, stage, model, sets, result, subtitle))
 
 
 def data_folder(data: str) -> Path:
@@ -179,15 +166,10 @@ def _first_line(recipe: TrainClassify, model: Backbone, where: str, memory: Memo
 
 
 def _close(
-    recipe: TrainClassify,
-    run: RunFolder,
-    model: Backbone,
-    sets: Sets,
-    result: FitResult,
-    subtitle: str,
-    observer: Observer,
+    recipe: TrainClassify, stage: Stage, model: Backbone, sets: Sets, result: FitResult, subtitle: str
 ) -> Outcome:
     """Save the weights and measure them on every held-out picture, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
     commands: tuple[str, ...] = (resume_command(run),)
     found: Measured | None = None
     loader = held_loader(sets.held, model.preprocessing, recipe.batch)
@@ -200,10 +182,7 @@ def _close(
         )
         picture = sets.held.source(0)
         shown = picture if Path(picture).is_file() else "PICTURE.jpg"
-        commands = (
-            f"volvelle predict {run.path} {shown}",
-            f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
-        )
+        commands = (f"volvelle predict {run.path} {shown}", eval_command(run, recipe))
     before, after = at_first(run), found.metrics if found else {}
     dataset = loader.dataset
     assert isinstance(dataset, Prepared)

@@ -10,54 +10,40 @@ from volvelle.data.boxes_anchors import best_overlap, suggest_anchors
 from volvelle.data.boxes_augment import BoxAugmentation, Fit, Fitted, Views, collate_views
 from volvelle.data.loader import Loader
 from volvelle.errors import VolvelleError
-from volvelle.runs import RunFolder
 from volvelle.systems.detection.load import detector, write_detector
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.names import named
 from volvelle.train.detect_measure import UNSURE, Measured, measure
 from volvelle.train.detect_objective import DetectObjective
 from volvelle.train.detect_report import Page, write_report
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.detect import TrainDetect
 from volvelle.train.scenes import data_path
 from volvelle.train.sets import Sets, drawn_in_batches, held_part, own_test, part_into_sets
-from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
+from volvelle.train.text_run import NUMBERS, choose_device, eval_command, resume_command
+from volvelle.train.training import Ready, Stage, training
 
 SHOWN = 5
 """Lines of remarks and of what was left out that are printed."""
 
 
-def train_detect(
-    recipe: TrainDetect,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a detector and leave its weights, metrics and a report with pictures in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        sets = read_sets(recipe, data_path(recipe.data, run, observer, ranks, seed=recipe.seed), observer)
-        device, where = choose_device(recipe.device)
-        seed_all(recipe.seed)
-        model = build_model(recipe, sets.train, observer).to(device)
-        subtitle = _first_line(recipe, model, where)
-        observer.say(subtitle)
-        selection = Fitted(sets.selection, fit_of(recipe)) if len(sets.selection) else None
-        objective = DetectObjective(model, recipe, selection=selection)
-        loader = training_loader(recipe, sets.train)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, objective, sets, result, subtitle, observer)
+@training
+def train_detect(recipe: TrainDetect, stage: Stage) -> Ready:
+    """Train a detector and leave its weights, metrics and a report with pictures in the run folder."""
+    run, observer = stage.run, stage.observer
+    sets = read_sets(recipe, data_path(recipe.data, run, observer, stage.ranks, seed=recipe.seed), observer)
+    device, where = choose_device(recipe.device)
+    seed_all(recipe.seed)
+    model = build_model(recipe, sets.train, observer).to(device)
+    subtitle = _first_line(recipe, model, where)
+    observer.say(subtitle)
+    selection = Fitted(sets.selection, fit_of(recipe)) if len(sets.selection) else None
+    objective = DetectObjective(model, recipe, selection=selection)
+    loader = training_loader(recipe, sets.train)
+    return Ready(objective, loader, lambda result: _close(recipe, stage, objective, sets, result, subtitle))
 
 
 def read_sets(recipe: TrainDetect, path: Path, observer: Observer) -> Sets[BoxFolder]:
@@ -128,14 +114,14 @@ def _first_line(recipe: TrainDetect, model: Detector, where: str) -> str:
 
 def _close(
     recipe: TrainDetect,
-    run: RunFolder,
+    stage: Stage,
     objective: DetectObjective,
     sets: Sets[BoxFolder],
     result: FitResult,
     subtitle: str,
-    observer: Observer,
 ) -> Outcome:
     """Save the weights and measure them on pictures that nothing was chosen by, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
     found: Measured | None = None
     trusted = UNSURE
     commands: tuple[str, ...] = (resume_command(run),)
@@ -152,8 +138,7 @@ def _close(
             precision=recipe.precision,
             progress=lambda done, total: observer.work("pictures", done, total),
         )
-        data = run.path / "data" if (run.path / "data").is_dir() else recipe.held_out or recipe.data
-        commands = (f"volvelle predict {run.path} {sets.test.files[0]}", f"volvelle eval {run.path} data={data}")
+        commands = (f"volvelle predict {run.path} {sets.test.files[0]}", eval_command(run, recipe))
     page = Page(objective.model.classes, sets.test, sets.where, found, trusted, recipe.samples)
     report = write_report(run, result, page, subtitle=subtitle, commands=commands)
     facts = {"measured_on": sets.where, "trusted": trusted}

@@ -25,18 +25,18 @@ from volvelle.train.estimate import MemoryEstimate, estimate_step
 from volvelle.train.gan_constraints import Clipped, Constraint, FlatOnData, Slope
 from volvelle.train.gan_objective import Game, GANObjective
 from volvelle.train.gan_report import SAMPLES, write_report
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.phase import adamw
 from volvelle.train.picture_sets import few, read_picture_parts
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.gan import TrainGAN
 from volvelle.train.samples_measure import compared, features_of
 from volvelle.train.schedule import schedule
 from volvelle.train.sets import drawn_in_batches
-from volvelle.train.text_run import NUMBERS, at_first, choose_device, closing, resume_command
+from volvelle.train.text_run import NUMBERS, at_first, choose_device, eval_command, resume_command
+from volvelle.train.training import Ready, Stage, training
 
 LARGEST = 64
 """Side in pixels that larger pictures are generated at, unless the recipe says otherwise."""
@@ -46,41 +46,28 @@ SIDE = 56
 """The least side of a picture on a sheet, in pixels."""
 
 
-def train_gan(
-    recipe: TrainGAN,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a generator and leave its weights, sheets of samples, figures and a report in the run folder.
+@training
+def train_gan(recipe: TrainGAN, stage: Stage) -> Ready:
+    """Train a generator and leave its weights, sheets of samples, figures and a report in the run folder."""
+    run, observer = stage.run, stage.observer
+    parts = read_picture_parts(recipe, run, observer, stage.ranks)
+    framing = framing_of(recipe, parts.train)
+    device, where = choose_device(recipe.device)
+    extractor = open_extractor(recipe.extractor, size=framing.size)  # before hours of training, not after
+    seed_all(recipe.seed)
+    model = GAN(recipe.config(framing.size, framing.channels)).to(device)
+    look = Look(model, few(parts.held, PAIRS), framing, recipe.samples, run.path / SAMPLES)
+    objective = objective_of(recipe, model, look)
+    subtitle = _first_line(recipe, model, where, step_memory(recipe, model, len(parts.train), device))
+    observer.say(subtitle)
+    loader = drawn_in_batches(recipe, Views(parts.train, framing), collate_pictures)
 
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        parts = read_picture_parts(recipe, run, observer, ranks)
-        framing = framing_of(recipe, parts.train)
-        device, where = choose_device(recipe.device)
-        extractor = open_extractor(recipe.extractor, size=framing.size)  # before hours of training, not after
-        seed_all(recipe.seed)
-        model = GAN(recipe.config(framing.size, framing.channels)).to(device)
-        look = Look(model, few(parts.held, PAIRS), framing, recipe.samples, run.path / SAMPLES)
-        objective = objective_of(recipe, model, look)
-        subtitle = _first_line(recipe, model, where, step_memory(recipe, model, len(parts.train), device))
-        observer.say(subtitle)
-        loader = drawn_in_batches(recipe, Views(parts.train, framing), collate_pictures)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        figures: dict[str, float] = {}
-        if not result.interrupted:
-            write_gan(model.eval(), run.path / "weights")
-            observer.say(f"saved {run.path / 'weights'}; measuring samples beside {parts.where}")
-            held = few(parts.held, recipe.held_out_size)
-            figures = measured(model, held, parts.train, framing, extractor)
-        return _close(recipe, run, result, figures | result.held_out, subtitle=subtitle, where=parts.where)
+    def measure() -> dict[str, float]:
+        write_gan(model.eval(), run.path / "weights")
+        observer.say(f"saved {run.path / 'weights'}; measuring samples beside {parts.where}")
+        return measured(model, few(parts.held, recipe.held_out_size), parts.train, framing, extractor)
+
+    return Ready(objective, loader, lambda result: _close(recipe, run, result, measure, subtitle, parts.where))
 
 
 def framing_of(recipe: TrainGAN, pictures: PictureSet) -> Framing:
@@ -227,18 +214,16 @@ def _close(
     recipe: TrainGAN,
     run: RunFolder,
     result: FitResult,
-    figures: dict[str, float],
-    *,
+    measure: Callable[[], dict[str, float]],
     subtitle: str,
     where: str,
 ) -> Outcome:
-    """Write the report with these figures, and the manifest's last words; none where the run was interrupted."""
+    """Save and measure, unless the run was interrupted, and write the report."""
     commands: tuple[str, ...] = (resume_command(run),)
-    after = {} if result.interrupted else figures
+    before, after = at_first(run), {}
     if not result.interrupted:
-        data = run.path / "data" if (run.path / "data").is_dir() else recipe.held_out or recipe.data
-        commands = (f"volvelle generate {run.path} count=16", f"volvelle eval {run.path} data={data}")
-    before = at_first(run)
+        after = measure() | result.held_out
+        commands = (f"volvelle generate {run.path} count=16", eval_command(run, recipe))
     report = write_report(run, result, after, before, subtitle=subtitle, commands=commands, where=where)
     facts = {"measured_on": where}
     return settled(run, result, before=before, after=after, report=report, commands=commands, facts=facts)

@@ -12,8 +12,7 @@ from volvelle.systems.generation.load import open_codec
 from volvelle.systems.generation.prior import Prior, write_prior
 from volvelle.systems.language.decoder import Decoder
 from volvelle.train.estimate import estimate_memory, largest_batch
-from volvelle.train.loop import FitResult, fit
-from volvelle.train.observer import Observer
+from volvelle.train.loop import FitResult
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.picture_sets import PictureParts
 from volvelle.train.prior_data import (
@@ -28,47 +27,32 @@ from volvelle.train.prior_data import (
 from volvelle.train.prior_objective import PriorObjective, spread_shows
 from volvelle.train.prior_report import Page, write_report
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.prior import TrainPrior
 from volvelle.train.scratch import build_config
-from volvelle.train.text_run import NUMBERS, at_first, choose_device, closing, first_line, resume_command
+from volvelle.train.text_run import NUMBERS, at_first, choose_device, eval_command, first_line, resume_command
+from volvelle.train.training import Ready, Stage, training
 
 
-def train_prior(
-    recipe: TrainPrior,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a prior and leave its codes, weights (a folder that transformers opens), sheets and a report in the run.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        parts = read_parts(recipe, run, observer, ranks)
-        device, where = choose_device(recipe.device)
-        path = find_codec(recipe.codec, observer)
-        how = reading(recipe, parts, path, open_codec(path, device=device), run.path / CODES, ranks)
-        texts, held = (
-            how.texts(part, run.path / CODES / f"{name}.safetensors", observer, ranks, training=name == "train")
-            for name, part in (("train", parts.train), ("held", parts.held))
-        )
-        seed_all(recipe.seed)
-        prior = Prior(build_model(recipe, how.layout).to(device), how.layout, how.words, how.codec, str(how.path))
-        shows = spread_shows(prior, recipe.samples, captions(parts.held))
-        objective = PriorObjective(
-            prior, recipe, held_out=held_loader(held, recipe.batch), shows=shows, folder=run.path
-        )
-        loader = training_loader(recipe, texts, how.layout)
-        subtitle = _first_line(recipe, prior, where, loader)
-        observer.say(subtitle)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, prior, parts, held, result, subtitle, observer=observer)
+@training
+def train_prior(recipe: TrainPrior, stage: Stage) -> Ready:
+    """Train a prior and leave its codes, weights (a folder that transformers opens), sheets and a report in the run."""
+    run, observer, ranks = stage.run, stage.observer, stage.ranks
+    parts = read_parts(recipe, run, observer, ranks)
+    device, where = choose_device(recipe.device)
+    path = find_codec(recipe.codec, observer)
+    how = reading(recipe, parts, path, open_codec(path, device=device), run.path / CODES, ranks)
+    texts, held = (
+        how.texts(part, run.path / CODES / f"{name}.safetensors", observer, ranks, training=name == "train")
+        for name, part in (("train", parts.train), ("held", parts.held))
+    )
+    seed_all(recipe.seed)
+    prior = Prior(build_model(recipe, how.layout).to(device), how.layout, how.words, how.codec, str(how.path))
+    shows = spread_shows(prior, recipe.samples, captions(parts.held))
+    objective = PriorObjective(prior, recipe, held_out=held_loader(held, recipe.batch), shows=shows, folder=run.path)
+    loader = training_loader(recipe, texts, how.layout)
+    subtitle = _first_line(recipe, prior, where, loader)
+    observer.say(subtitle)
+    return Ready(objective, loader, lambda result: _close(recipe, stage, prior, parts, held, result, subtitle))
 
 
 def build_model(recipe: TrainPrior, layout: Layout) -> Decoder:
@@ -100,22 +84,21 @@ def _first_line(recipe: TrainPrior, prior: Prior, where: str, loader: Loader) ->
 
 def _close(
     recipe: TrainPrior,
-    run: RunFolder,
+    stage: Stage,
     prior: Prior,
     parts: PictureParts,
     held: CodedPictures,
     result: FitResult,
     subtitle: str,
-    *,
-    observer: Observer,
 ) -> Outcome:
     """Save the weights and write the report, unless the run was interrupted."""
+    run = stage.run
     commands: tuple[str, ...] = (resume_command(run),)
     after = {} if result.interrupted else result.held_out
     if not result.interrupted:
         prior.model.eval()
         write_prior(prior, run.path / "weights")
-        observer.say(f"saved {run.path / 'weights'}; measured on {parts.where}")
+        stage.observer.say(f"saved {run.path / 'weights'}; measured on {parts.where}")
         commands = _commands(run, recipe, prior)
     before = at_first(run)
     page = Page(prior, parts.held, held, before, after)
@@ -127,10 +110,9 @@ def _close(
 def _commands(run: RunFolder, recipe: TrainPrior, prior: Prior) -> tuple[str, ...]:
     layout = prior.layout
     said = f' class="{layout.classes[0]}"' if layout.classes else ' prompt="…"' if layout.words else ""
-    data = run.path / "data" if (run.path / "data").is_dir() else recipe.held_out or recipe.data
     return (
         f"volvelle generate {run.path} count=16{said}",
-        f"volvelle eval {run.path} data={data}",
+        eval_command(run, recipe),
         f"volvelle draft {run.path} data={recipe.data} kind=mtp",
         f"volvelle export {run.path} to=hf",
     )

@@ -9,52 +9,38 @@ from volvelle.data.masks_augment import Augmentation
 from volvelle.data.promptable import ObjectFolder, read_objects
 from volvelle.data.promptable_views import ObjectViews, collate_objects
 from volvelle.errors import UsageError
-from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.sam.config import Light, find_config
 from volvelle.systems.segmentation.sam.load import load_sam, sam, write_sam
 from volvelle.systems.segmentation.sam.model import Sam
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.promptable_measure import Measured, measure
 from volvelle.train.promptable_objective import PromptObjective
 from volvelle.train.promptable_report import write_report
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.promptable import TrainPromptable
 from volvelle.train.scenes import data_path
 from volvelle.train.sets import Sets, drawn_in_batches, held_part, own_test, part_into_sets
-from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
+from volvelle.train.text_run import NUMBERS, choose_device, eval_command, resume_command
+from volvelle.train.training import Ready, Stage, training
 
 
-def train_promptable(
-    recipe: TrainPromptable,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train Segment Anything and leave its best weights, metrics and a report with pictures in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        sets = read_sets(recipe, data_path(recipe.data, run, observer, ranks, seed=recipe.seed), observer)
-        device, where = choose_device(recipe.device)
-        seed_all(recipe.seed)
-        model = build_model(recipe).to(device)
-        subtitle = _first_line(recipe, model, where)
-        observer.say(subtitle)
-        objective = PromptObjective(
-            model, recipe, selection=sets.selection, classes=len(sets.train.classes) if sets.train.parted else None
-        )
-        loader = training_loader(recipe, sets.train)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, objective, sets, result, subtitle, observer)
+@training
+def train_promptable(recipe: TrainPromptable, stage: Stage) -> Ready:
+    """Train Segment Anything and leave its best weights, metrics and a report with pictures in the run folder."""
+    run, observer = stage.run, stage.observer
+    sets = read_sets(recipe, data_path(recipe.data, run, observer, stage.ranks, seed=recipe.seed), observer)
+    device, where = choose_device(recipe.device)
+    seed_all(recipe.seed)
+    model = build_model(recipe).to(device)
+    subtitle = _first_line(recipe, model, where)
+    observer.say(subtitle)
+    objective = PromptObjective(
+        model, recipe, selection=sets.selection, classes=len(sets.train.classes) if sets.train.parted else None
+    )
+    loader = training_loader(recipe, sets.train)
+    return Ready(objective, loader, lambda result: _close(recipe, stage, objective, sets, result, subtitle))
 
 
 def read_sets(recipe: TrainPromptable, path: Path, observer: Observer) -> Sets[ObjectFolder]:
@@ -130,14 +116,14 @@ def _first_line(recipe: TrainPromptable, model: Sam, where: str) -> str:
 
 def _close(
     recipe: TrainPromptable,
-    run: RunFolder,
+    stage: Stage,
     objective: PromptObjective,
     sets: Sets[ObjectFolder],
     result: FitResult,
     subtitle: str,
-    observer: Observer,
 ) -> Outcome:
     """Save the best weights and measure them on pictures that nothing was chosen by, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
     found: Measured | None = None
     commands: tuple[str, ...] = (resume_command(run),)
     if not result.interrupted:
@@ -153,11 +139,10 @@ def _close(
             precision=recipe.precision,
             progress=lambda done, total: observer.work("pictures", done, total),
         )
-        data = run.path / "data" if (run.path / "data").is_dir() else recipe.held_out or recipe.data
         first = found.objects[0].clicks[0] if found.objects else None
         point = f" points={first.x},{first.y}" if first else ""
         picture = sets.test.files[found.objects[0].picture if found.objects else 0]
-        commands = (f"volvelle predict {run.path} {picture}{point}", f"volvelle eval {run.path} data={data}")
+        commands = (f"volvelle predict {run.path} {picture}{point}", eval_command(run, recipe))
     report = write_report(
         run, result, objective.model, sets, found=found, samples=recipe.samples, subtitle=subtitle, commands=commands
     )

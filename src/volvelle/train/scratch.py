@@ -11,7 +11,6 @@ import torch
 from volvelle.data.loader import Loader
 from volvelle.data.text import Corpus
 from volvelle.errors import VolvelleError
-from volvelle.runs import RunFolder
 from volvelle.systems.language import config as c
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.huggingface import write_folder
@@ -20,19 +19,17 @@ from volvelle.systems.language.mtp import KINDS, MTP, MultiToken
 from volvelle.systems.language.mtp_files import write_mtp
 from volvelle.systems.language.tokenizer import TextTokenizer
 from volvelle.train.language import LanguageObjective
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.mtp import MultiTokenObjective, usual_weight
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.choices import ATTENTIONS, POSITIONS, AttentionName, PositionName, embedding_scale
 from volvelle.train.recipes.language import ModelShape, TrainLanguage
 from volvelle.train.text_run import (
     NUMBERS,
     at_first,
     choose_device,
-    closing,
     export_command,
     finish,
     first_line,
@@ -44,49 +41,34 @@ from volvelle.train.text_run import (
     step_memory,
     training_loader,
 )
+from volvelle.train.training import Ready, Stage, training
 
 END = "<|end|>"
 
 
-def train_language(
-    recipe: TrainLanguage,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a decoder from scratch and leave weights in Hugging Face's layout, metrics and a report in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        train, held = read_split(recipe, observer)
-        device, where = choose_device(recipe.device)
-        tokenizer = own_tokenizer(run, ranks, resume, lambda: _tokenizer(recipe, train))
-        context = fresh_context(recipe, recipe.model.context)
-        loader = training_loader(train, tokenizer, recipe, context)
-        held_loader = held_out_loader(held, tokenizer, recipe, context)
-        seed_all(recipe.seed)
-        model = Decoder(build_config(recipe.model, tokenizer, recipe.position, recipe.attention)).to(device)
-        model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
-        multi = _with_modules(recipe, model)
-        count = sum(p.numel() for p in (multi or model).parameters())
-        memory = step_memory(recipe, model.config, loader, device, mtp=multi.mtp if multi else None)
-        subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, from scratch", count, count, memory)
-        observer.say(subtitle)
-        observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {model.config.vocabulary:,}")
-        objective = _objective(recipe, model, multi, held_loader)
-        if multi:
-            observer.say(f"{recipe.mtp} tokens at each position, {_described(multi.mtp)}")
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        if multi and not result.interrupted:
-            write_mtp(multi.mtp, model, run.path / "mtp")
-            observer.say(f"saved {run.path / 'mtp'}")
-        return _close(recipe, run, model, held, result, subtitle, observer)
+@training
+def train_language(recipe: TrainLanguage, stage: Stage) -> Ready:
+    """Train a decoder from scratch; leave weights in Hugging Face's layout, metrics and a report in the run folder."""
+    run, observer = stage.run, stage.observer
+    train, held = read_split(recipe, observer)
+    device, where = choose_device(recipe.device)
+    tokenizer = own_tokenizer(run, stage.ranks, stage.resume, lambda: _tokenizer(recipe, train))
+    context = fresh_context(recipe, recipe.model.context)
+    loader = training_loader(train, tokenizer, recipe, context)
+    held_loader = held_out_loader(held, tokenizer, recipe, context)
+    seed_all(recipe.seed)
+    model = Decoder(build_config(recipe.model, tokenizer, recipe.position, recipe.attention)).to(device)
+    model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
+    multi = _with_modules(recipe, model)
+    count = sum(p.numel() for p in (multi or model).parameters())
+    memory = step_memory(recipe, model.config, loader, device, mtp=multi.mtp if multi else None)
+    subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, from scratch", count, count, memory)
+    observer.say(subtitle)
+    observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {model.config.vocabulary:,}")
+    objective = _objective(recipe, model, multi, held_loader)
+    if multi:
+        observer.say(f"{recipe.mtp} tokens at each position, {_described(multi.mtp)}")
+    return Ready(objective, loader, lambda result: _close(recipe, stage, multi or model, held, result, subtitle))
 
 
 def build_config(
@@ -195,15 +177,14 @@ def read_tokenizer(model: str) -> TextTokenizer:
 
 
 def _close(
-    recipe: TrainLanguage,
-    run: RunFolder,
-    model: Decoder,
-    held: Corpus,
-    result: FitResult,
-    subtitle: str,
-    observer: Observer,
+    recipe: TrainLanguage, stage: Stage, trained: Decoder | MultiToken, held: Corpus, result: FitResult, subtitle: str
 ) -> Outcome:
     """Save the weights and show what the model writes, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
+    model = trained.model if isinstance(trained, MultiToken) else trained
+    if isinstance(trained, MultiToken) and not result.interrupted:
+        write_mtp(trained.mtp, model, run.path / "mtp")
+        observer.say(f"saved {run.path / 'mtp'}")
     model.eval()
     samples: list[Sample] = []
     if not result.interrupted:

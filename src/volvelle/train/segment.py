@@ -17,51 +17,37 @@ from volvelle.data.masks_augment import Augmentation, Augmented, Whole, collate_
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
 from volvelle.inspect.memory_values import LARGEST
-from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.inference import Looks
 from volvelle.systems.segmentation.load import segmenter, write_segmenter
 from volvelle.systems.segmentation.model import Segmenter
 from volvelle.train.estimate import MemoryEstimate, estimate_step
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.segment import LookOptions, TrainSegment
 from volvelle.train.scenes import data_path
 from volvelle.train.segment_measure import Measured, measure
 from volvelle.train.segment_objective import SegmentObjective
 from volvelle.train.segment_report import write_report
 from volvelle.train.sets import Sets, drawn_in_batches, part_into_sets
-from volvelle.train.text_run import NUMBERS, choose_device, closing, resume_command
+from volvelle.train.text_run import NUMBERS, choose_device, eval_command, resume_command
+from volvelle.train.training import Ready, Stage, training
 
 
-def train_segment(
-    recipe: TrainSegment,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a segmenter and leave its best weights, metrics and a report with pictures in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        sets = read_sets(recipe, data_path(recipe.data, run, observer, ranks, seed=recipe.seed), observer)
-        device, where = choose_device(recipe.device)
-        seed_all(recipe.seed)
-        model = build_model(recipe, sets.train).to(device)
-        subtitle = _first_line(recipe, model, where, step_memory(recipe, model, sets.train, device))
-        observer.say(subtitle)
-        loader = training_loader(recipe, sets.train)
-        objective = SegmentObjective(model, recipe, sets.train.frequency, selection=Whole(sets.selection))
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, objective, sets, result, subtitle, observer)
+@training
+def train_segment(recipe: TrainSegment, stage: Stage) -> Ready:
+    """Train a segmenter and leave its best weights, metrics and a report with pictures in the run folder."""
+    run, observer = stage.run, stage.observer
+    sets = read_sets(recipe, data_path(recipe.data, run, observer, stage.ranks, seed=recipe.seed), observer)
+    device, where = choose_device(recipe.device)
+    seed_all(recipe.seed)
+    model = build_model(recipe, sets.train).to(device)
+    subtitle = _first_line(recipe, model, where, step_memory(recipe, model, sets.train, device))
+    observer.say(subtitle)
+    loader = training_loader(recipe, sets.train)
+    objective = SegmentObjective(model, recipe, sets.train.frequency, selection=Whole(sets.selection))
+    return Ready(objective, loader, lambda result: _close(recipe, stage, objective, sets, result, subtitle))
 
 
 def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets[MaskFolder]:
@@ -175,14 +161,14 @@ def _first_line(recipe: TrainSegment, model: Segmenter, where: str, memory: Memo
 
 def _close(
     recipe: TrainSegment,
-    run: RunFolder,
+    stage: Stage,
     objective: SegmentObjective,
     sets: Sets[MaskFolder],
     result: FitResult,
     subtitle: str,
-    observer: Observer,
 ) -> Outcome:
     """Save the best weights and measure them on pictures that nothing was chosen by, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
     after: dict[str, float] = {}
     plain: Measured | None = None
     commands: tuple[str, ...] = (resume_command(run),)
@@ -193,10 +179,7 @@ def _close(
         write_atomic(run.path / "weights" / "labels.json", json.dumps(sets.train.labels.to_json()))
         observer.say(f"saved {run.path / 'weights'}; measuring on {sets.where}")
         plain, after = measured(model, Whole(sets.test), recipe, observer)
-        commands = (
-            f"volvelle predict {run.path} {sets.test.pairs[0][0]}",
-            f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
-        )
+        commands = (f"volvelle predict {run.path} {sets.test.pairs[0][0]}", eval_command(run, recipe))
     report = write_report(
         run,
         result,

@@ -15,7 +15,7 @@ from volvelle.systems.language.huggingface import write_folder
 from volvelle.systems.language.tokenizer import TextTokenizer
 from volvelle.train.evaluate import Prompted, answerable, layout_of, prompted, rouge, text_scores, write
 from volvelle.train.language import LanguageObjective
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, Sample
 from volvelle.train.random_state import seed_all
@@ -26,7 +26,6 @@ from volvelle.train.text_run import (
     NUMBERS,
     at_first,
     choose_device,
-    closing,
     finish,
     first_line,
     fresh_context,
@@ -37,44 +36,32 @@ from volvelle.train.text_run import (
     step_memory,
     training_loader,
 )
+from volvelle.train.training import Ready, Stage, training
 
 
-def train_summarize(
-    recipe: TrainSummarize,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train a BART from scratch and leave weights in Hugging Face's layout, metrics and a report in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        recipe = _with_data(recipe, run, observer, ranks)
-        train, held = read_split(recipe, observer)
-        device, where = choose_device(recipe.device)
-        tokenizer = own_tokenizer(run, ranks, resume, lambda: train_tokenizer(train, recipe.vocabulary))
-        context = fresh_context(recipe, recipe.model.context)
-        config = build_config(recipe.model, tokenizer)
-        layout = layout_of(config)
-        loader = training_loader(train, tokenizer, recipe, context, layout=layout)
-        held_loader = held_out_loader(held, tokenizer, recipe, context, layout=layout)
-        seed_all(recipe.seed)
-        model = EncoderDecoder(config).to(device)
-        model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
-        count = sum(p.numel() for p in model.parameters())
-        memory = step_memory(recipe, config, loader, device)
-        subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, BART from scratch", count, count, memory)
-        observer.say(subtitle)
-        observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {config.vocabulary:,}")
-        objective = LanguageObjective(model, recipe, held_out=held_loader)
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, model, held, result, subtitle, observer)
+@training
+def train_summarize(recipe: TrainSummarize, stage: Stage) -> Ready:
+    """Train a BART from scratch and leave weights in Hugging Face's layout, metrics and a report in the run folder."""
+    run, observer = stage.run, stage.observer
+    recipe = _with_data(recipe, run, observer, stage.ranks)
+    train, held = read_split(recipe, observer)
+    device, where = choose_device(recipe.device)
+    tokenizer = own_tokenizer(run, stage.ranks, stage.resume, lambda: train_tokenizer(train, recipe.vocabulary))
+    context = fresh_context(recipe, recipe.model.context)
+    config = build_config(recipe.model, tokenizer)
+    layout = layout_of(config)
+    loader = training_loader(train, tokenizer, recipe, context, layout=layout)
+    held_loader = held_out_loader(held, tokenizer, recipe, context, layout=layout)
+    seed_all(recipe.seed)
+    model = EncoderDecoder(config).to(device)
+    model.tokenizer, model.gradient_checkpointing = tokenizer, recipe.checkpointing
+    count = sum(p.numel() for p in model.parameters())
+    memory = step_memory(recipe, config, loader, device)
+    subtitle = first_line(where, f"{NUMBERS[recipe.precision]}, BART from scratch", count, count, memory)
+    observer.say(subtitle)
+    observer.say(f"{getattr(loader.dataset, 'tokens', 0):,} tokens, a vocabulary of {config.vocabulary:,}")
+    objective = LanguageObjective(model, recipe, held_out=held_loader)
+    return Ready(objective, loader, lambda result: _close(recipe, stage, model, held, result, subtitle))
 
 
 def build_config(shape: PairShape, tokenizer: TextTokenizer) -> EncoderDecoderConfig:
@@ -130,15 +117,10 @@ def _with_data(recipe: TrainSummarize, run: RunFolder, observer: Observer, ranks
 
 
 def _close(
-    recipe: TrainSummarize,
-    run: RunFolder,
-    model: EncoderDecoder,
-    held: Corpus,
-    result: FitResult,
-    subtitle: str,
-    observer: Observer,
+    recipe: TrainSummarize, stage: Stage, model: EncoderDecoder, held: Corpus, result: FitResult, subtitle: str
 ) -> Outcome:
     """Save the weights and score what the model writes, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
     model.eval()
     samples: list[Sample] = []
     after: dict[str, float] = {}

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +33,21 @@ from volvelle.train.outcome import Outcome, Sample, settled
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.text import TextOptions
 from volvelle.train.report import begun, ended, tiles_of_work, training_curves
+
+
+class OnPictures(Protocol):
+    """What a recipe on pictures says of them."""
+
+    @property
+    def data(self) -> str:
+        """What it trains on."""
+        ...
+
+    @property
+    def held_out(self) -> str | None:
+        """What it measures on, where that is given."""
+        ...
+
 
 SHOWN = 8
 """Samples in the report; all are in samples.json."""
@@ -257,6 +272,12 @@ def at_first(run: RunFolder) -> dict[str, float]:
 def resume_command(run: RunFolder) -> str:
     """The command that continues a run."""
     return f"volvelle resume {run.path}"
+
+
+def eval_command(run: RunFolder, recipe: OnPictures) -> str:
+    """The command that measures a finished run on pictures: on those drawn for it, those held out, or all."""
+    data = run.path / "data"
+    return f"volvelle eval {run.path} data={data if data.is_dir() else recipe.held_out or recipe.data}"
 
 
 def export_command(run: Path) -> str:

@@ -22,15 +22,15 @@ from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.systems.modes import evaluating
 from volvelle.train.classify import data_folder
 from volvelle.train.estimate import MemoryEstimate, estimate_step
-from volvelle.train.loop import FitResult, fit
+from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.picture_sets import PictureParts, read_picture_parts
 from volvelle.train.random_state import seed_all
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.vqgan import SIDE, TrainVQGAN
 from volvelle.train.sets import drawn_in_batches
-from volvelle.train.text_run import NUMBERS, at_first, choose_device, closing, resume_command
+from volvelle.train.text_run import NUMBERS, at_first, choose_device, eval_command, resume_command
+from volvelle.train.training import Ready, Stage, training
 from volvelle.train.vqgan_measure import Measured, measure
 from volvelle.train.vqgan_objective import VQGANObjective
 from volvelle.train.vqgan_report import Page, keep_sheet, write_report
@@ -41,42 +41,29 @@ MOST = 1 << 16
 """The most vectors for that."""
 
 
-def train_vqgan(
-    recipe: TrainVQGAN,
-    run: RunFolder,
-    *,
-    observer: Observer | None = None,
-    resume: bool = False,
-    ranks: Ranks | None = None,
-) -> Outcome:
-    """Train an image codec and leave its weights, metrics and a report with reconstructions in the run folder.
-
-    `resume=True` continues an interrupted run. Of many `ranks` all call this, and only rank 0 writes.
-    """
-    observer, ranks = observer or Observer(), ranks or Ranks()
-    with closing(run):
-        parts = read_picture_parts(recipe, run, observer, ranks)
-        device, where = choose_device(recipe.device)
-        seed_all(recipe.seed)
-        model = build_model(recipe, parts.train).to(device)
-        judges = build_judges(recipe, model, device)
-        subtitle = _first_line(recipe, model, where, step_memory(recipe, model, device))
-        observer.say(subtitle)
-        observer.say(f"measures on {len(parts.held):,} pictures: {parts.where}")
-        loader = training_loader(recipe, parts.train, model)
-        if recipe.start is None:
-            begin_codebook(model, loader, recipe.seed, observer)
-        objective = VQGANObjective(
-            model,
-            recipe,
-            discriminator=judges[0],
-            perceptual=judges[1],
-            look=_look(recipe, run, model, parts, judges[1]),
-        )
-        result = fit(objective, loader, options=recipe, run=run, observer=observer, resume=resume, ranks=ranks)
-        if not ranks.leads:
-            return Outcome(run.path, result.step, result.steps, interrupted=result.interrupted)
-        return _close(recipe, run, objective, parts, result, subtitle, observer)
+@training
+def train_vqgan(recipe: TrainVQGAN, stage: Stage) -> Ready:
+    """Train an image codec and leave its weights, metrics and a report with reconstructions in the run folder."""
+    run, observer = stage.run, stage.observer
+    parts = read_picture_parts(recipe, run, observer, stage.ranks)
+    device, where = choose_device(recipe.device)
+    seed_all(recipe.seed)
+    model = build_model(recipe, parts.train).to(device)
+    judges = build_judges(recipe, model, device)
+    subtitle = _first_line(recipe, model, where, step_memory(recipe, model, device))
+    observer.say(subtitle)
+    observer.say(f"measures on {len(parts.held):,} pictures: {parts.where}")
+    loader = training_loader(recipe, parts.train, model)
+    if recipe.start is None:
+        begin_codebook(model, loader, recipe.seed, observer)
+    objective = VQGANObjective(
+        model,
+        recipe,
+        discriminator=judges[0],
+        perceptual=judges[1],
+        look=_look(recipe, run, model, parts, judges[1]),
+    )
+    return Ready(objective, loader, lambda result: _close(recipe, stage, objective, parts, result, subtitle))
 
 
 def build_model(recipe: TrainVQGAN, train: PictureSet) -> VQGAN:
@@ -202,15 +189,10 @@ def _first_line(recipe: TrainVQGAN, model: VQGAN, where: str, memory: MemoryEsti
 
 
 def _close(
-    recipe: TrainVQGAN,
-    run: RunFolder,
-    objective: VQGANObjective,
-    parts: PictureParts,
-    result: FitResult,
-    subtitle: str,
-    observer: Observer,
+    recipe: TrainVQGAN, stage: Stage, objective: VQGANObjective, parts: PictureParts, result: FitResult, subtitle: str
 ) -> Outcome:
     """Save the weights and measure them on every held-out picture, unless the run was interrupted."""
+    run, observer = stage.run, stage.observer
     model, commands = objective.model.eval(), (resume_command(run),)
     found: Measured | None = None
     if not result.interrupted:
@@ -220,10 +202,7 @@ def _close(
         found = measure(
             model, parts.held, batch=64, perceptual=distance, progress=lambda d, n: observer.work("pictures", d, n)
         )
-        commands = (
-            f"volvelle train prior data={recipe.data} codec={run.path}",
-            f"volvelle eval {run.path} data={recipe.held_out or recipe.data}",
-        )
+        commands = (f"volvelle train prior data={recipe.data} codec={run.path}", eval_command(run, recipe))
     before, after = at_first(run), found.metrics if found else {}
     page = Page(model, parts, found, before, recipe.samples)
     report = write_report(run, result, page, subtitle=subtitle, commands=commands)
