@@ -89,12 +89,13 @@ def router(
         prompt = await run_in_threadpool(who.prompt, [message.model_dump() for message in said.messages])
         asked = Asked(model=who.name, temperature=said.temperature, seed=said.seed, stream=True, stop=None)
         texts = Texts(engine, who.tokenizer, {who.name: None}, figures, SECONDS)
+        most = max(1, min(said.max_tokens, who.room - len(prompt)))  # where not even one fits, the engine says so
 
         async def written() -> AsyncIterator[str]:
             try:
                 async with turns.take():
                     yield event("begin", {"prompt_tokens": len(prompt), "draft": said.draft, "exact": who.exact})
-                    async for told in _steps(Answers(texts, asked, [prompt], said.max_tokens, None), who.tokenizer):
+                    async for told in _steps(Answers(texts, asked, [prompt], most, None), who.tokenizer):
                         yield told
             except (VolvelleError, Refused) as error:
                 tip = getattr(error, "tip", None)

@@ -19,7 +19,7 @@ export async function mount(root, facts, signal) {
   const what = h("p", { class: "meta" }, WORDS.ring);
   const run = h("button", { class: "primary", type: "button", onclick: trace }, "Run it");
   const said = h("p", { class: "meta", role: "status" }, "The ranks are processes of this machine; what is drawn is what they sent.");
-  const wheel = s("svg", { class: "wheel", viewBox: "-50 -50 100 100", role: "img", "aria-label": "Ranks on a circle and the messages between them" });
+  const wheel = s("svg", { class: "ring", viewBox: "-50 -50 100 100", role: "img", "aria-label": "Ranks on a circle and the messages between them" });
   const play = h("button", { type: "button", disabled: true, onclick: () => (state.playing ? pause() : start()) }, "Play");
   const back = h("button", { type: "button", disabled: true, onclick: () => go(-1) }, "Step back");
   const next = h("button", { type: "button", disabled: true, onclick: () => go(1) }, "Step");
