@@ -15,16 +15,11 @@ pytest.importorskip("httpx", reason="the client")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
-from volvelle.data.boxes_augment import Fit  # noqa: E402
 from volvelle.data.run_lengths import RunLengths  # noqa: E402
 from volvelle.serve.app import create_app  # noqa: E402
 from volvelle.serve.figures import Figures  # noqa: E402
 from volvelle.serve.vision import detect_routes, segment_routes  # noqa: E402
-from volvelle.systems import sam  # noqa: E402
 from volvelle.systems.detection.inference import detect  # noqa: E402
-from volvelle.systems.detection.load import detector  # noqa: E402
-from volvelle.systems.detection.names import named  # noqa: E402
-from volvelle.systems.segmentation.sam.promptable import Promptable  # noqa: E402
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
@@ -34,21 +29,6 @@ def encoded(array=PICTURE, kind="PNG", **options):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, kind, **options)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-@pytest.fixture(scope="module")
-def promptable():
-    torch.manual_seed(0)
-    return Promptable(sam("lite0", size=64).eval())
-
-
-@pytest.fixture(scope="module")
-def finder():
-    torch.manual_seed(0)
-    from dataclasses import replace
-
-    model = detector(replace(named("thundernet-snet49", ("disc", "box")), size=64)).eval()
-    return model, Fit(64, True)
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,13 @@ class Engine:
         return self._thread.is_alive() and self._until is None
 
     def submit(self, *jobs: Job) -> None:
-        """Take jobs, all or none. Raises Busy when they do not fit into the queue, Closing when the engine ends."""
+        """Take jobs, all or none.
+
+        Raises Busy when they do not fit into the queue, Closing when the engine ends, and VolvelleError for a text that
+        could not be written: who asks hears of it before anything is answered.
+        """
+        for job in jobs:
+            self.seats.fits(job.prompt, job.max_tokens)
         with self._wake:
             if not self.alive:
                 raise Closing("the server is shutting down")
@@ -165,6 +171,7 @@ class Engine:
         """Let go of texts that nobody waits for."""
         with self._wake:
             self._inbox = deque(job for job in self._inbox if not job.left)
+            self.load.waiting = len(self._inbox)
         self._reading = [pair for pair in self._reading if not pair[0].left]
         for row, (job, reading) in list(self._seated.items()):
             if job.left:

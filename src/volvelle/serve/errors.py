@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from volvelle.serve.engine import Busy, Closing, Failed
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 RETRY = {"Retry-After": "1"}
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 503: RETRY}
 
 
 class Refused(Exception):
@@ -33,8 +35,8 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
 def answer(error: Exception) -> JSONResponse:
     """The response to an error that we raise."""
     if isinstance(error, Refused):
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else RETRY if error.status == 503 else None
-        return JSONResponse(body(error.status, str(error), error.param, error.code), error.status, headers)
+        said = body(error.status, str(error), error.param, error.code)
+        return JSONResponse(said, error.status, HEADERS.get(error.status))
     if isinstance(error, Busy | Closing):
         return JSONResponse(body(503, str(error), code="overloaded"), 503, RETRY)
     if isinstance(error, Failed):
@@ -51,10 +53,9 @@ def install(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        said = str(first["msg"]).removeprefix("Value error, ")
-        return JSONResponse(body(400, f"{where}: {said}" if where else said, where), 400)
+        where, said = max(((_place(one["loc"], error.body), one["msg"]) for one in error.errors()), key=_depth)
+        said, place = str(said).removeprefix("Value error, "), ".".join(map(str, where)) or None
+        return JSONResponse(body(400, f"{place}: {said}" if place else said, place), 400)
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -64,3 +65,19 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+
+
+def _place(loc: Sequence[Any], given: Any) -> tuple[Any, ...]:
+    """Where in the body an error is, without pydantic's names for the forms that a field may have."""
+    found = []
+    for part in loc[1:]:
+        if isinstance(given, dict | list) and isinstance(part, str) == isinstance(given, dict):
+            found.append(part)
+            inside = part in given if isinstance(given, dict) else part < len(given)
+            given = given[part] if inside else None
+    return tuple(found)
+
+
+def _depth(found: tuple[Sequence[Any], str]) -> int:
+    """Of the forms that a field may have, the one that fits farthest says best what is wrong."""
+    return len(found[0])

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from volvelle.decode.options import Sampling
 from volvelle.decode.request import Generation, Scored
@@ -20,14 +20,27 @@ from volvelle.systems.language.tokenizer import TextTokenizer
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 8, 20, 4
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
+STRICT = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+"""No field that is not known, and no "1" or true for a number."""
+
+
+def _whole(number: Any) -> Any:
+    """JSON's 2.0 is as whole a number as its 2."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Whole = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, le=2**31), Whole]
+NONE_OF_IT: Any = {"maxItems": 0, "maxProperties": 0}
+"""For the schema of what is known and not served: as good as left out, it is taken."""
+STOPS: Any = {"minLength": 1, "maxLength": 256}
+PROMPTS: Any = {"minItems": 1, "items": {"minItems": 1, "minimum": 0}}
 
 
 class StreamOptions(BaseModel):
     """What a stream tells besides its tokens."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -35,21 +48,21 @@ class StreamOptions(BaseModel):
 class Asked(BaseModel):
     """What requests of both kinds may say."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = STRICT
 
     model: Annotated[str, Field(max_length=512)]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), Whole] = 1
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31), Whole] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Whole] | None = None
+    stop: str | list[str] | None = Field(None, json_schema_extra={**STOPS, "maxItems": MOST_STOPS, "items": STOPS})
     max_tokens: Count | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -97,13 +110,13 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(json_schema_extra=PROMPTS)
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), Whole] | None = None
     max_tokens: Count | None = 16
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: dict[str, Any] | None = Field(None, json_schema_extra=NONE_OF_IT)
 
     @field_validator("logit_bias")
     @classmethod
@@ -114,7 +127,7 @@ class CompletionAsked(Asked):
 class Part(BaseModel):
     """A part of a message's content; texts are the only ones here."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
     text: str
 
@@ -122,7 +135,7 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
@@ -136,7 +149,7 @@ class Message(BaseModel):
 class ResponseFormat(BaseModel):
     """The form of an answer: plain text is the only one here."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
     type: Literal["text"]
 
 
@@ -146,10 +159,10 @@ class ChatAsked(Asked):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), Whole] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    logit_bias: dict[str, Any] | None = None
+    tools: list[Any] | None = Field(None, json_schema_extra=NONE_OF_IT)
+    logit_bias: dict[str, Any] | None = Field(None, json_schema_extra=NONE_OF_IT)
 
     @field_validator("tools", "logit_bias")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import uvicorn
 
 from volvelle.errors import VolvelleError
+from volvelle.serve.connection import Connection
 
 LEFT = 5.0
 """Seconds that connections have to take what they are told at the end."""
@@ -37,6 +38,26 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def configure(
+    app: Any, *, host: str = "127.0.0.1", port: int = 0, grace: float = 30.0, http: type[Connection] = Connection
+) -> uvicorn.Config:
+    """How uvicorn serves us: quietly, and with bounds on everything that a client sends or leaves lying."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=http,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(grace + LEFT),
+        timeout_keep_alive=20,
+        h11_max_incomplete_event_size=64 << 10,
+        limit_concurrency=1024,
+        server_header=False,
+    )
+
+
 def serve(
     app: Any,
     host: str,
@@ -51,18 +72,7 @@ def serve(
 
     Raises VolvelleError where the address cannot be had.
     """
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(grace + LEFT),
-        timeout_keep_alive=20,
-        h11_max_incomplete_event_size=64 << 10,
-        limit_concurrency=1024,
-        server_header=False,
-    )
+    config = configure(app, host=host, port=port, grace=grace)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

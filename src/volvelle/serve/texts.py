@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from volvelle.decode.request import Generation
 from volvelle.errors import VolvelleError
-from volvelle.serve import protocol
+from volvelle.serve import protocol, replies
 from volvelle.serve.engine import Closing, Engine, Job, Piece, Told
 from volvelle.serve.errors import Refused, answer, body
 from volvelle.serve.figures import Figures
@@ -106,7 +106,7 @@ def routes(texts: Texts) -> APIRouter:
     """The three paths."""
     router = APIRouter(prefix="/v1")
 
-    @router.get("/models")
+    @router.get("/models", response_model=replies.ModelList)
     async def models() -> dict[str, Any]:
         """The names that requests may use."""
         entries = [
@@ -114,13 +114,17 @@ def routes(texts: Texts) -> APIRouter:
         ]
         return {"object": "list", "data": entries}
 
-    @router.get("/models/{name:path}")
+    @router.get("/models/{name:path}", response_model=replies.ModelEntry, responses=replies.failures(404))
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
         _known(texts, name)
         return {"id": name, "object": "model", "created": texts.created, "owned_by": "volvelle"}
 
-    @router.post("/completions")
+    @router.post(
+        "/completions",
+        response_model=replies.Completion,
+        responses=replies.streamed(replies.CompletionChunk, *replies.OF_A_MODEL),
+    )
     async def completions(asked: CompletionAsked, request: Request) -> Response:
         """Continue prompts."""
         _known(texts, asked.model)
@@ -130,7 +134,11 @@ def routes(texts: Texts) -> APIRouter:
         answers = Answers(texts, asked, prompts, asked.max_tokens, asked.logprobs)
         return await _respond(_Completion(answers, asked.logprobs is not None), request)
 
-    @router.post("/chat/completions")
+    @router.post(
+        "/chat/completions",
+        response_model=replies.ChatCompletion,
+        responses=replies.streamed(replies.ChatChunk, *replies.OF_A_MODEL),
+    )
     async def chat(asked: ChatAsked, request: Request) -> Response:
         """Answer a conversation."""
         _known(texts, asked.model)

@@ -19,12 +19,14 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from volvelle.data.boxes_augment import Fit
 from volvelle.data.images import decode_image
 from volvelle.data.polygons import trace_polygons
+from volvelle.serve import replies
 from volvelle.serve.engine import Busy
 from volvelle.serve.errors import Refused
 from volvelle.systems.detection.inference import detect
@@ -191,10 +193,10 @@ def segment_routes(promptable: Promptable, *, queue: int = 32) -> APIRouter:
     """POST /v1/segment with this model."""
     router, desk, segmenter = APIRouter(prefix="/v1"), Desk("volvelle-segment", queue), Segmenter(promptable)
 
-    @router.post("/segment")
-    async def segment(asked: SegmentAsked) -> dict[str, Any]:
+    @router.post("/segment", response_model=replies.Masks, responses=replies.failures(*replies.OF_A_PICTURE))
+    async def segment(asked: SegmentAsked) -> Response:
         """Masks of the objects that are asked for, as COCO's run lengths."""
-        return await desk.run(lambda: segmenter.answer(asked))
+        return JSONResponse(await desk.run(lambda: segmenter.answer(asked)))
 
     return router
 
@@ -203,10 +205,10 @@ def detect_routes(model: Detector, fit: Fit, *, trusted: float = 0.5, queue: int
     """POST /v1/detect with this model; boxes of less than `trusted` are left out where nobody says otherwise."""
     router, desk, finder = APIRouter(prefix="/v1"), Desk("volvelle-detect", queue), Finder(model, fit, trusted)
 
-    @router.post("/detect")
-    async def find(asked: DetectAsked) -> dict[str, Any]:
+    @router.post("/detect", response_model=replies.Objects, responses=replies.failures(*replies.OF_A_PICTURE))
+    async def find(asked: DetectAsked) -> Response:
         """Boxes x1, y1, x2, y2 in the picture's pixels with class and score, surest first."""
-        return await desk.run(lambda: finder.answer(asked))
+        return JSONResponse(await desk.run(lambda: finder.answer(asked)))
 
     return router
 
