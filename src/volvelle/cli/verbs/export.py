@@ -34,6 +34,8 @@ class Options:
     """Folder to write; RUN/export-hf and so on when left out. It must not exist yet, or be empty."""
     precision: Floating = "fp32"
     """Precision of the written weights (hf). fp32 keeps every bit of a dequantised or merged model."""
+    shard: float = 5.0
+    """The largest file of weights, in GB (hf); what is larger becomes several and an index."""
 
 
 def main(options: Options) -> int:
@@ -72,6 +74,9 @@ def _write_merged(options: Options, out: Path) -> str:
     from volvelle.cli.models import open_language_model
     from volvelle.systems.language.huggingface import write_folder
 
+    if options.shard <= 0:
+        raise UsageError(f"export: shard: a size above 0 GB is wanted, got {options.shard:g}")
+    _check_merges(options.run)
     model = open_language_model(options.run, options.precision)
     if model.config.family == "volvelle":
         config = model.config
@@ -79,9 +84,27 @@ def _write_merged(options: Options, out: Path) -> str:
             f"{options.run}: transformers has no model with position = {config.position!r} and {config.attention!r}",
             tip="our own folder of it, which load_language_model opens, is weights/ in the run",
         )
-    write_folder(model, out)
+    write_folder(model, out, shard_size=max(1, round(options.shard * 1e9)))
     kind = "AutoModelForSeq2SeqLM" if model.config.family == "bart" else "AutoModelForCausalLM"
     return f'transformers.{kind}.from_pretrained("{out}")'
+
+
+def _check_merges(run: str) -> None:
+    """Raise VolvelleError for a run whose adapter is no sum with weights, before its base is opened."""
+    from volvelle.adapt.files import CONFIG, peft_reads, read_config
+    from volvelle.adapt.methods import LoRA
+
+    folder = next((one for one in (Path(run) / "adapter", Path(run)) if (one / CONFIG).is_file()), None)
+    if folder is None:
+        return
+    method = read_config(folder)
+    if isinstance(method, LoRA):
+        return
+    other = "to=peft writes it alone, for PEFT" if peft_reads(folder) else "to=adapter writes it alone"
+    raise VolvelleError(
+        f"{run}: {method.label} cannot be folded into the weights, and transformers' models have no place for it",
+        tip=f"{other}; volvelle serve MODEL adapters=NAME={run} serves it",
+    )
 
 
 def _write_adapter(options: Options, out: Path) -> str:
