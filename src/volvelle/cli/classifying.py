@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from volvelle.cli.console import result, say, table
+from volvelle.cli.measured import figures
 from volvelle.errors import UsageError
 from volvelle.runs import RunFolder
 
@@ -77,7 +78,6 @@ def evaluate(path: str, data: str, *, batch: int, on_bad: OnBad) -> int:
 
     with console() as observer:
         _, found = evaluate_run(Path(path), data, batch=batch, on_bad=on_bad, observer=observer)
-    for name, value in found.metrics.items():
-        say(f"{name:<11} {value:.4f}")
+    figures(found.metrics)
     result({"model": path, "data": data, **found.metrics, "pictures": len(found.labels)})
     return 0

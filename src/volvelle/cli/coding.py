@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from volvelle.cli.console import result, say
+from volvelle.cli.measured import figures
 from volvelle.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def evaluate(path: str, data: str, *, batch: int, on_bad: OnBad) -> int:
 
     with console() as observer:
         found = evaluate_run(Path(path), data, batch=batch, on_bad=on_bad, observer=observer)
-    for name, value in found.metrics.items():
-        say(f"{name:<15} {value:.4f}")
+    figures(found.metrics)
     result({"model": path, "data": data, **found.metrics})
     return 0
 

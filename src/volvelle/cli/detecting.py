@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from volvelle.cli.console import result, say, table
-from volvelle.errors import UsageError, VolvelleError
+from volvelle.cli.console import say
+from volvelle.cli.measured import by_class, chosen_part
+from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -38,28 +39,16 @@ def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal[
     folder = RunFolder.open(run)
     with console() as observer:
         parts = read_parts(Path(data), replace(TrainDetect(), classes=model.classes, on_bad=on_bad), observer)
-        chosen = split or next((name for name in ("val", "test") if name in parts), next(iter(parts)))
-        if chosen not in parts:
-            raise UsageError(
-                f"{data}: has no {split} part", tip=f"it has: {', '.join(filter(None, parts)) or 'no parts'}"
-            )
-        pictures = parts[chosen]
+        pictures = parts[chosen_part(data, list(parts), split)]
         found = measure(
             model,
             Fitted(pictures, view),
             precision=folder.config().get("precision", "fp32"),
             progress=lambda done, total: observer.work("pictures", done, total),
         )
-    rows = found.rows(model.classes)
-    headers = ("class", "boxes", "AP", "AP at 0.5", "recall of 100")
-    table(headers, [(name, f"{boxes:,}", *map(_percent, values)) for name, boxes, *values in rows])
     worst = [pictures.source(index) for index in found.worst(3, trusted_score(folder))]
-    say("", *(f"worst    {name}" for name in worst), "")
-    for name, value in found.metrics.items():
-        say(f"{name:<12} {_percent(value)}")
-    keys = ("boxes", "ap", "ap_50", "recall_100")
-    classes = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
-    result({"run": str(run), "data": data, **found.metrics, "classes": classes, "worst": worst})
+    columns = {"boxes": "boxes", "ap": "AP", "ap_50": "AP at 0.5", "recall_100": "recall of 100"}
+    by_class({"run": str(run), "data": data}, found.metrics, found.rows(model.classes), columns, worst)
     return 0
 
 
@@ -117,7 +106,3 @@ def open_detector(run: Path) -> tuple[Detector, Fit]:
 def trusted_score(folder: RunFolder) -> float:
     """The least score that is worth showing."""
     return float(folder.manifest.get("trusted", 0.5))
-
-
-def _percent(value: float) -> str:
-    return "none" if value < 0 else f"{100 * value:.2f} %"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from volvelle.cli.console import result, say
+from volvelle.cli.console import result
+from volvelle.cli.measured import figures
 from volvelle.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ def evaluate(path: str, data: str, *, extractor: str | None, samples: int, on_ba
 
     with console() as observer:
         found = evaluate_run(Path(path), data, extractor=extractor, most=samples, on_bad=on_bad, observer=observer)
-    wide = max(map(len, found), default=0)
-    for name, value in found.items():
-        say(f"{name:<{wide}} {value:.4f}")
+    figures(found)
     result({"model": path, "data": data, **found})
     return 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from volvelle.cli.console import result, say
 from volvelle.cli.drafts import DraftOptions, check_drafts, open_draft
+from volvelle.cli.measured import figures
 from volvelle.decode.options import Sampling
 from volvelle.errors import UsageError
 from volvelle.runs import RunFolder
@@ -221,9 +222,7 @@ def evaluate(
             batch=batch,
             observer=observer,
         )
-    wide = max(map(len, found.metrics))
-    for name, value in found.metrics.items():
-        say(f"{name:<{wide}} {value:.4f}")
+    figures(found.metrics)
     counts = {"pictures": len(pictures), "drawn": len(found.pictures)}
     result({"model": path, "data": data, "judge": judge, "extractor": by, **counts, **found.metrics})
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from volvelle.cli.console import result, say, table
-from volvelle.errors import UsageError, VolvelleError
+from volvelle.cli.console import result, say
+from volvelle.cli.measured import by_class, chosen_part, percent
+from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _by_clicks(
         on_bad=on_bad,
         progress=observer.work,
     )
-    pictures = parts[_chosen(data, list(parts), split)]
+    pictures = parts[chosen_part(data, list(parts), split)]
     observer.say(str(pictures))
     found = measure(
         model,
@@ -78,16 +78,10 @@ def _by_clicks(
         precision=config.get("precision", "fp32"),
         progress=lambda done, total: observer.work("pictures", done, total),
     )
-    rows = found.rows(pictures.classes)
-    headers = ("class", "objects", "one click", "all clicks", "best of three")
-    table(headers, [(name, f"{count:,}", *map(_percent, values)) for name, count, *values in rows])
     worst = [f"{pictures.source(one.picture)} at {one.clicks[0].x},{one.clicks[0].y}" for one in found.worst(3)]
-    say("", *(f"worst    {name}" for name in worst), "")
-    for name, value in found.metrics.items():
-        say(f"{name:<14} {_percent(value)}")
-    keys = ("objects", "one_click", "all_clicks", "best_of_three")
-    classes = {name: dict(zip(keys, values, strict=True)) for name, *values in rows}
-    result({"run": str(run), "data": data, **found.metrics, "classes": classes, "worst": worst})
+    names = ("objects", "one_click", "all_clicks", "best_of_three")
+    columns = {name: name.replace("_", " ") for name in names}
+    by_class({"run": str(run), "data": data}, found.metrics, found.rows(pictures.classes), columns, worst)
     return 0
 
 
@@ -106,7 +100,7 @@ def _by_boxes(
     from volvelle.train.report import Report
 
     parts = read_boxes(data, on_bad=on_bad, progress=lambda done, total: observer.work(f"checking {data}", done, total))
-    pictures = parts[_chosen(data, list(parts), split)]
+    pictures = parts[chosen_part(data, list(parts), split)]
     observer.say(f"{pictures}; no masks there, so boxes are the prompts")
     found = measure_boxes(
         model,
@@ -123,9 +117,9 @@ def _by_boxes(
         "separated": "of neighbours' masks overlap by a tenth at most",
     }
     for name, value in found.metrics.items():
-        say(f"{name:<14} {_percent(value):>9}   {words[name]}")
+        say(f"{name:<14} {percent(value):>9}   {words[name]}")
     page = Report(f"{run.name} on {Path(data).name}", subtitle="Boxes as prompts; nothing of this was trained on.")
-    page.tiles([(name, _percent(value), "") for name, value in found.metrics.items()])
+    page.tiles([(name, percent(value), "") for name, value in found.metrics.items()])
     page.text(f"{len(found.boxes) + found.empty:,} boxes, {len(found.pairs):,} pairs of neighbours. " + "; ".join(
         f"{name}: {text}" for name, text in words.items()
     ) + ".")  # fmt: skip
@@ -136,14 +130,3 @@ def _by_boxes(
     counts = {"boxes": len(found.boxes) + found.empty, "neighbours": len(found.pairs)}
     result({"run": str(run), "data": data, **found.metrics, **counts, "page": str(file)})
     return 0
-
-
-def _chosen(data: str, parts: Sequence[str], split: str | None) -> str:
-    chosen = split or next((name for name in ("val", "test") if name in parts), parts[0])
-    if chosen not in parts:
-        raise UsageError(f"{data}: has no {split} part", tip=f"it has: {', '.join(filter(None, parts)) or 'no parts'}")
-    return chosen
-
-
-def _percent(value: float) -> str:
-    return "none" if value < 0 or value != value else f"{100 * value:.2f} %"

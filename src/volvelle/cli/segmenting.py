@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from volvelle.cli.console import result, say, table
+from volvelle.cli.console import say
+from volvelle.cli.measured import by_class
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 
@@ -65,14 +66,9 @@ def evaluate(
             outlines=True,
             progress=lambda done, total: observer.work("pictures", done, total),
         )
-    rows = found.rows(model.classes)
-    table(("class", "pixels", "IoU", "accuracy"), [(name, *map(_percent, values)) for name, *values in rows])
     worst = [pictures.source(index) for index in found.worst(3)]
-    say("", *(f"worst    {name}" for name in worst), "")
-    for name, value in found.metrics.items():
-        say(f"{name:<24} {100 * value:.2f} %")
-    classes = {name: {"share": share, "iou": iou, "accuracy": hits} for name, share, iou, hits in rows}
-    result({"run": str(run), "data": data, **found.metrics, "classes": classes, "worst": worst})
+    columns = {"share": "pixels", "iou": "IoU", "accuracy": "accuracy"}
+    by_class({"run": str(run), "data": data}, found.metrics, found.rows(model.classes), columns, worst)
     return 0
 
 
@@ -131,7 +127,3 @@ def free_name(out: Path, image: Path, kind: str, records: Sequence[dict[str, Any
     while str(name) in taken:
         name, number = out / f"{image.stem}-{number}-{kind}.png", number + 1
     return name
-
-
-def _percent(value: float) -> str:
-    return "absent" if value != value else f"{100 * value:.2f} %"

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from volvelle.cli import classifying, coding, detecting, gans, generating, prompting, segmenting
 from volvelle.cli.console import result, say
+from volvelle.cli.measured import figures
 from volvelle.cli.models import Precision, open_language_model
 from volvelle.decode.options import Beams
 from volvelle.train.recipes.segment import LookOptions
@@ -134,8 +135,7 @@ def _evaluate_text(options: Options) -> int:
         say("", f"prompt     {_line(prompt.example.prompt)}", f"answer     {_line(output)}")
         say(*(f"reference  {_line(text)}" for text in prompt.references))
     say()
-    for name, value in found.metrics.items():
-        say(f"{name:<11} {value:.4f}")
+    figures(found.metrics)
     result({"model": options.model, "data": options.data, **found.metrics, "outputs": found.outputs})
     return 0
 
