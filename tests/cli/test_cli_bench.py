@@ -48,7 +48,7 @@ def test_the_list_says_what_is_here(capsys, monkeypatch, tmp_path):
 
 
 def test_every_script_has_a_row(repository):
-    aids = {"__init__", "protocol", "tables", "targets", "page", "supported", "trained"}  # the last reads runs that have finished
+    aids = {"__init__", "protocol", "tables", "targets", "page", "supported", "trained"}  # none measures a speed
     scripts = {path.stem for path in (repository / "benchmarks").glob("*.py")} - aids
     assert scripts <= {row.name for row in bench.BENCHES}
 
