@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
+from tests.serve.studio.browser import studio_in
 
 from volvelle.serve.errors import Refused
 from volvelle.serve.studio.jobs import LINES, Jobs
@@ -109,6 +113,25 @@ def test_only_the_newest_lines_are_kept(client, jobs):
     wait(lambda: job.over)
     assert (job.dropped, len(job.lines), job.lines[0]) == (50, LINES, "50")
     assert [data for name, data in stream(client, job.number) if name == "line"][:1] == ["50"]
+
+
+@pytest.mark.slow
+def test_a_studio_that_is_told_to_end_takes_its_job_with_it(tmp_path):
+    """A real studio and a real measurement, with a reader of its output still there."""
+    studio = studio_in(tmp_path)
+    with studio as url, httpx.Client(base_url=url, timeout=60) as asked:
+        job = asked.post("studio/api/claims/position-zoo/measure", json={"budget": "full"}).json()
+        wait(lambda: asked.get("studio/api/jobs").json()["jobs"][0]["state"] == "running")
+        children = Path(f"/proc/{studio.process.pid}/task/{studio.process.pid}/children")
+        if not children.exists():
+            pytest.skip("this system does not say which processes another one started")
+        wait(lambda: children.read_text().split())
+        child = int(children.read_text().split()[0])
+        with asked.stream("GET", f"studio/api/jobs/{job['number']}/events") as answer:
+            next(answer.iter_lines())
+            studio.process.send_signal(signal.SIGINT)
+            wait(lambda: studio.process.poll() is not None)
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_job_that_is_not_there(client):

@@ -72,7 +72,7 @@ async function page(root, name, signal) {
       : h("span", { class: "meta" }, "The report comes with the end of the run."));
     gallery.replaceChildren(...pictures(run, url), ...samples(run.samples));
     facts.replaceChildren(settings("Configuration", run.config), settings("Environment", run.environment ?? {}),
-      h("h2", {}, "Go on"), command(`volvelle ls runs`), run.status === "interrupted" ? command(`volvelle resume ${run.folder}`) : null);
+      h("h2", {}, "Go on"), ...next(run).map(command));
   };
   rest();
 
@@ -95,6 +95,14 @@ async function page(root, name, signal) {
   every(PACE, async () => {
     if (run.status === "running" || lines.steps === 0) await grow();
   }, signal);
+}
+
+/** The verbs that take this run. */
+function next(run) {
+  if (run.status === "interrupted") return [`volvelle resume ${run.folder}`];
+  const use = { classify: "predict {} PICTURE", segment: "predict {} PICTURE", detect: "predict {} PICTURE", promptable: "predict {} PICTURE points=60,60",
+    gan: "generate {} count=4 out=drawn.png", prior: "generate {} count=4 out=drawn.png", language: 'generate {} "Once"', adapt: 'generate {} "Once"' };
+  return [use[run.kind], "eval {} data=PATH"].filter(Boolean).map((words) => `volvelle ${words.replace("{}", run.folder)}`);
 }
 
 /** The curves of metrics.jsonl, as far as it was read. */
