@@ -43,7 +43,7 @@ prepare() { # prepare core|check
     for stamp in ".venv/volvelle-$kind.stamp" .venv/volvelle-check.stamp; do # the check environment serves ./run too
         if [ "$(cat "$stamp" 2>/dev/null)" = "$now" ]; then return; fi
     done
-    [ "$kind" = check ] && requirement='.[dev,peers,serve]'
+    [ "$kind" = check ] && requirement='.[dev,peers,serve,docs]'
     echo "installing volvelle into .venv (the first time this downloads PyTorch and takes some minutes)"
     install -e "$requirement" || fail "pip could not install volvelle" "the lines above say why; without a network, only an environment that is already installed works"
     # Bare: timm asks for torchvision, whose wheels on PyPI are for CUDA; beside a CPU build of torch importing one fails,

@@ -30,7 +30,7 @@ def test_the_package_is_typed_and_its_extras_are_used(repository):
     assert (repository / "src" / "volvelle" / "py.typed").is_file()
     setup = (repository / "tools" / "environment.sh").read_text(encoding="utf-8")
     extras = project(repository)["optional-dependencies"]
-    for extra in ("dev", "peers", "serve"):
+    for extra in ("dev", "peers", "serve", "docs"):
         assert extra in extras
         assert extra in setup
 
