@@ -174,13 +174,19 @@ def read_labelled(
     folder = Path(path)
     if folder.is_dir() and is_idx_folder(folder):
         return _read_idx(folder, classes)
+    parts = train_and_held(folder)
+    if parts is None:
+        return _read_folders(folder, on_bad, classes), None
+    found = _read_folders(parts[0], on_bad, classes)
+    return found, _read_folders(parts[1], on_bad, found.classes)
+
+
+def train_and_held(folder: Path) -> tuple[Path, Path] | None:
+    """The folders to train and to measure on within a folder; None where it does not have both."""
     inside = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else {}
     train = next((inside[name] for name in TRAIN if name in inside), None)
     held = next((inside[name] for name in HELD if name in inside), None)
-    if train is None or held is None:
-        return _read_folders(folder, on_bad, classes), None
-    found = _read_folders(train, on_bad, classes)
-    return found, _read_folders(held, on_bad, found.classes)
+    return None if train is None or held is None else (train, held)
 
 
 def _read_folders(folder: Path, on_bad: OnBad, classes: Sequence[str] | None) -> Labelled:

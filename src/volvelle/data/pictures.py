@@ -28,7 +28,7 @@ from torch import Tensor
 
 from volvelle.data.idx import is_idx_folder
 from volvelle.data.images import check_images, list_images, to_rgb, to_tensor
-from volvelle.data.images_labelled import HELD, TRAIN, Files, Pictures, read_labelled
+from volvelle.data.images_labelled import HELD, Files, Pictures, read_labelled, train_and_held
 from volvelle.data.masks import IMAGES
 from volvelle.data.text import Bad, OnBad
 from volvelle.errors import UsageError, VolvelleError
@@ -212,13 +212,11 @@ def read_pictures(path: str | os.PathLike[str], *, on_bad: OnBad = "stop") -> tu
         if (folder / name).is_file():
             return _read_list(folder, name, fields, on_bad)
     root = next((folder / name for name in IMAGES if (folder / name).is_dir()), folder)
-    inside = {entry.name.lower(): entry for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else {}
-    train = next((inside[name] for name in TRAIN if name in inside), None)
-    held = next((inside[name] for name in HELD if name in inside), None)
-    if train is None or held is None:
+    parts = train_and_held(root)
+    if parts is None:
         return _read_folder(root, on_bad, None), None
-    found = _read_folder(train, on_bad, None)
-    return found, _read_folder(held, on_bad, found.classes)
+    found = _read_folder(parts[0], on_bad, None)
+    return found, _read_folder(parts[1], on_bad, found.classes)
 
 
 def _read_folder(folder: Path, on_bad: OnBad, classes: tuple[str, ...] | None) -> PictureSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,14 +50,24 @@ class BestWeights:
 
 
 class BestMoment(Objective):
-    """An objective that counts its steps and keeps `model` as it was at its best; both travel in checkpoints.
+    """An objective on pictures that counts its steps and keeps `model` as at its best; both travel in checkpoints.
 
     Heirs offer the figure of each evaluation to `best_weights`.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module):
         self.step = 0
-        self.best_weights = BestWeights(model)
+        self.model, self.best_weights = model, BestWeights(model)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The model."""
+        return {"model": self.model}
+
+    def units(self, batch: Any) -> tuple[float, str]:
+        """Pictures, or crops of them."""
+        return float(len(batch["images"])), "images"
 
     def after_step(self, step: int) -> None:
         """Count."""

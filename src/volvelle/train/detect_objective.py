@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from volvelle.data.boxes_augment import Fitted
@@ -30,14 +30,11 @@ class DetectObjective(BestMoment):
 
     best = ("map_50", "max")
     forward_methods = ("losses",)
+    model: Detector
 
     def __init__(self, model: Detector, options: TrainDetect, *, selection: Fitted | None = None):
         super().__init__(model)
-        self.model, self.options, self.selection = model, options, selection
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The detector."""
-        return {"model": self.model}
+        self.options, self.selection = options, selection
 
     def phases(self, steps: int) -> Sequence[Phase]:
         """One phase; the backbone's learning rate is a share of the others'."""
@@ -60,10 +57,6 @@ class DetectObjective(BestMoment):
         value = torch.stack([loss.float() for loss in losses.values()]).sum()
         metrics = {f"{name}_loss": loss.detach().float() for name, loss in losses.items()}
         return Loss(value, metrics, weight=float(len(pixels)))
-
-    def units(self, batch: Any) -> tuple[float, str]:
-        """Pictures."""
-        return float(len(batch["images"])), "images"
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean average precisions on the pictures set aside; the best weights are copied if they are to be kept."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +96,13 @@ class PromptObjective(BestMoment):
     """
 
     best = ("iou_1", "max")
+    model: Sam
 
     def __init__(
         self, model: Sam, options: TrainPromptable, *, selection: Pictures | None = None, classes: int | None = None
     ):
         super().__init__(model)
-        self.model, self.options, self.selection = model, options, selection
+        self.options, self.selection = options, selection
         self.classes: ClassHead | None = None
         if classes and options.classes_weight:
             self.classes = ClassHead(model.config, classes).to(next(model.parameters()).device)
@@ -152,10 +152,6 @@ class PromptObjective(BestMoment):
             value = value + self.options.classes_weight * named
             metrics["classes_loss"] = named.detach()
         return Loss(value, metrics, weight=max(1.0, float(batch["there"].sum())))
-
-    def units(self, batch: Any) -> tuple[float, str]:
-        """Crops."""
-        return float(len(batch["images"])), "images"
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean IoU after one click on the pictures set aside; the best weights are copied."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from volvelle.data.masks_augment import Whole
@@ -34,18 +33,15 @@ class SegmentObjective(BestMoment):
 
     best = ("miou", "max")
     forward_methods = ("scores",)
+    model: Segmenter
 
     def __init__(
         self, model: Segmenter, options: TrainSegment, frequency: np.ndarray, *, selection: Whole | None = None
     ):
         super().__init__(model)
-        self.model, self.options, self.selection = model, options, selection
+        self.options, self.selection = options, selection
         self.class_weights = class_weights(frequency, options.weighting).to(next(model.parameters()).device)
         self.steps = 0
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The segmenter."""
-        return {"model": self.model}
 
     def phases(self, steps: int) -> Sequence[Phase]:
         """One phase; the encoder's learning rate is a share of the decoder's."""
@@ -67,10 +63,6 @@ class SegmentObjective(BestMoment):
         with DepthwiseInFp32():
             scores = self.model.scores(pixels)
         return segmentation_loss(scores, masks, self.class_weights, lovasz=self.options.lovasz, at=at)
-
-    def units(self, batch: Any) -> tuple[float, str]:
-        """Crops."""
-        return float(len(batch["images"])), "images"
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean IoU and pixel accuracy on the pictures set aside; the best weights are copied."""
