@@ -41,6 +41,7 @@ def evaluate(
     from volvelle.cli.training import console
     from volvelle.data.masks import find_pairs, read_masks
     from volvelle.data.masks_augment import Whole
+    from volvelle.train.observer import say_first
     from volvelle.train.segment import looks_of
     from volvelle.train.segment_measure import measure
 
@@ -56,8 +57,7 @@ def evaluate(
             progress=lambda done, total: observer.work(f"checking {data}", done, total),
         )
         observer.say(str(pictures) + (f" ({split})" if split else ""))
-        for line in pictures.skipped[:5]:
-            observer.say(f"  left out {line}")
+        say_first(observer, pictures.skipped)
         found = measure(
             model,
             Whole(pictures),

@@ -24,7 +24,7 @@ from volvelle.train.classify_objective import ClassifyObjective, Measured, measu
 from volvelle.train.classify_report import Page, write_report
 from volvelle.train.estimate import MemoryEstimate, estimate_step
 from volvelle.train.loop import FitResult
-from volvelle.train.observer import Observer
+from volvelle.train.observer import Observer, say_first
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.recipes.classify import TrainClassify
@@ -76,8 +76,7 @@ def read_sets(recipe: TrainClassify, observer: Observer) -> Sets:
         read = read_labelled(data_folder(recipe.held_out), on_bad=recipe.on_bad, classes=train.classes)
         held, where = read[1] or read[0], recipe.held_out
     observer.say(f"{recipe.data}: {train}")
-    for line in train.skipped[:5]:
-        observer.say(f"  left out {line}")
+    say_first(observer, train.skipped)
     if held is None:
         train, held = train.split(recipe.held_out_share, recipe.seed)
         where = "pictures set aside before training"

@@ -17,7 +17,7 @@ from volvelle.train.detect_measure import UNSURE, Measured, measure
 from volvelle.train.detect_objective import DetectObjective
 from volvelle.train.detect_report import Page, write_report
 from volvelle.train.loop import FitResult
-from volvelle.train.observer import Observer
+from volvelle.train.observer import Observer, say_first
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.recipes.detect import TrainDetect
@@ -25,9 +25,6 @@ from volvelle.train.scenes import data_path
 from volvelle.train.sets import Sets, drawn_in_batches, held_part, own_test, part_into_sets
 from volvelle.train.text_run import NUMBERS, choose_device, eval_command, resume_command
 from volvelle.train.training import Ready, Stage, training
-
-SHOWN = 5
-"""Lines of remarks and of what was left out that are printed."""
 
 
 @training
@@ -71,11 +68,8 @@ def read_parts(path: Path, recipe: TrainDetect, observer: Observer) -> dict[str,
     )
     for split, found in splits.items():
         observer.say(str(found) + (f" ({split})" if split else ""))
-        for lines, word in ((found.skipped, "left out "), (found.remarks, "")):
-            for line in lines[:SHOWN]:
-                observer.say(f"  {word}{line}")
-            if len(lines) > SHOWN:
-                observer.say(f"  and {len(lines) - SHOWN:,} more")
+        say_first(observer, found.skipped)
+        say_first(observer, found.remarks, "")
     return splits
 
 

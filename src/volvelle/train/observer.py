@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 logger = logging.getLogger("volvelle.train")
+
+SHOWN = 5
+"""Lines that are said of what may be many."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,23 @@ class Quiet(Observer):
 
     def work(self, label: str, done: int, total: int) -> None:
         """Drop it."""
+
+
+def say_first(observer: Observer, lines: Sequence[str], word: str = "left out ") -> None:
+    """Say the first few of many lines, each after `word`, and how many more there are.
+
+    >>> class Loud(Quiet):
+    ...     def say(self, text: str) -> None:
+    ...         print(text)
+    >>> say_first(Loud(), ["a.png: truncated", "b.png: no mask"])
+      left out a.png: truncated
+      left out b.png: no mask
+    >>> say_first(Loud(), [str(number) for number in range(8)], "")  # doctest: +ELLIPSIS
+      0
+    ...
+      and 3 more
+    """
+    for line in lines[:SHOWN]:
+        observer.say(f"  {word}{line}")
+    if len(lines) > SHOWN:
+        observer.say(f"  and {len(lines) - SHOWN:,} more")

@@ -11,7 +11,7 @@ from volvelle.data.text import spread
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.classify import data_folder
-from volvelle.train.observer import Observer
+from volvelle.train.observer import Observer, say_first
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.pictures import PictureOptions
 from volvelle.train.scenes import data_path
@@ -35,8 +35,7 @@ def read_picture_parts(recipe: PictureOptions, run: RunFolder, observer: Observe
         read = read_pictures(data_folder(recipe.held_out), on_bad=recipe.on_bad)
         held, where = read[1] or read[0], recipe.held_out
     observer.say(f"{recipe.data}: {train}")
-    for line in train.skipped[:5]:
-        observer.say(f"  left out {line}")
+    say_first(observer, train.skipped)
     if held is None:
         if len(train) < 2:
             raise VolvelleError(f"{recipe.data}: one picture leaves none to measure on", tip="give held_out=FOLDER")

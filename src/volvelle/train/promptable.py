@@ -13,7 +13,7 @@ from volvelle.systems.segmentation.sam.config import Light, find_config
 from volvelle.systems.segmentation.sam.load import load_sam, sam, write_sam
 from volvelle.systems.segmentation.sam.model import Sam
 from volvelle.train.loop import FitResult
-from volvelle.train.observer import Observer
+from volvelle.train.observer import Observer, say_first
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.promptable_measure import Measured, measure
 from volvelle.train.promptable_objective import PromptObjective
@@ -60,8 +60,7 @@ def read_parts(recipe: TrainPromptable, path: Path, observer: Observer) -> dict[
     )
     for split, found in splits.items():
         observer.say(str(found) + (f" ({split})" if split else ""))
-        for line in found.skipped[:5]:
-            observer.say(f"  left out {line}")
+        say_first(observer, found.skipped)
     return splits
 
 

@@ -22,7 +22,7 @@ from volvelle.systems.segmentation.load import segmenter, write_segmenter
 from volvelle.systems.segmentation.model import Segmenter
 from volvelle.train.estimate import MemoryEstimate, estimate_step
 from volvelle.train.loop import FitResult
-from volvelle.train.observer import Observer
+from volvelle.train.observer import Observer, say_first
 from volvelle.train.outcome import Outcome, settled
 from volvelle.train.random_state import seed_all
 from volvelle.train.recipes.segment import LookOptions, TrainSegment
@@ -62,8 +62,7 @@ def read_sets(recipe: TrainSegment, folder: Path, observer: Observer) -> Sets[Ma
             **more,
         )
         observer.say(str(found) + (f" ({split})" if split else ""))
-        for line in found.skipped[:5]:
-            observer.say(f"  left out {line}")
+        say_first(observer, found.skipped)
         return found
 
     splits = find_pairs(folder)[1]

@@ -28,7 +28,7 @@ from volvelle.train.estimate import MemoryEstimate, estimate_memory, largest_bat
 from volvelle.train.evaluate import evaluation_loader
 from volvelle.train.loop import FitResult
 from volvelle.train.mtp import TOKEN_HEADER, token_rows
-from volvelle.train.observer import Observer
+from volvelle.train.observer import Observer, say_first
 from volvelle.train.outcome import Outcome, Sample, settled
 from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.text import TextOptions
@@ -58,8 +58,7 @@ def read_split(recipe: TextOptions, observer: Observer) -> tuple[Corpus, Corpus]
     options = {"prompt": recipe.prompt, "completion": recipe.completion, "on_bad": recipe.on_bad}
     corpus = read_corpus(recipe.data, **options)
     observer.say(str(corpus))
-    for line in corpus.skipped[:5]:
-        observer.say(f"  left out {line}")
+    say_first(observer, corpus.skipped)
     if recipe.held_out is None:
         return split(corpus, recipe.held_out_share, recipe.seed)
     held = read_corpus(recipe.held_out, **options)
