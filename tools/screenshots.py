@@ -50,12 +50,12 @@ def take(page: Page, shot: Shot) -> None:
     page.scheme(shot.scheme)
     page.open(shot.where)
     page.find(shot.until)
-    page.run("document.querySelector('main').focus()")
+    page.run("document.activeElement.blur(); scrollTo(0, 0)")
     page.wait(lambda: page.run("return [...document.images].every((one) => one.complete || one.loading === 'lazy')"))
     page.run("return new Promise((done) => setTimeout(done, 900))")  # the wheel's hand comes to rest
     seen = Image.open(io.BytesIO(base64.b64decode(page.driver.get_screenshot_as_base64())))
     path = PICTURES / f"studio-{shot.name}.png"
-    seen.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    seen.convert("RGB").quantize(255, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     size = path.stat().st_size
     if size > LARGEST:
         raise SystemExit(f"error: {path} has {size:,} bytes, more than {LARGEST:,}")

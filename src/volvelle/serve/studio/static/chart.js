@@ -48,10 +48,11 @@ function plot(series, { label, x, y, log, height, width, up, good, all, axes, re
   const [x0, x1] = axes.x, [y0, y1] = axes.y;
   const px = (v) => LEFT + ((v - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
   const py = (v) => height - FOOT - ((up(v) - y0) / (y1 - y0)) * (height - FOOT - TOP);
+  const whole = all.every((p) => Number.isInteger(p[0])); // steps have no halves
   const axis = s("g", { class: "axis" },
     (log ? decades(y0, y1) : ticks(y0, y1)).map((v) => s("g", {}, s("line", { x1: LEFT, x2: width - RIGHT, y1: py(v), y2: py(v) }),
       s("text", { x: LEFT - 8, y: py(v) + 4, "text-anchor": "end" }, figure(v)))),
-    ticks(x0, x1, Math.max(2, width / 90)).map((v) => s("text", { x: px(v), y: height - FOOT + 17, "text-anchor": "middle" }, figure(v))),
+    ticks(x0, x1, Math.max(2, width / 90)).filter((v) => !whole || Number.isInteger(v)).map((v) => s("text", { x: px(v), y: height - FOOT + 17, "text-anchor": "middle" }, figure(v))),
     s("line", { class: "base", x1: LEFT, x2: width - RIGHT, y1: height - FOOT, y2: height - FOOT }),
     x && s("text", { x: width - RIGHT, y: height - 3, "text-anchor": "end", class: "name" }, x),
     y && s("text", { x: LEFT, y: height - 3, class: "name" }, y));
