@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from volvelle.train.recipes.prior import TrainPrior
 
 EXAMPLES = (
-    "volvelle train prior data=pictures codec=runs/vqgan-1 model.width=256",
+    "volvelle train prior data=pictures codec=runs/vqgan-1 model.width=320",
     "volvelle train prior data=fashion-mnist epochs=3",
 )
 
