@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.support import claims_table, from_code, generation_table, serving_table, vision_tables
+from benchmarks.support import claims_table, from_code, generation_table, serving_table, supported_table, vision_tables
 from benchmarks.support.comparison_table import comparison
 from benchmarks.support.footer import footer
 
@@ -44,7 +44,10 @@ PAGES = {
     "clicks": "docs/sam.md",
     "claims": "docs/claims.md",
     "short claims": "README.md",
+    "short claims in Chinese": "README.zh-CN.md",
     "assets": "docs/provenance.md",
+    "supported": "docs/support.md",
+    "names": "docs/support.md",
 }
 RUN_BY = {
     "camvid": "trained camvid RUN",
@@ -347,6 +350,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "camvid": partial(vision_tables.trained, columns=vision_tables.CAMVID),
     "bccd": partial(vision_tables.trained, columns=vision_tables.BCCD),
     "clicks": partial(vision_tables.trained, columns=vision_tables.CLICKS),
+    "supported": supported_table.supported,
 }
 
 
@@ -355,7 +359,9 @@ FROM_CODE: dict[str, Callable[[], list[str]]] = {
     "thundernet": vision_tables.thundernet,
     "claims": claims_table.page,
     "short claims": partial(claims_table.short, claims_table.ENGLISH),
+    "short claims in Chinese": partial(claims_table.short, claims_table.CHINESE),
     "assets": from_code.assets,
+    "names": from_code.names,
 }
 """Tables that follow from the code, and those of many records."""
 
