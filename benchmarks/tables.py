@@ -42,6 +42,8 @@ PAGES = {
     "camvid": "docs/segmentation.md",
     "bccd": "docs/detection.md",
     "clicks": "docs/sam.md",
+    "codecs": "docs/codecs.md",
+    "priors": "docs/priors.md",
     "claims": "docs/claims.md",
     "short claims": "README.md",
     "short claims in Chinese": "README.zh-CN.md",
@@ -53,6 +55,8 @@ RUN_BY = {
     "camvid": "trained camvid RUN",
     "bccd": "trained bccd RUN",
     "clicks": "trained clicks RUN",
+    "codecs": "trained codecs RUN",
+    "priors": "trained priors RUN --judge RUN --data DATA",
 }  # where the name is not the module's
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -350,6 +354,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "camvid": partial(vision_tables.trained, columns=vision_tables.CAMVID),
     "bccd": partial(vision_tables.trained, columns=vision_tables.BCCD),
     "clicks": partial(vision_tables.trained, columns=vision_tables.CLICKS),
+    "codecs": partial(vision_tables.trained, columns=vision_tables.CODECS),
+    "priors": partial(vision_tables.trained, columns=vision_tables.PRIORS),
     "supported": supported_table.supported,
 }
 

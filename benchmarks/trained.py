@@ -1,9 +1,11 @@
 """The figures of finished training runs, for the pages that quote them.
 
-    python -m benchmarks.trained camvid|bccd|clicks RUN [RUN …]
+    python -m benchmarks.trained camvid|bccd|clicks|codecs RUN [RUN …]
+    python -m benchmarks.trained priors RUN [RUN …] --judge RUN --data DATA
 
 Reads the run folders of `volvelle train`, and adds what they found to results/NAME.json; a run of the same name is
-replaced. Nothing is trained here; the page says with which command.
+replaced. Nothing is trained here; the page says with which command. Priors are also asked for pictures of every class,
+which the judge, a run of `train classify`, is shown.
 """
 
 from __future__ import annotations
@@ -17,10 +19,16 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import protocol, tables
+from volvelle.data.pictures import read_pictures
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
+from volvelle.systems.generation.extractor import open_extractor
+from volvelle.systems.generation.prior import read_prior
+from volvelle.train.classify import data_folder
+from volvelle.train.judge import open_judge
+from volvelle.train.prior_measure import measure_prior
 
-KINDS = {"camvid": "segment", "bccd": "detect", "clicks": "promptable"}
+KINDS = {"camvid": "segment", "bccd": "detect", "clicks": "promptable", "codecs": "vqgan", "priors": "prior"}
 
 
 def figures(path: Path, kind: str) -> dict[str, Any]:
@@ -45,14 +53,36 @@ def figures(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
+def drawn(path: Path, judge: Path, data: str) -> dict[str, Any]:
+    """What a classifier makes of a prior's pictures, and how far its features are from those of real ones."""
+    who = open_judge(str(judge))
+    prior = read_prior(path)
+    assert prior.codec is not None
+    _, held = read_pictures(data_folder(data))
+    if held is None:
+        raise VolvelleError(f"{data} has no part to measure on")
+    extractor = open_extractor(str(judge), size=prior.layout.rows * prior.codec.factor)
+    found = measure_prior(prior, held, extractor=extractor, judge=who)
+    metrics, name = found.metrics, f"FD-{extractor.name}"
+    figures = {"distance": metrics[name], "distance_floor": metrics[f"{name} floor"]}
+    figures |= {key.replace(" ", "_"): value for key, value in metrics.items() if not key.startswith("FD")}
+    return {"judge": judge.name, "distances_by": name, "drawn": len(found.pictures), "after": figures}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(KINDS))
     parser.add_argument("run", type=Path, nargs="+")
+    parser.add_argument("--judge", type=Path, help="priors: a run of train classify")
+    parser.add_argument("--data", help="priors: whose held-out part is drawn after")
     options = parser.parse_args()
+    if options.name == "priors" and not (options.judge and options.data):
+        parser.error("priors: --judge and --data are wanted")
     kept = {row["run"]: row for row in protocol.read(options.name).get("runs", [])}
     for path in options.run:
         row = figures(path, KINDS[options.name])
+        if options.name == "priors":
+            row |= drawn(path, options.judge, options.data)
         kept[row["run"]] = row
         print(row)
     machine = protocol.machine(["torch"])

@@ -152,6 +152,15 @@ CLICKS = {
     "single": "1 click, asked for one mask",
     "iou_box": "a box",
 }
+CODECS = {"psnr": "PSNR, dB", "ssim": "SSIM", "perceptual": "perceptual distance", "used": "share of codes in use"}
+PRIORS = {
+    "recognised": "recognised by the judge",
+    "recognised_codec": "real ones behind the codec",
+    "recognised_real": "real ones",
+    "distance": "Fréchet distance, judge's features",
+    "distance_floor": "its floor",
+    "loss": "nats a code",
+}
 BCCD = {"map_50": "mAP at IoU 0.5", "map": "mAP at 0.5 to 0.95"}
 
 
