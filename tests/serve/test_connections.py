@@ -37,7 +37,7 @@ class Impatient(Connection):
 
 @pytest.fixture(scope="module")
 def served(model):
-    with serving(model, count=2, body_seconds=0.5, http=Impatient, held=4096) as (url, engine):
+    with serving(model, count=2, seconds=600, body_seconds=0.5, http=Impatient, held=4096) as (url, engine):
         yield url, engine
 
 

@@ -36,7 +36,7 @@ def engine(model):
 def document(model, engine):
     figures = Figures()
     texts = Texts(engine, model.tokenizer, {"tiny": None, "poet": "poet"}, figures)
-    app = create_app([routes(texts)], figures, api_key=KEY, body=1 << 16)
+    app = create_app([routes(texts)], figures, api_key=KEY, body=1 << 24)
     config = schemathesis.Config.from_dict({"generation": {"with-security-parameters": False}})
     return schemathesis.openapi.from_asgi("/openapi.json", app, config=config, headers=HEADERS)
 
