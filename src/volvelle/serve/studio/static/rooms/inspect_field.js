@@ -25,7 +25,7 @@ export async function mount(root, facts, signal) {
   map.addEventListener("pointermove", (event) => point(event));
   map.addEventListener("pointerdown", (event) => point(event));
   map.addEventListener("keydown", move);
-  await load();
+  load(); // the room is there before the network is traced
 
   async function load() {
     state.asked?.abort();

@@ -29,7 +29,7 @@ export async function mount(root, facts, signal) {
     h("div", {}, h("section", { class: "panel", "aria-label": "The plan" }, status, result), past)));
   const state = { asked: null, plans: [] };
   fitLength();
-  await plan();
+  plan(); // the room is there before the step is planned
 
   function fitLength() {
     length.limit(facts.models[model.value].context);

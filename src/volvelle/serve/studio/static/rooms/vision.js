@@ -10,7 +10,7 @@ const API = "/studio/api/vision";
 const MOST = 20e6; // bytes of a picture
 
 export async function mount(root, { signal }) {
-  const state = { facts: await get(API, { signal }), picture: null, objects: [], count: 0, found: [], current: fresh(), asked: null };
+  const state = { facts: await get(API, { signal }), picture: null, opening: 0, objects: [], count: 0, found: [], current: fresh(), asked: null };
   const canvas = stage({ click, box: boxed, undo, keep });
   const segmenter = h("select", { id: "segmenter", "aria-label": "Who segments", onchange: forget });
   const finder = h("select", { id: "finder", "aria-label": "Who detects" });
@@ -53,7 +53,7 @@ export async function mount(root, { signal }) {
     if (event.dataTransfer.files[0]) upload(event.dataTransfer.files[0]);
   });
   ready();
-  if (state.facts.scenes) await compose(0);
+  if (state.facts.scenes) compose(0);
   else say("Open a picture to begin.");
   redraw();
 
@@ -104,8 +104,10 @@ export async function mount(root, { signal }) {
   }
 
   async function compose(number) {
+    const turn = ++state.opening;
     try {
       const found = await get(`${API}/scene?number=${number % state.facts.scenes}`, { signal });
+      if (turn !== state.opening) return; // another picture was opened meanwhile
       await open({ image: found.image, name: `scene-${found.number}.png`, number: found.number });
       caption.textContent = `Scene ${found.number}, ${found.label}.`;
     } catch (error) {
@@ -115,6 +117,7 @@ export async function mount(root, { signal }) {
 
   async function upload(chosen) {
     if (chosen.size > MOST) return notice(`${chosen.name} has ${figure(Math.round(chosen.size / 1e6))} MB; at most ${MOST / 1e6} are taken.`, "bad");
+    state.opening += 1;
     try {
       const image = await new Promise((done, failed) => {
         const reader = new FileReader();
