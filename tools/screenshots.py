@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tests.serve.studio.browser import Page, no_browser, open_browser, studio_in
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture: its name, the address, the size in px, the scheme, and what is to be there before it is taken."""
+    """One picture: its name, the address, the size in px, the scheme, what is done, and what is to be there then."""
 
     name: str
     where: str
@@ -32,6 +33,23 @@ class Shot:
     height: int = 860
     scheme: str = "light"
     until: str = "h1"
+    act: Callable[[Page], object] | None = None
+
+
+def race(page: Page) -> None:
+    """An answer without drafts and with them."""
+    page.click("#say")
+    page.wait(lambda: "parameters" in page.text(".composer [role=status]"))
+    page.press(*"Repeat this sentence three times: The old wheel turns and the stars turn with it.")
+    page.click(".composer .bar button:nth-child(2)")
+    page.wait(lambda: page.find(".verdict").text, 300)
+
+
+def ring(page: Page) -> None:
+    """The ring, in its third step."""
+    page.click(".choices .primary")
+    page.wait(lambda: page.find(".player output").text.startswith("step 3"))
+    page.click(".player button:nth-child(2)")
 
 
 SHOTS = (
@@ -40,6 +58,9 @@ SHOTS = (
     Shot("technique", "#/technique/rope", height=1000, until=".code"),
     Shot("claims", "#/claims", until=".claims tbody tr"),
     Shot("runs", "#/runs/scenes", until=".chart"),
+    Shot("chat", "#/chat", height=900, act=race),
+    Shot("field", "#/inspect/field", height=900, until=".tall tr.here"),
+    Shot("ring", "#/inspect/ring", height=900, act=ring),
     Shot("phone", "#/technique/rope", width=390, height=860, until=".equation"),
 )
 
@@ -49,13 +70,17 @@ def take(page: Page, shot: Shot) -> None:
     page.size(shot.width, shot.height)
     page.scheme(shot.scheme)
     page.open(shot.where)
+    if shot.act is not None:
+        shot.act(page)
     page.find(shot.until)
     page.run("document.activeElement.blur(); scrollTo(0, 0)")
     page.wait(lambda: page.run("return [...document.images].every((one) => one.complete || one.loading === 'lazy')"))
     page.run("return new Promise((done) => setTimeout(done, 900))")  # the wheel's hand comes to rest
     seen = Image.open(io.BytesIO(base64.b64decode(page.driver.get_screenshot_as_base64())))
     path = PICTURES / f"studio-{shot.name}.png"
-    seen.convert("RGB").quantize(255, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    seen.convert("RGB").quantize(255, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
     size = path.stat().st_size
     if size > LARGEST:
         raise SystemExit(f"error: {path} has {size:,} bytes, more than {LARGEST:,}")

@@ -111,6 +111,7 @@ WRONG = [
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
     ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "content"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "content"),
     ({"temperature": 3}, "temperature"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"seed": -1}, "seed"),
@@ -120,7 +121,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "said"), WRONG, ids=range(len(WRONG)))
 def test_what_cannot_be_asked_is_said(client, wrong, said):
-    answer = client.post("/studio/api/chat/answer", json=ASKED | wrong)
+    headers = {"content-type": "application/json"}
+    answer = client.post("/studio/api/chat/answer", content=json.dumps(ASKED | wrong), headers=headers)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
 

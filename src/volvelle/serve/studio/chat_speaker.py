@@ -170,11 +170,6 @@ class Speaker:
             self._engines.move_to_end(name)
             return self._engines[name]
 
-    def end(self, seconds: float = 0.0) -> None:
-        """Finish what is being written within so many seconds, and take no more; returns at once."""
-        for engine in list(self._engines.values()):
-            engine.end(seconds)
-
     def close(self) -> None:
         """End all engines, and wait for them."""
         for engine in list(self._engines.values()):
