@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.serve.studio.browser import studio_in, watched
+
+from volvelle.hub.store import status
 
 pytest.importorskip("selenium", reason="wants the extra dev")
 from selenium.webdriver.common.action_chains import ActionChains
@@ -87,3 +90,18 @@ def test_a_phone_shows_it_without_scrolling_sideways(chat):
         chat.scheme(scheme)
         chat.size(360, 740)
         assert chat.overflow() == []
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_drafts_and_writes_the_same(chrome, tmp_path):
+    if status("smollm2").state != "ready":
+        pytest.skip("smollm2 is not on this machine: volvelle get smollm2")
+    with studio_in(tmp_path) as url, watched(chrome, url) as page:
+        page.open("#/chat")
+        page.click("#say")
+        page.wait(lambda: "134.5M parameters" in page.text(STATUS), 300)
+        page.press(*"Repeat this sentence three times: The old wheel turns and the stars turn with it.")
+        page.click(".composer .bar button:nth-child(2)")
+        page.wait(lambda: page.find(".verdict").text, 600)
+        assert "The answers are the same, token for token" in page.text(".verdict")
+        assert len(page.all(".token.kept")) > 5

@@ -23,7 +23,7 @@ from volvelle.files import write_atomic
 from volvelle.hub.store import status
 from volvelle.serve.errors import Refused
 from volvelle.serve.studio.jobs import Jobs
-from volvelle.serve.studio.vision_models import SMALL, TIME, Models
+from volvelle.serve.studio.vision_models import SMALL, Models
 from volvelle.serve.vision import PIXELS, Desk, DetectAsked, Pictured, SegmentAsked
 from volvelle.train.promptable_engine import Collection
 
@@ -85,7 +85,6 @@ def router(jobs: Jobs, *, runs: Path = Path("runs")) -> APIRouter:
             "detect": models.names(DETECT),
             "scenes": SCENES if _has_scenes() else 0,
             "train": {kind: " ".join(("volvelle", *words)) for kind, words in SMALL.items()},
-            "train_time": TIME,
         }
 
     @routes.get("/scene")

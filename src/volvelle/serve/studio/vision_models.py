@@ -21,12 +21,20 @@ from volvelle.systems.segmentation.sam.promptable import Promptable
 KEPT = 2
 """Models of a kind that stay open."""
 SMALL: dict[str, tuple[str, ...]] = {
-    PROMPTABLE: ("train", "promptable", "steps=200", "size=128", "crop=128,128"),
-    DETECT: ("train", "detect", "model=thundernet-snet49", "steps=200", "size=128", "upside_down=0"),
+    PROMPTABLE: (
+        "train",
+        "promptable",
+        "steps=150",
+        "size=128",
+        "crop=128,128",
+        "batch=2",
+        "prompts=4",
+        "refined=2",
+        "rounds=2",
+    ),
+    DETECT: ("train", "detect", "model=thundernet-snet49", "steps=150", "size=128", "upside_down=0"),
 }
 """The trainings that the room offers where there is no model of a kind."""
-TIME: dict[str, str] = {PROMPTABLE: "about TODO minutes on two cores", DETECT: "about TODO minutes on two cores"}
-"""What they take, as measured."""
 
 
 @dataclass(frozen=True)
