@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 LOCAL = {"127.0.0.1", "localhost"}
 ASIDE = {"data", "blob", "about", "chrome", "chrome-error"}
 """Schemes that ask nothing of any machine."""
-PATIENCE = 60
+PATIENCE = 180
 """Seconds that a page has; a busy machine needs them, an idle one does not."""
 
 

@@ -99,6 +99,19 @@ def test_keys_alone_lead_from_the_page_to_a_technique(page):
     assert page.focused().tag_name == "main"  # who reads by ear begins at the new room
 
 
+def test_keys_keep_their_place_when_a_list_is_drawn_anew(page):
+    from selenium.webdriver.common.keys import Keys
+
+    for room in ("#/", "#/claims"):
+        page.open(room)
+        page.find("#search").click()
+        while page.run("return !document.activeElement.closest('.chips')"):
+            page.press(Keys.TAB)
+        page.press(Keys.TAB, Keys.ENTER)
+        page.wait(lambda: page.all(".chips button")[1].get_attribute("aria-pressed") == "true")
+        assert page.focused() == page.all(".chips button")[1], room
+
+
 def test_claims_are_searched_and_filtered(page):
     page.open("#/claims")
     everything = len(page.all(".claims tbody tr"))
@@ -184,6 +197,41 @@ def test_a_room_that_is_not_there_says_so(page):
     # The server's 404 is what this test is about; nothing else was complained of.
     assert all("404" in one for one in page.complaints)
     page.complaints.clear()
+
+
+CONTRAST = """
+const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+const colour = (text) => text.match(/[\\d.]+/g).map(Number);
+const behind = (one) => {
+  for (; one; one = one.parentElement) {
+    const found = colour(getComputedStyle(one).backgroundColor);
+    if (found.length < 4 || found[3] > 0) return found;
+  }
+  return [255, 255, 255];
+};
+const faint = new Set();
+for (const one of document.querySelectorAll("body *")) {
+  const own = [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  if (!own || one.closest("svg, noscript, :disabled, .unseen") || !one.checkVisibility()) continue;
+  const [a, b] = [colour(getComputedStyle(one).color), behind(one)].map(light).sort((x, y) => y - x);
+  const ratio = (a + 0.05) / (b + 0.05);
+  if (ratio < 4.5) faint.add(`${one.tagName}.${one.className} ${ratio.toFixed(2)}`);
+}
+return [...faint];
+"""
+"""Text whose contrast with what lies behind it is under 4.5, the level AA of WCAG 2.2 for text of this size."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(page, scheme):
+    page.scheme(scheme)
+    for room in ROOMS:
+        page.open(room)
+        assert page.run(CONTRAST) == [], room
+    faint = "Object.assign(document.createElement('p'), {textContent: 'x', style: 'color: #777'})"
+    page.run(f"document.body.append({faint})")
+    assert page.run(CONTRAST) != [], "the measure sees nothing"
 
 
 def test_every_control_has_a_name(page):

@@ -13,8 +13,9 @@ from volvelle.claims.claim import names as claim_names
 from volvelle.cli.catalogue import PACKAGE, techniques
 from volvelle.serve.studio import catalogue
 from volvelle.serve.studio.documents import blocks, coloured, formulas, paper_of, title_of
+from volvelle.serve.studio.files import read_files
 from volvelle.serve.studio.shell import create_studio
-from volvelle.serve.studio.techniques import router
+from volvelle.serve.studio.techniques import FAMILY_INSTRUMENTS, INSTRUMENTS, router
 from volvelle.serve.studio.verdicts import Verdicts, this_machine
 
 RECORD = {
@@ -119,6 +120,15 @@ def test_a_technique_that_a_claim_measures_among_others_shows_its_verdict(client
     page = client.get("/studio/api/techniques/position.alibi").json()
     assert page["claim"]["name"] == "position-zoo"
     assert "position.t5" in [one["key"] for one in page["kin"]]
+
+
+def test_every_instrument_is_there():
+    modules = read_files()
+    keys = {entry.key for entry in catalogue.entries()}
+    assert set(INSTRUMENTS) <= keys
+    assert set(FAMILY_INSTRUMENTS) <= {entry.family for entry in catalogue.entries()}
+    for where in (*INSTRUMENTS.values(), *FAMILY_INSTRUMENTS.values()):
+        assert f"rooms/{where.replace('/', '_')}.js" in modules, where
 
 
 def test_pictures_come_from_the_record_alone_and_run_nothing(client):

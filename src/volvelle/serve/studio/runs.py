@@ -17,7 +17,7 @@ from volvelle.serve.studio.techniques import PICTURE_POLICY
 
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 SHOWN = 60
-"""Pictures of a run that its page shows."""
+"""Pictures of a run that its page shows, the last ones."""
 DEPTH = 3
 CHUNK = 1 << 20
 """Bytes of metrics.jsonl that one answer holds at most."""
@@ -137,7 +137,7 @@ def _last(folder: Path) -> dict[str, Any]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """The pictures that a run made, the newest last; links are not followed."""
+    """The pictures that a run made, by name, which numbers those of a series; links are not followed."""
 
     def walk(inside: Path, depth: int) -> Iterator[Path]:
         for path in sorted(inside.iterdir()):
@@ -148,7 +148,7 @@ def _pictures(folder: Path) -> list[Path]:
             elif path.suffix.lower() in PICTURES and path.is_file():
                 yield path
 
-    return list(walk(folder, DEPTH))[:SHOWN]
+    return list(walk(folder, DEPTH))[-SHOWN:]
 
 
 def _plain_file(path: Path) -> bool:

@@ -3,7 +3,7 @@ import { h, notice } from "./dom.js";
 
 /** Pieces [[kind, text], …] as a block of code. */
 export function code(pieces) {
-  return h("pre", { class: "code", tabindex: "0" }, h("code", {}, pieces.map(([kind, text]) => (kind ? h("span", { class: kind }, text) : text))));
+  return h("pre", { class: "code", tabindex: "0", role: "region", "aria-label": "Source code" }, h("code", {}, pieces.map(([kind, text]) => (kind ? h("span", { class: kind }, text) : text))));
 }
 
 /** A command with a button that copies it. */

@@ -27,6 +27,15 @@ function fill(element, props, children) {
   return element;
 }
 
+/** Exchange an element's children for others of the same kind; the focus stays at its place among them. */
+export function renew(element, children) {
+  const place = [...element.children].findIndex((child) => child === document.activeElement);
+  element.replaceChildren(...children);
+  if (place < 0) return;
+  const again = element.children[place];
+  (again && !again.disabled ? again : element.querySelector("button:not(:disabled)"))?.focus();
+}
+
 /** What the server refused, or why it could not be asked. `status` is 0 where there was no answer. */
 export class Refusal extends Error {
   constructor(message, status) {

@@ -28,10 +28,6 @@ export function address(hash = location.hash) {
 }
 
 async function enter() {
-  if (location.hash === "#room") {
-    root.focus(); // the link that skips the way between rooms
-    return;
-  }
   const { room, rest, query } = address();
   const found = ROOMS.find((one) => one.path === room);
   leave.abort();
@@ -100,5 +96,9 @@ button.addEventListener("click", () => {
   scheme(names[(names.indexOf(localStorage.getItem("scheme") ?? "auto") + 1) % names.length]);
 });
 scheme(localStorage.getItem("scheme") in SCHEMES ? localStorage.getItem("scheme") : "auto");
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says which room is open, and stays
+  root.focus();
+});
 window.addEventListener("hashchange", enter);
 enter();

@@ -1,5 +1,5 @@
 // The Claims room: what every claim was found to be, and a button that measures it again.
-import { duration, get, h, post, settled, show, when } from "../dom.js";
+import { duration, get, h, post, renew, settled, show, when } from "../dom.js";
 import { badge, origin, value, verdictClass } from "../verdict.js";
 import { followJob } from "./job.js";
 
@@ -36,7 +36,7 @@ export async function mount(root, { signal, query }) {
     const near = claims.filter((one) => words.every((word) => one.text.includes(word)));
     const kept = new URLSearchParams(Object.entries(state).filter(([, v]) => v));
     history.replaceState(null, "", `#/claims${kept.size ? `?${kept}` : ""}`);
-    chips.replaceChildren(...STATES.map(([mark, name]) => h("button", { type: "button", "aria-pressed": String(state.verdict === mark),
+    renew(chips, STATES.map(([mark, name]) => h("button", { type: "button", "aria-pressed": String(state.verdict === mark),
       onclick: () => { state.verdict = mark; draw(); } }, name, h("small", {}, mark ? near.filter((one) => one.mark === mark).length : near.length))));
     const shown = near.filter((one) => !state.verdict || one.mark === state.verdict);
     rows.replaceChildren(...(shown.length ? shown.map(row) : [h("tr", {}, h("td", { colspan: 5, class: "meta" }, "No claim fits."))]));

@@ -1,5 +1,5 @@
 // The catalogue: every technique, newest paper first; a wheel of families, a search, pages.
-import { get, h, settled } from "../dom.js";
+import { get, h, renew, settled } from "../dom.js";
 import { badge, verdictClass } from "../verdict.js";
 import { wheel } from "../wheel.js";
 
@@ -56,38 +56,41 @@ export async function mount(root, { signal, query }) {
     const first = (state.page - 1) * PAGE;
     family.value = state.family;
     dial.point(state.family, found.length);
-    verdicts.replaceChildren(...[["", "all"], ...marks].map(([mark, name]) => h("button", { type: "button", "aria-pressed": String(state.verdict === mark),
+    renew(verdicts, [["", "all"], ...marks].map(([mark, name]) => h("button", { type: "button", "aria-pressed": String(state.verdict === mark),
       onclick: () => change({ verdict: mark }) }, name, h("small", {}, mark ? near.filter((one) => one.mark === mark).length : near.length))));
     told.replaceChildren(found.length ? `${first + 1} to ${Math.min(first + PAGE, found.length)} of ${found.length}, newest paper first` : "");
-    cards.replaceChildren(...found.slice(first, first + PAGE).map(card));
-    if (!found.length) {
-      cards.replaceChildren(h("li", { class: "empty" }, h("h2", {}, "Nothing of that name"),
-        h("button", { type: "button", onclick: () => { search.value = ""; change({ q: "", family: "", verdict: "" }); } }, "Show everything")));
-    }
-    const turn = (to, text) => h("button", { type: "button", disabled: to < 1 || to > last, onclick: () => {
-      change({ page: to });
-      told.scrollIntoView({ block: "start" });
-    } }, text);
+    cards.replaceChildren(...(found.length ? found.slice(first, first + PAGE).map(card) : [nothing()]));
     pages.hidden = last === 1;
-    pages.replaceChildren(turn(state.page - 1, "← Newer"), h("span", { class: "meta number" }, `page ${state.page} of ${last}`), turn(state.page + 1, "Older →"));
+    renew(pages, [turn(state.page - 1, last, "← Newer"), h("span", { class: "meta number" }, `page ${state.page} of ${last}`), turn(state.page + 1, last, "Older →")]);
   }
 
-  root.append(
-    h("section", { class: "hero" },
-      h("div", {},
-        h("h1", {}, "Papers you can turn by hand"),
-        h("p", { class: "lead" }, "A volvelle is the paper wheel in an old book: a page you operate. Each technique here is a part to import, "
-          + "often a model to run, and a claim that was measured, not quoted."),
-        h("dl", { class: "tally" },
-          marks.map(([mark, name]) => h("div", { class: mark }, h("dt", {}, name), h("dd", {}, String(count(mark)))))),
-        h("p", { class: "meta" }, `This machine: ${machine.processor}, ${machine.cores} cores, torch ${machine.torch}. `,
-          h("a", { href: "#/claims" }, "Measure the claims here"))),
-      dial.drawing),
+  const turn = (to, last, text) => h("button", { type: "button", disabled: to < 1 || to > last, onclick: () => {
+    change({ page: to });
+    told.scrollIntoView({ block: "start" });
+  } }, text);
+  const nothing = () => h("li", { class: "empty" }, h("h2", {}, "Nothing of that name"), h("button", { type: "button", onclick: () => {
+    search.value = "";
+    change({ q: "", family: "", verdict: "" });
+  } }, "Show everything"));
+
+  root.append(hero(marks.map(([mark, name]) => [mark, name, count(mark)]), machine, dial.drawing),
     h("div", { class: "bar filters" },
       h("div", { class: "grow" }, h("label", { class: "unseen", for: "search" }, "Search"), search),
       h("label", { class: "unseen", for: "family" }, "Family"), family, verdicts),
     told, cards, pages);
   draw();
+}
+
+function hero(tally, machine, drawing) {
+  return h("section", { class: "hero" },
+    h("div", {},
+      h("h1", {}, "Papers you can turn by hand"),
+      h("p", { class: "lead" }, "A volvelle is the paper wheel in an old book: a page you operate. Each technique here is a part to import, "
+        + "often a model to run, and a claim that was measured, not quoted."),
+      h("dl", { class: "tally" }, tally.map(([mark, name, count]) => h("div", { class: mark }, h("dt", {}, name), h("dd", {}, String(count))))),
+      h("p", { class: "meta" }, `This machine: ${machine.processor}, ${machine.cores} cores, torch ${machine.torch}. `,
+        h("a", { href: "#/claims" }, "Measure the claims here"))),
+    drawing);
 }
 
 function card(one) {

@@ -20,8 +20,11 @@ export async function mount(root, { signal, rest }) {
 async function list(root, signal) {
   const place = h("div");
   root.append(h("h1", {}, "Runs"), place);
+  let shown = "";
   async function draw() {
     const { root: folder, runs } = await get("/studio/api/runs", { signal });
+    if (shown === JSON.stringify(runs)) return;
+    shown = JSON.stringify(runs);
     if (!runs.length) {
       place.replaceChildren(h("div", { class: "empty" }, h("h2", {}, "No runs yet"),
         h("p", {}, "Trainings leave a folder in ", h("code", {}, `${folder}/`), " each; this one makes a small segmenter from drawn scenes:"), command("volvelle train segment steps=20 batch=4 crop=96,96")));

@@ -29,7 +29,7 @@ function formulas(files) {
   const found = files.filter((file) => file.formulas.length);
   if (!found.length) return null;
   return h("section", { class: "panel equation", "aria-label": "Equation" }, found.slice(0, 4).map((file) => h("figure", {},
-    file.formulas.slice(0, 2).map((text) => h("pre", { class: "scroll", tabindex: "0" }, text)),
+    file.formulas.slice(0, 2).map((text) => h("pre", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Formula" }, text)),
     found.length > 1 && h("figcaption", { class: "meta" }, h("code", {}, name(file.file))))));
 }
 
