@@ -64,6 +64,11 @@ class Reading:
         """Whether all of the prompt is read."""
         return self._logits is not None
 
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not read yet."""
+        return len(self.request.prompt) - self._done
+
     def advance(self) -> bool:
         """Read one more part of the prompt; whether all of it is read."""
         seats, prompt = self.seats, self.request.prompt

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from volvelle.decode.contract import Checked
 from volvelle.decode.options import Sampling
 from volvelle.decode.request import Generation, Scored, Token
-from volvelle.decode.seats import Reading, Seats
+from volvelle.decode.seats import PART, Reading, Seats
 from volvelle.errors import VolvelleError
 
 log = logging.getLogger("volvelle.serve")
@@ -154,11 +154,9 @@ class Engine:
                 self._wake.wait()
 
     def _turn(self) -> None:
-        """Part of a prompt, seats for those that are read, and one step of all that sit."""
+        """A part's tokens of prompts, seats for those that are read, and one step of all that sit."""
         self._dismiss()
-        self._admit()
-        if self._reading:
-            self._advance()
+        self._advance()
         for row, tokens in _by_row(self.seats.step()).items():
             job, reading = self._seated[row]
             self.load.tokens += len(tokens)
@@ -202,12 +200,24 @@ class Engine:
             self._reading.append((job, reading))
 
     def _advance(self) -> None:
-        """Read on in the first prompt that is not read, and seat the first that is."""
-        for _, reading in self._reading:
-            if not reading.read:
-                reading.advance()
-                break
-        if self.seats.free and self._reading[0][1].read:
+        """Read on in the prompts, a part's tokens of them, and seat those that are read.
+
+        The texts that sit wait no longer for many short prompts than for one long one, and many that come at once
+        soon sit together.
+        """
+        left = PART
+        self._seat()
+        self._admit()
+        while left > 0 and (reading := next((one for _, one in self._reading if not one.read), None)) is not None:
+            before = reading.unread
+            reading.advance()
+            left -= before - reading.unread
+            self._seat()
+            self._admit()
+
+    def _seat(self) -> None:
+        """Seats for those whose turn it is and that are read."""
+        while self._reading and self._reading[0][1].read and self.seats.free:
             job, reading = self._reading.pop(0)
             row, token = self.seats.sit(reading)
             self.load.tokens += 1
