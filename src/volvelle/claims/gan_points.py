@@ -90,7 +90,7 @@ def play(
     *,
     seed: int,
     look_every: int | None = None,
-    rate: float = 5e-4,
+    rate: float = 1e-3,
     latent: int = 4,
     samples: int = 2500,
 ) -> Played:

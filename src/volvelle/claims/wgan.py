@@ -182,10 +182,11 @@ def _estimates(steps: int, seeds: Sequence[int]) -> list[Finding]:
 
 
 def _games() -> dict[str, Game]:
+    """The two games. Points of a plane are near each other: beside such distances a penalty of 10 is all that counts."""
     from volvelle.train.gan_constraints import Slope
     from volvelle.train.gan_objective import Game
 
-    return {"WGAN-GP": Game("wasserstein", Slope(), 5), "non-saturating GAN": Game("non-saturating")}
+    return {"WGAN-GP": Game("wasserstein", Slope(weight=1.0), 5), "non-saturating GAN": Game("non-saturating")}
 
 
 def _tracked() -> tuple[list[Finding], str]:
