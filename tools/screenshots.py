@@ -38,9 +38,8 @@ class Shot:
 
 def race(page: Page) -> None:
     """An answer without drafts and with them."""
-    page.click("#say")
+    page.click(".composer .chips button:last-child")
     page.wait(lambda: "parameters" in page.text(".composer [role=status]"))
-    page.press(*"Repeat this sentence three times: The old wheel turns and the stars turn with it.")
     page.click(".composer .bar button:nth-child(2)")
     page.wait(lambda: page.find(".verdict").text, 300)
 
@@ -57,7 +56,7 @@ SHOTS = (
     Shot("home-dark", "#/?family=position", scheme="dark", until=".card"),
     Shot("technique", "#/technique/rope", height=1000, until=".code"),
     Shot("claims", "#/claims", until=".claims tbody tr"),
-    Shot("runs", "#/runs/scenes", until=".chart"),
+    Shot("runs", "#/runs/segmenter", until=".chart"),
     Shot("chat", "#/chat", height=900, act=race),
     Shot("field", "#/inspect/field", height=900, until=".tall tr.here"),
     Shot("ring", "#/inspect/ring", height=900, act=ring),
