@@ -1,6 +1,8 @@
 // Answers as they are written: tokens with what became of each draft, and two answers side by side.
 import { h } from "../dom.js";
 
+const LONG = 40; // tokens from which a rate says something
+
 /** One answer with drafts of `way`. `lanes` are what is written one after the other, here one. */
 export function answerView(way) {
   const one = lane(way.name, way.label);
@@ -19,7 +21,7 @@ export function raceView(way) {
       const ratio = drafted.tokens_per_second / plain.tokens_per_second;
       const at = plain.ids.findIndex((id, i) => id !== drafted.ids[i]);
       const same = at < 0 && plain.ids.length === drafted.ids.length;
-      const speed = Number.isFinite(ratio) ? `${ratio.toFixed(2)} times the rate of plain decoding. ` : "";
+      const speed = plain.ids.length < LONG || !Number.isFinite(ratio) ? "Too short an answer to compare rates. " : `${ratio.toFixed(2)} times the rate of plain decoding. `;
       const kept = `${drafted.accepted_per_step.toFixed(2)} tokens a step instead of 1. `;
       let words = `The answers are the same, token for token (${plain.ids.length} of them).`;
       if (!same && temperature) words = "With a temperature above 0 the answers are drawn from the same distribution, but they are not the same draw.";
