@@ -52,7 +52,7 @@ function lane(draft, label) {
       // Rejected tokens stood where the step's last token, the model's own, now stands.
       const spans = data.tokens.map((one) => one.text && h("span", { class: one.drafted ? "token kept" : "token" }, one.text));
       const last = spans.pop();
-      const wrong = data.rejected.length ? h("del", { class: "token rejected", title: "drafted and rejected" }, data.rejected.join("")) : null;
+      const wrong = data.rejected.length ? h("del", { class: "token rejected", title: "drafted and rejected" }, data.rejected.join("").replaceAll("\n", "⏎").replace(/ {2,}/g, " ")) : null;
       body.append(...[...spans, wrong, last].filter(Boolean));
       const rate = data.at > 0 ? (tokens - 1) / data.at : 0;
       line.textContent = told(tokens, rate, steps, kept, rejected);
