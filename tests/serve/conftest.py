@@ -18,6 +18,7 @@ pytest.importorskip("uvicorn", reason="wants the extra serve")
 import volvelle.adapt as adapt
 from volvelle.adapt.methods import LoRA
 from volvelle.data.boxes_augment import Fit
+from volvelle.decode.contract import Always
 from volvelle.decode.drafters.prompt_lookup import PromptLookup
 from volvelle.decode.seats import Seats
 from volvelle.serve.app import create_app
@@ -76,7 +77,9 @@ def serving(
     context=CONTEXT, http=Connection, held=None,
 ):  # fmt: skip
     """The address of a running server, and its engine; the kernel holds hardly more than `held` bytes of an answer."""
-    engine, figures = Engine(Seats(model, count, context=context, drafter=drafter), queue=queue), Figures()
+    # Always: what a draft costs here and now shall not decide whether there are any.
+    seats = Seats(model, count, context=context, drafter=drafter, policy=None if drafter is None else Always())
+    engine, figures = Engine(seats, queue=queue), Figures()
     names = {"tiny": None, "poet": "poet", "chef": "chef"}
     texts = Texts(engine, model.tokenizer, names, figures, seconds)
     app = create_app([routes(texts)], figures, engine=engine, api_key=api_key, body=body, body_seconds=body_seconds)
@@ -85,7 +88,6 @@ def serving(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, held)  # sockets that it accepts inherit it
     listener.bind(("127.0.0.1", 0))
     server = Server(configure(app, grace=grace, http=http), engine, grace)
-    server.install_signal_handlers = lambda: None
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     until = time.monotonic() + 30

@@ -182,7 +182,7 @@ def _estimates(steps: int, seeds: Sequence[int]) -> list[Finding]:
 
 
 def _games() -> dict[str, Game]:
-    """The two games. Points of a plane are near each other: beside such distances a penalty of 10 is all that counts."""
+    """The two games. Points of a plane are near each other: beside their distances a penalty of 10 is all there is."""
     from volvelle.train.gan_constraints import Slope
     from volvelle.train.gan_objective import Game
 
