@@ -54,7 +54,7 @@ def test_a_prefix_is_exported_alone(in_trained, capsys):
     assert adapt("method=prefix", "run=first", *METHODS["prefix"]) == 0
     capsys.readouterr()
     assert main(["export", "runs/first", "to=hf", "out=whole"]) == 1
-    assert "save the adapters alone" in capsys.readouterr().err
+    assert "to=peft writes it alone" in capsys.readouterr().err
     assert main(["export", "runs/first", "to=peft", "out=mine"]) == 0
     assert (in_trained / "mine/adapter_config.json").is_file()
 

@@ -108,7 +108,7 @@ def test_key_maps_are_bijections_bit_by_bit(config):
         whole = binding.join(parameters)
         assert tuple(whole.shape) == binding.their_shape
         assert whole.is_contiguous()
-        for name, part in binding.split(whole).items():
+        for name, part in binding.split(whole, source="a file").items():
             assert torch.equal(part, parameters[name]), name
 
 
