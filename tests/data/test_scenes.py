@@ -84,3 +84,13 @@ def test_bad_numbers(garments):
         Scenes(1, size=8)
     with pytest.raises(IndexError, match="there are 1"):
         Scenes(1).scene(1)
+
+
+def test_sides_say_how_large_a_garment_is(garments):
+    for sides in ((0.25, 0.25), (0.75, 0.75)):
+        scenes = Scenes(12, size=64, garments=(1, 1), sides=sides)
+        found = [garment.box for i in range(12) for garment in scenes.scene(i).garments]
+        longest = [max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in found]
+        assert max(longest) <= 64 * sides[0] < 2 * max(longest)
+    with pytest.raises(UsageError, match="least first"):
+        Scenes(1, sides=(0.5, 0.25))

@@ -47,3 +47,9 @@ def test_what_pictures_cannot_be_is_refused_by_name(recipe, name, value):
 def test_what_a_view_cannot_show_is_refused(recipe, zoom):
     with pytest.raises(UsageError, match=r"^zoom: "):
         recipe(data="pictures", zoom=zoom)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:])
+def test_scenes_are_counted_from_one(recipe):
+    with pytest.raises(UsageError, match=r"^scenes: must be at least 1, got 0"):
+        recipe(data="scenes", scenes=0)

@@ -74,19 +74,30 @@ class Scene:
 class Scenes:
     """`count` scenes of `size` x `size` pixels; item i is (RGB image, class numbers), as of a folder with masks.
 
-    `garments` are the least and the most garments of a scene. Fetches Fashion-MNIST at first use.
+    `garments` are the least and the most garments of a scene, `sides` the least and greatest side of one as a share of
+    the picture's. Fetches Fashion-MNIST at first use.
     """
 
     labels = Labels(CLASSES)
 
     def __init__(
-        self, count: int, *, size: int = 128, seed: int = 0, part: Part = "train", garments: tuple[int, int] = (1, 4)
+        self,
+        count: int,
+        *,
+        size: int = 128,
+        seed: int = 0,
+        part: Part = "train",
+        garments: tuple[int, int] = (1, 4),
+        sides: tuple[float, float] = (0.25, 0.5),
     ):
         if count < 1 or size < 32 or not 1 <= garments[0] <= garments[1]:
             raise UsageError(
                 f"scenes: count >= 1, size >= 32 and 1 <= garments are wanted, got {count}, {size} and {garments}"
             )
-        self.count, self.size, self.seed, self.part, self.garments = count, size, seed, part, garments
+        if not 0 < sides[0] <= sides[1] <= 1:
+            raise UsageError(f"scenes: sides are two shares of a picture, least first, got {sides}")
+        self.count, self.size, self.seed, self.part = count, size, seed, part
+        self.garments, self.sides = garments, sides
 
     def __len__(self) -> int:
         return self.count
@@ -128,7 +139,7 @@ class Scenes:
         colours = tuple(COLOURS)
         for _ in range(10):
             number = int(draw.integers(len(labels)))
-            side = int(self.size * draw.uniform(0.25, 0.5))
+            side = int(self.size * draw.uniform(*self.sides))
             top, left = draw.integers(0, self.size - side + 1, 2)
             colour = colours[draw.integers(len(colours))]
             grey = np.asarray(Image.fromarray(images[number].numpy()).resize((side, side), Image.Resampling.BILINEAR))
@@ -155,6 +166,8 @@ def write_scenes(
     val: int = 100,
     size: int = 128,
     seed: int = 0,
+    garments: tuple[int, int] = (1, 4),
+    sides: tuple[float, float] = (0.25, 0.5),
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write scenes as a data set that every vision recipe reads, and return the folder.
@@ -165,7 +178,7 @@ def write_scenes(
     captions, done = [], 0
     parts: tuple[tuple[Part, int], ...] = (("train", train), ("val", val))
     for part, count in parts:
-        scenes = Scenes(count, size=size, seed=seed, part=part)
+        scenes = Scenes(count, size=size, seed=seed, part=part, garments=garments, sides=sides)
         (folder / "images" / part).mkdir(parents=True, exist_ok=True)
         (folder / "masks" / part).mkdir(parents=True, exist_ok=True)
         boxes: list[tuple[str, Scene]] = []

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from volvelle.data.pictures import PictureSet, read_pictures
+from volvelle.data.scenes import write_scenes
 from volvelle.data.text import spread
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.classify import data_folder
 from volvelle.train.observer import Observer, say_first
 from volvelle.train.ranks import Ranks
-from volvelle.train.recipes.pictures import PictureOptions
+from volvelle.train.recipes.pictures import ViewOptions
 from volvelle.train.scenes import data_path
 
 
@@ -26,9 +30,9 @@ class PictureParts:
     where: str
 
 
-def read_picture_parts(recipe: PictureOptions, run: RunFolder, observer: Observer, ranks: Ranks) -> PictureParts:
+def read_picture_parts(recipe: ViewOptions, run: RunFolder, observer: Observer, ranks: Ranks) -> PictureParts:
     """Find and check all pictures. Raises VolvelleError for bad files, and for one picture only."""
-    folder = data_folder(str(data_path(recipe.data, run, observer, ranks, seed=recipe.seed)))
+    folder = data_folder(str(data_path(recipe.data, run, observer, ranks, seed=recipe.seed, write=_drawn(recipe))))
     train, held = read_pictures(folder, on_bad=recipe.on_bad)
     where = f"the part of {recipe.data} that is for that"
     if recipe.held_out is not None:
@@ -44,6 +48,17 @@ def read_picture_parts(recipe: PictureOptions, run: RunFolder, observer: Observe
         train, held = train.part(sorted(order[count:])), train.part(sorted(order[:count]))
         where = "pictures set aside before training"
     return PictureParts(train, held, where)
+
+
+def _drawn(recipe: ViewOptions) -> Callable[..., Path]:
+    """How scenes are drawn to be learnt: many, and small, with few garments that are large in them.
+
+    What is said of a picture can be learnt only where it fills the picture, and from thousands of them.
+    """
+    measured = max(1, recipe.scenes // 20)
+    return partial(
+        write_scenes, train=recipe.scenes, val=measured, size=recipe.size or 64, garments=(1, 2), sides=(0.4, 0.65)
+    )
 
 
 def few(pictures: PictureSet, most: int | None) -> PictureSet:

@@ -48,8 +48,12 @@ class ViewOptions(PictureOptions):
 
     zoom: tuple[float, float] = (1.0, 1.0)
     """Least and greatest side of a training view, as a share of the picture's shorter side; below 1, a crop."""
+    scenes: int = 10000
+    """How many scenes data=scenes draws to train on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1] <= 1:
             raise UsageError(f"zoom: wanted least,greatest above 0 and up to 1, got {self.zoom}")
+        if self.scenes < 1:
+            raise UsageError(f"scenes: must be at least 1, got {self.scenes}")
