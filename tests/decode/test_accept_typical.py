@@ -57,6 +57,27 @@ def test_the_longest_path_wins_and_of_several_the_likeliest():
     assert path == [0, 1]  # none goes on: the likelier first token
 
 
+def test_a_place_that_is_not_reached_hides_none_behind_it():
+    p = torch.full((5, 4), 0.25)
+    p[0] = torch.tensor([0.96, 0.04, 0.0, 0.0])
+    rule = Typical(epsilon=0.5, delta=1.0)
+    # the first of the siblings is too unlikely, and what follows it is not judged; what follows the second is
+    path, gained = judged(p, [1, 0, 2, 3], (-1, -1, 0, 1), rule=Typical(epsilon=0.2, delta=1.0))
+    assert path == [0, 2, 4]
+    assert gained[:2] == [0, 3]
+    path, _ = judged(p, [1, 0, 2, 3], (-1, -1, 0, 1), rule=rule)
+    assert path == [0, 2]
+
+
+def test_no_draft_is_no_token_and_a_token_at_the_threshold_falls():
+    p = torch.tensor([[0.4, 0.0, 0.0, 0.6], [0.25] * 4, [0.25] * 4])
+    path, _ = judged(p, [0, -1], (-1, -1))  # -1 would be the last token of the vocabulary
+    assert path == [0, 1]
+    halves = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25] * 4])
+    assert judged(halves, [0], rule=Typical(epsilon=0.5, delta=9.0))[0] == [0]
+    assert judged(halves, [0], rule=Typical(epsilon=0.49, delta=9.0))[0] == [0, 1]
+
+
 def test_greedy_answers_stay_what_they_are_and_sampled_ones_are_called_lossy():
     model = decoder()
     plain = generate(model, PROMPT, max_tokens=20)
@@ -102,5 +123,9 @@ def test_places_are_judged_by_the_requests_own_distribution():
 def test_options():
     with pytest.raises(UsageError, match="epsilon in"):
         Typical(epsilon=0.0)
-    with pytest.raises(UsageError, match="delta > 0"):
-        Typical(delta=-1.0)
+    for wrong in (-1.0, 0.0):
+        with pytest.raises(UsageError, match="delta > 0"):
+            Typical(delta=wrong)
+    with pytest.raises(UsageError, match=r"got 1\.5 and"):
+        Typical(epsilon=1.5)
+    assert Typical(epsilon=1.0).epsilon == 1
