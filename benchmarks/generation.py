@@ -7,7 +7,7 @@ sampling   greedy codes of a random prior of taming-transformers' shape (8 layer
            fp32: `draw_images`, transformers' generate on the same folder of weights, and a loop that runs the whole
            text again for every code, taming's default; and whether the codes are the same. The last for a single
            picture only: for many it takes minutes, and gains nothing by them
-drafts     pictures of --run at temperature 1, with --drafter (a run of `volvelle draft`) and without
+drafts     pictures of --run at temperature 1 and greedy ones, with --drafter (a run of `volvelle draft`) and without
 window     nats a code of pictures of --data twice as large as --run was trained on, outside its own size: the window of
            RowWindow, the window run anew for each code, and positions that simply go on
 positions  held-out nats a code of fresh priors on the codes of --run, by how they know where a code stands
@@ -19,7 +19,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +142,28 @@ def _uncached(prior: Prior, prompt: Tensor) -> Tensor:
     return ids[:, prompt.shape[1] :]
 
 
-def drafts(run: Path, drafter: Path, rounds: int) -> dict[str, Any]:
-    """Seconds for a picture at batch 1 with drafts and without, and codes a step."""
+def drafts(run: Path, drafter: Path, rounds: int) -> list[dict[str, Any]]:
+    """Seconds for a picture at batch 1 with drafts and without, and codes a step; drawn, and greedily."""
     prior = read_prior(run)
     made, classes = open_drafter(drafter, prior.model), max(1, len(prior.layout.classes))
     shows = [i % classes if prior.layout.classes else None for i in range(8)]
-    free, gained = Sampling(temperature=1.0, seed=0), list[float]()
+    found: list[dict[str, Any]] = []
+    for temperature in (1.0, 0.0):
+        sampling, gained = Sampling(temperature=temperature, seed=0), list[float]()
 
-    def with_drafts() -> None:
-        gained.append(draw_images(prior, shows, sampling=free, batch=1, drafter=made).accepted_per_step)
+        def with_drafts(sampling: Sampling = sampling, gained: list[float] = gained) -> None:
+            gained.append(draw_images(prior, shows, sampling=sampling, batch=1, drafter=made).accepted_per_step)
 
-    variants = {"plain": lambda: draw_images(prior, shows, sampling=replace(free), batch=1), "drafts": with_drafts}
-    series = protocol.interleave(variants, rounds=rounds, most=3 * rounds, steady=["plain"])
-    speed = protocol.compare(series, "drafts", "plain")
-    print(f"drafts: {protocol.shown(speed)} of plain, {gained[-1]:.2f} codes a step", flush=True)
-    return {"run": run.name, "drafter": drafter.name, "speed": speed, "codes_per_step": gained[-1]}
+        def plain(sampling: Sampling = sampling) -> None:
+            draw_images(prior, shows, sampling=sampling, batch=1)
+
+        series = protocol.interleave(
+            {"plain": plain, "drafts": with_drafts}, rounds=rounds, most=3 * rounds, steady=["plain"]
+        )
+        speed, names = protocol.compare(series, "drafts", "plain"), {"run": run.name, "drafter": drafter.name}
+        found.append(names | {"temperature": temperature, "speed": speed, "codes_per_step": gained[-1]})
+        print(f"drafts: temperature {temperature}: {protocol.shown(speed)} of plain, {gained[-1]:.2f} codes a step")
+    return found
 
 
 if __name__ == "__main__":

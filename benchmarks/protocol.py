@@ -38,6 +38,8 @@ from volvelle.files import write_atomic
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MAX_JUMP = 0.15
+NAMES = ("what", "who", "case", "name", "precision", "dtype", "drafter", "draft", "batch")
+"""The fields of a row that say what it is."""
 
 
 def parser(doc: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
@@ -197,10 +199,32 @@ def machine(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def write(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write one benchmark's JSON and return its path."""
+    """Write one benchmark's JSON and return its path; what it keeps of the stored one keeps its machine and date."""
     path = folder / f"{name}.json"
-    write_atomic(path, json.dumps(payload, indent=2) + "\n")
+    write_atomic(path, json.dumps(_dated(json.loads(json.dumps(payload)), read(name, folder)), indent=2) + "\n")
     return path
+
+
+def _dated(payload: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The payload, its machine's "earlier" naming the parts that are the stored ones: {part: {"cpu": …, "date": …}}."""
+    now, then = payload.get("machine"), stored.get("machine")
+    if not now or not then or then["date"] == now["date"]:
+        return payload
+    known, before = _parts(payload), _parts(stored)
+    facts = {part: {name: then[name] for name in ("cpu", "date")} for part in before} | then.get("earlier", {})
+    earlier = {part: facts[part] for part, one in known.items() if before.get(part) == one}
+    bare = {key: value for key, value in now.items() if key != "earlier"}
+    return payload | {"machine": bare | ({"earlier": earlier} if earlier else {})}
+
+
+def _parts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured by itself: each row, by the values that name it, and every other table."""
+    rows = {
+        " ".join(f"{row[key]:g}" if isinstance(row[key], float) else str(row[key]) for key in NAMES if key in row): row
+        for row in record.get("rows", [])
+    }
+    inner = {key: value for key, value in record.items() if isinstance(value, (dict, list))}
+    return {name: value for name, value in inner.items() if name not in ("machine", "rows", "size")} | rows
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:

@@ -44,6 +44,7 @@ PAGES = {
     "clicks": "docs/sam.md",
     "codecs": "docs/codecs.md",
     "priors": "docs/priors.md",
+    "captions": "docs/priors.md",
     "claims": "docs/claims.md",
     "short claims": "README.md",
     "short claims in Chinese": "README.zh-CN.md",
@@ -57,6 +58,7 @@ RUN_BY = {
     "clicks": "trained clicks RUN",
     "codecs": "trained codecs RUN",
     "priors": "trained priors RUN --judge RUN --data DATA",
+    "captions": "trained captions RUN --data DATA",
 }  # where the name is not the module's
 NOTHING = "Not measured yet: `python -m benchmarks.{name}` writes the table here."
 
@@ -356,6 +358,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "clicks": partial(vision_tables.trained, columns=vision_tables.CLICKS),
     "codecs": partial(vision_tables.trained, columns=vision_tables.CODECS),
     "priors": partial(vision_tables.trained, columns=vision_tables.PRIORS),
+    "captions": partial(vision_tables.trained, columns=vision_tables.CAPTIONS),
     "supported": supported_table.supported,
 }
 

@@ -178,6 +178,10 @@ TARGETS: tuple[Target, ...] = (
            "a loop without a cache"),
     Target("generation", "codes that are transformers'", ("sampling", {"batch": 1}, "same", "ours"), 1.0,
            "transformers", unit=""),
-    Target("generation", "drafts of image tokens", ("drafts", "speed"), None, "ours without drafts"),
+    *(
+        Target("generation", f"drafts of image tokens, {how}", ("drafts", {"temperature": at}, "speed"), None,
+               "ours without drafts")
+        for at, how in ((1.0, "drawn"), (0.0, "greedy"))
+    ),
 )  # fmt: skip
 """In the order of the page."""

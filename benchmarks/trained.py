@@ -2,10 +2,12 @@
 
     python -m benchmarks.trained camvid|bccd|clicks|codecs RUN [RUN …]
     python -m benchmarks.trained priors RUN [RUN …] --judge RUN --data DATA
+    python -m benchmarks.trained captions RUN [RUN …] --data DATA
 
 Reads the run folders of `volvelle train`, and adds what they found to results/NAME.json; a run of the same name is
 replaced. Nothing is trained here; the page says with which command. Priors are also asked for pictures of every class,
-which the judge, a run of `train classify`, is shown.
+which the judge, a run of `train classify`, is shown; those that were told the captions of scenes, for garments of every
+colour.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import protocol, tables
+from benchmarks.support.caption_trials import captions
 from volvelle.data.pictures import read_pictures
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
@@ -28,7 +31,10 @@ from volvelle.train.classify import data_folder
 from volvelle.train.judge import open_judge
 from volvelle.train.prior_measure import measure_prior
 
-KINDS = {"camvid": "segment", "bccd": "detect", "clicks": "promptable", "codecs": "vqgan", "priors": "prior"}
+KINDS = {
+    "camvid": "segment", "bccd": "detect", "clicks": "promptable", "codecs": "vqgan", "priors": "prior",
+    "captions": "prior",
+}  # fmt: skip
 
 
 def figures(path: Path, kind: str) -> dict[str, Any]:
@@ -74,15 +80,19 @@ def main() -> None:
     parser.add_argument("name", choices=list(KINDS))
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--judge", type=Path, help="priors: a run of train classify")
-    parser.add_argument("--data", help="priors: whose held-out part is drawn after")
+    parser.add_argument("--data", help="priors, captions: whose held-out part they are measured on")
     options = parser.parse_args()
     if options.name == "priors" and not (options.judge and options.data):
         parser.error("priors: --judge and --data are wanted")
+    if options.name == "captions" and not options.data:
+        parser.error("captions: --data is wanted")
     kept = {row["run"]: row for row in protocol.read(options.name).get("runs", [])}
     for path in options.run:
         row = figures(path, KINDS[options.name])
         if options.name == "priors":
             row |= drawn(path, options.judge, options.data)
+        if options.name == "captions":
+            row |= captions(path, options.data)
         kept[row["run"]] = row
         print(row)
     machine = protocol.machine(["torch"])

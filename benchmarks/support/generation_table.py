@@ -28,12 +28,14 @@ def generation(record: Mapping[str, Any]) -> list[str]:
             lines.append(f"| {row['batch']} | {rate:,.0f} | {told} | {row['same']['ours']:.2%} |")
         lines.append("")
     if "drafts" in record:
-        found = record["drafts"]
         lines += [
-            "| drafts of image tokens, temperature 1 | : plain | codes a step |",
-            "|---|---|---|",
-            f"| {found['drafter']} for {found['run']} | {protocol.shown(found['speed'])} "
-            f"| {found['codes_per_step']:.2f} |",
+            "| drafts of image tokens | temperature | : plain | codes a step |",
+            "|---|---|---|---|",
+            *(
+                f"| {row['drafter']} for {row['run']} | {row['temperature']:g} | {protocol.shown(row['speed'])} "
+                f"| {row['codes_per_step']:.2f} |"
+                for row in record["drafts"]
+            ),
             "",
         ]
     if "window" in record:

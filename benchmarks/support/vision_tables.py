@@ -161,6 +161,13 @@ PRIORS = {
     "distance_floor": "its floor",
     "loss": "nats a code",
 }
+CAPTIONS = {
+    "colour": "drawn in the colour asked for",
+    "colour_codec": "found in real ones behind the codec",
+    "loss": "nats a code, told its caption",
+    "loss_untold": "told nothing",
+    "loss_mistold": "told another's",
+}
 BCCD = {"map_50": "mAP at IoU 0.5", "map": "mAP at 0.5 to 0.95"}
 
 

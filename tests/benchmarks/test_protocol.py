@@ -141,3 +141,23 @@ def test_a_refused_row_does_not_replace_a_good_one(protocol):
     assert protocol.keep([good, other], better) == [better, other]
     assert protocol.keep([good], other) == [good, other]
     assert protocol.refused({"kinds": {"chat": {"over plain": {"ratio": None, "refused": ""}}}})
+
+
+def test_what_a_record_keeps_of_another_machine_says_so(protocol, tmp_path):
+    from benchmarks.support.footer import footer
+
+    def of(cpu, date, *rows, **tables):
+        facts = {"cpu": cpu, "date": date, "cpus": 2, "python": "3", "packages": {}}
+        return {"machine": facts, "rows": list(rows), **tables}
+
+    first, again = {"what": "a", "batch": 1, "seconds": 2.0}, {"what": "a", "batch": 1, "seconds": 1.0}
+    other = {"what": "a", "batch": 8, "seconds": 3.0}
+    protocol.write("x", of("old", "2026-01-01T00", first, other, table={"b": 1}), tmp_path)
+    protocol.write("x", of("mid", "2026-01-02T00", first, other, table={"b": 2}), tmp_path)
+    protocol.write("x", of("new", "2026-01-03T00", again, other, table={"b": 2}), tmp_path)
+    machine = protocol.read("x", tmp_path)["machine"]
+    assert {part: one["cpu"] for part, one in machine["earlier"].items()} == {"a 8": "old", "table": "mid"}
+    said = footer("x", machine)
+    assert said.endswith("On mid, 2026-01-02: table. On old, 2026-01-01: a 8.")
+    protocol.write("x", of("new", "2026-01-04T00", first, other | {"seconds": 9.0}), tmp_path)
+    assert "earlier" not in protocol.read("x", tmp_path)["machine"]

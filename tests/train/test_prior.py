@@ -114,6 +114,8 @@ def test_captions_are_read_and_drawn(tmp_path):
     means = prior.pictures(drawn.codes).mean((1, 2, 3)).reshape(10, 2)
     assert (means[:, 0] > means[:, 1]).float().mean() >= 0.9
     assert 'prompt="…"' in outcome.next[0]
+    told = measure_prior(prior, read_pictures(pictures)[0]).metrics
+    assert told["loss"] < told["loss mistold"]  # the captions of the other half are those of other pictures
     larger = draw_images(prior, ["a bright square"], sampling=Sampling(temperature=1.0, seed=0), size=(5, 4))
     assert prior.pictures(larger.codes).shape == (1, 1, 20, 16)
 
@@ -187,7 +189,7 @@ def test_samples_are_measured_beside_the_codec_and_real_pictures(tmp_path, data)
     assert 0.0 <= found["recognised"] <= 1.0
     assert found["FD-pixels-2 codec"] < found["FD-pixels-2"]
     assert {"loss", "perplexity", "FD-pixels-2 floor", "precision", "recall"} <= set(found)
-    assert set(measure_prior(prior, pictures).metrics) == {"loss", "perplexity"}
+    assert set(measure_prior(prior, pictures).metrics) == {"loss", "perplexity", "loss untold", "loss mistold"}
     codes = encode_pictures(pictures, prior_data.Framing(12, 1), Patches().encode)
     with torch.no_grad():
         ids = torch.cat((torch.tensor([prior.prompt(pictures.label(i)) for i in range(24)]), codes), 1)

@@ -49,18 +49,19 @@ def measure_prior(
 ) -> Measured:
     """Measure on `pictures` that were not trained on.
 
-    `loss` and `perplexity` are a code's. With an extractor or a judge `samples` pictures are drawn, each told what one
-    of the given ones shows (its class or its caption). The extractor's figures are those of `compared`; its floor is
-    the distance of one half of the given pictures to the other, "codec" that of the given ones behind the codec. The
-    judge's are `recognised`, the share it takes for the class asked for, and `recognised codec` and `recognised real`,
-    the same of the given pictures behind the codec and as they are.
+    `loss` and `perplexity` are a code's; `loss untold` is the loss where nothing is said of the pictures, and `loss
+    mistold` where each is said to show what the one half the set further shows. With an extractor or a judge `samples`
+    pictures are drawn, each told what one of the given ones shows (its class or its caption). The extractor's figures
+    are those of `compared`; its floor is the distance of one half of the given pictures to the other, "codec" that of
+    the given ones behind the codec. The judge's are `recognised`, the share it takes for the class asked for, and
+    `recognised codec` and `recognised real`, the same of the given pictures behind the codec and as they are.
     """
     observer, layout, codec = observer or Observer(), prior.layout, prior.codec
     assert codec is not None
     framing = Framing(layout.rows * codec.factor, codec.channels)  # pyright: ignore[reportArgumentType]
     how = Reading(codec, Path(prior.codec_path or "."), layout, framing, prior.words)
     codes = encode_pictures(pictures, framing, how.encode, progress=_work(observer, "encoding"))
-    metrics = held_out_loss(prior.model, held_loader(CodedPictures(codes, how.prompts(pictures)), batch))
+    metrics = _losses(prior, codes, how.prompts(pictures), batch)
     if extractor is None and judge is None:
         return Measured(metrics, torch.zeros(0, codec.channels, framing.size, framing.size))
     chosen = spread(range(len(pictures)), min(samples, max(1, len(pictures) // 2)))
@@ -82,6 +83,16 @@ def measure_prior(
         distance = compared(floor, behind, None, extractor.name)
         metrics |= {f"{name} codec": value for name, value in distance.items() if name.startswith("FD")}
     return Measured(metrics, made)
+
+
+def _losses(prior: Prior, codes: Tensor, prompts: list[list[int]], batch: int) -> dict[str, float]:
+    """The loss with what is said of the pictures, without it, and with what is said of others."""
+    metrics = held_out_loss(prior.model, held_loader(CodedPictures(codes, prompts), batch))
+    half = len(prompts) // 2
+    others = {"untold": [prior.layout.prompt()] * len(prompts), "mistold": prompts[half:] + prompts[:half]}
+    for name, said in others.items() if prior.layout.said else ():
+        metrics[f"loss {name}"] = held_out_loss(prior.model, held_loader(CodedPictures(codes, said), batch))["loss"]
+    return metrics
 
 
 def _work(observer: Observer, label: str) -> Callable[[int, int], None]:
