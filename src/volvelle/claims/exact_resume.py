@@ -133,7 +133,7 @@ WINDOW = 48
 
 def _language() -> Objective:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
     from volvelle.systems.language.decoder import Decoder
