@@ -186,12 +186,13 @@ class AdaptivePacing(Pacing):
             return 0
         if self._stated:
             return lengths(limit)[-1]
+        if not self._on and self._waited < self._wait:
+            return 0  # asked nothing: beside a small model's step the asking would be what drafting costs
         gains = policy.gains(policy.acceptance.kept(limit), length)
         if max(gains.values()) < _GAIN:
             if self._on:
                 self._on, self._waited, self._wait = False, 0, _SOONEST
                 self.figures.switched_off += 1
-            if self._waited < self._wait:
                 return 0
             gains = policy.gains(_HOPE.kept(limit), length)
             if max(gains.values()) < _GAIN:
