@@ -25,7 +25,7 @@ REPOSITORY = HERE.parents[1]
 
 # Of each file the tests that ought to notice; the file's own examples always belong to them.
 TARGETS = {
-    "decode/accept_exact": ("decode/test_accept_exact.py", "decode/test_choose_rows.py", "decode/test_drafts.py"),
+    "decode/accept_exact": ("decode/test_accept_loop.py", "decode/test_accept_exact.py"),
     "decode/accept_typical": ("decode/test_accept_typical.py",),
     "decode/trees": ("decode/test_trees.py",),
     "parts/metrics/confusion": ("parts/metrics/test_confusion.py",),
