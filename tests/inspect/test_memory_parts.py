@@ -23,6 +23,7 @@ from volvelle.inspect.memory_isolated import isolated
 from volvelle.inspect.memory_kernels import Kernels
 from volvelle.inspect.memory_ledger import Block, Ledger
 from volvelle.inspect.memory_options import Cards, StepOptions
+from volvelle.inspect.memory_products import instructions
 from volvelle.inspect.memory_session import Session
 from volvelle.inspect.memory_step import TrainingStep, blocks_of, cast
 from volvelle.inspect.memory_tracker import StorageTracker
@@ -200,7 +201,7 @@ class TestKernels:
             return run
 
         planned, measured = _both(work)
-        assert planned == pytest.approx(measured, rel=0.15)
+        assert planned == pytest.approx(measured, rel=0.15 if instructions() == "amx" else 0)
 
     @pytest.mark.parametrize("name", ["norm", "mixed", "batch norm", "masked softmax", "logsumexp", "expanded product"])
     def test_others(self, name: str):

@@ -63,16 +63,18 @@ class CollectiveTrace:
 
 
 @dataclass
-class _Log(Traffic):
+class Log(Traffic):
     """A count that also keeps what happened in order: (time, peer, bytes), bytes negative for what arrived."""
 
     events: list[tuple[float, int, int]] = field(default_factory=list)
 
     def note_sent(self, peer: int, count: int) -> None:
+        """Count a message and keep when it left."""
         super().note_sent(peer, count)
         self.events.append((time.monotonic(), peer, count))
 
     def note_arrived(self, peer: int, count: int) -> None:
+        """Keep when a message came."""
         super().note_arrived(peer, count)
         self.events.append((time.monotonic(), peer, -count))
 
@@ -94,7 +96,7 @@ def trace_all_reduce(algorithm: str, ranks: int, size: int) -> CollectiveTrace:
 
 
 def _reduce(rank: int, algorithm: Any, count: int) -> tuple[list[tuple[float, int, int]], bool]:
-    x, log = torch.full((count,), float(rank + 1)), _Log()
+    x, log = torch.full((count,), float(rank + 1)), Log()
     all_reduce(x, algorithm=algorithm)
     p = dist.get_world_size()
     right = bool((x == p * (p + 1) / 2).all())

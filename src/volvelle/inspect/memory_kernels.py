@@ -3,7 +3,8 @@
 A fake kernel tells only its results. Real ones also pack weights, copy inputs into blocked layouts, keep partial sums
 per thread. On the CPU these buffers come from the same allocator as tensors, so a profiler counts them; the rules here
 were derived from the kernels' sources and from what the allocator saw (torch 2.13, oneDNN 3.12, AVX-512), operation by
-operation. On CUDA the rules are those of FlashAttention-2's backward pass; cuDNN's workspace is not modelled.
+operation; memory_products has those of products. On CUDA the rules are those of FlashAttention-2's backward pass;
+cuDNN's workspace is not modelled.
 
 Every rule returns the extra bytes at the kernel's own peak: what it holds then, minus what its results occupy later.
 """
@@ -18,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
+
+from volvelle.inspect.memory_products import Product, instructions, product_scratch
 
 LANE = 16  # oneDNN pads channels to a vector of 16 floats
 _ATEN = torch.ops.aten
@@ -219,22 +222,22 @@ def _tile(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 
 def _product(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """In half precision oneDNN's brgemm packs operands into panels of 32 columns, in buffers of each thread's own.
-
-    An operand whose rows are not contiguous (the weight's gradient) is first transposed: then it holds up to 256 rows
-    of the one and two panels of the other, else all panels of the second operand, both within the cache.
-    """
+    """Copies of operands that BLAS cannot read, and what oneDNN packs in half precision."""
     a, b = args[-2:]
     copies = _bytes(*(t for t in (a, b) if not _has_leading_dimension(t)))
-    if b.dtype not in _HALF:
-        return copies
-    k, n = _up(a.shape[-1], 32), _up(b.shape[-1], 32)
-    if a.stride(-1) != 1:
-        rows = min(_up(-(-a.shape[-2] // kernels.threads), 32), 256)
-        panels = min(2 * k * (rows + 64), 800 * 1024)
-    else:
-        panels = min(2 * k * n, 1280 * 1024)
-    return copies + kernels.threads * (panels + 5 * 1024)
+    return copies + (_packed(kernels, a, b) if b.dtype in _HALF else 0)
+
+
+def _batched_product(kernels: Kernels, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    a, b = args[-2:]
+    return _packed(kernels, a, b) if b.dtype in _HALF else 0
+
+
+def _packed(kernels: Kernels, a: Tensor, b: Tensor) -> int:
+    *batch, m, k = a.shape
+    transposed = a.stride(-1) != 1 and a.stride(-2) == 1
+    product = Product(m, k, b.shape[-1], math.prod(batch), transposed)
+    return product_scratch(product, b.dtype, kernels.threads, instructions())
 
 
 def _has_leading_dimension(matrix: Tensor) -> bool:
@@ -280,6 +283,8 @@ _CPU: dict[Any, Rule] = {
     _ATEN.mean: _mean,
     _ATEN.mm: _product,
     _ATEN.addmm: _product,
+    _ATEN.bmm: _batched_product,
+    _ATEN.baddbmm: _batched_product,
     _ATEN.logsumexp: _logsumexp,
     _ATEN._safe_softmax: _safe_softmax,
 }
