@@ -1,4 +1,4 @@
-"""Fréchet distance between sets of pictures: it rises with every disturbance, and with every picture left out."""
+"""Fréchet distance between sets of pictures: how it follows disturbances, and what it owes to their number."""
 
 from __future__ import annotations
 
