@@ -54,4 +54,3 @@ def test_moved_boxes_are_those_of_the_objects():
 def test_the_claims_are_measured(name, tmp_path):
     record = run_claim(name, "quick", tmp_path)
     assert record["verdict"] in ("held", "not held")
-    assert record["seconds"] < 300

@@ -43,4 +43,3 @@ def test_nested_objects_are_garments_and_all_of_them():
 def test_the_claim_is_measured(tmp_path):
     record = run_claim("sam", "quick", tmp_path)
     assert record["verdict"] in ("held", "not held")
-    assert record["seconds"] < 300

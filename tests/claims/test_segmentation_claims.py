@@ -51,4 +51,3 @@ def test_a_stack_has_the_field_of_the_large_kernel():
 def test_gcn_k_is_measured(tmp_path):
     record = run_claim("gcn-k", "quick", tmp_path)
     assert record["verdict"] in ("held", "not held")
-    assert record["seconds"] < 300

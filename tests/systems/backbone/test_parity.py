@@ -194,9 +194,10 @@ def test_transformers_with_the_same_weights(tmp_path, variant, size):
     kept, state = again.state_dict(), theirs.state_dict()
     assert kept.keys() == state.keys()
     assert all(torch.equal(kept[name], state[name]) for name in state)
-    assert_same(again(x).logits, theirs(x).logits)
-    x = x.double()
-    assert_same(ours.double()(x), theirs.double()(x).logits)
+    # In fp64: the random weights of a deep network turn fp32's rounding into something else, in any implementation.
+    x, expected = x.double(), theirs.double()(x.double()).logits
+    assert_same(ours.double()(x), expected)
+    assert_same(again.double()(x).logits, expected)
     assert again.config.id2label[3] == "class 3"
 
 
