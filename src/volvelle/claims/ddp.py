@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from volvelle.claims.claim import Budget, Claim, Finding, Measurement, Paper, at_least, at_most
+from volvelle.claims.rank_runs import decoder, flat, relative, samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ CLAIM = Claim(
     recipe="volvelle train language data=book.txt ranks=2",
 )
 
-BATCH, VOCABULARY, SAMPLES = 3, 64, 47
+BATCH, SAMPLES = 3, 47
 HOOKS = {
     "torch.distributed": {},
     "own ring": {"all_reduce": "ring"},
@@ -109,7 +110,7 @@ def _gradients(p: int, name: str, found: Sequence[Seen], one: Seen) -> list[Find
     """Error and bytes of one way to average."""
     import numpy as np
 
-    error = max(_relative(mine, whole) for mine, whole in zip(found[0].gradients, one.gradients, strict=True))
+    error = max(relative(mine, whole) for mine, whole in zip(found[0].gradients, one.gradients, strict=True))
     what = f"{p} ranks, {name}: largest relative error of a step's gradient"
     compressed = name.endswith("bf16")
     # bf16 has 8 significant bits: each of the p summands and p - 1 sums is off by at most 2^-9 of itself.
@@ -127,7 +128,7 @@ def _gradients(p: int, name: str, found: Sequence[Seen], one: Seen) -> list[Find
 
 def _unweighted(p: int, steps: int, one: Seen) -> Finding:
     naive = alone(Setting(steps, p, moves=False, weighted=False))
-    error = max(_relative(mine, whole) for mine, whole in zip(naive.gradients, one.gradients, strict=True))
+    error = max(relative(mine, whole) for mine, whole in zip(naive.gradients, one.gradients, strict=True))
     return at_least(f"{p} ranks, means averaged without weights: largest relative error", error, 1e-3)
 
 
@@ -144,13 +145,6 @@ def _curves(p: int, name: str, found: Sequence[Seen], one: Seen) -> list[Finding
             f"{p} ranks, {name}: loss, first and last step", f"{found[0].losses[0]:.3f}, {found[0].losses[-1]:.3f}"
         ),
     ]
-
-
-def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    import numpy as np
-
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def alone(setting: Setting) -> Seen:
@@ -194,7 +188,7 @@ def _train(ranks: Any, setting: Setting) -> Seen:
                 optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
                 if not setting.moves:
                     optimizer.register_step_pre_hook(
-                        lambda *_: self.gradients.append(_flat(p.grad for p in parameters.values()))
+                        lambda *_: self.gradients.append(flat(p.grad for p in parameters.values()))
                     )
                 return optimizer
 
@@ -212,52 +206,11 @@ def _train(ranks: Any, setting: Setting) -> Seen:
         def progress(self, progress: Any) -> None:
             self.seen = (*self.seen, progress.metrics["loss"])
 
-    model, losses = _decoder(), Losses()
+    model, losses = decoder(32, 2, 96), Losses()
     chosen = FitOptions(steps=setting.steps, batch=BATCH, accumulate=setting.accumulate)
     objective = Watched(model, chosen)
-    loader = Loader(_samples(), BATCH, seed=0, collate=collate)
+    loader = Loader(samples(SAMPLES), BATCH, seed=0, collate=collate)
     fit(objective, loader, options=chosen, observer=losses, ranks=ranks)
     kept = np.stack(objective.gradients) if objective.gradients else np.empty(0)
     hook = getattr(ranks, "hook", None)
-    return Seen(kept, list(losses.seen), hook.traffic.sent if hook else 0, _flat(model.parameters()))
-
-
-def _flat(tensors: Any) -> np.ndarray:
-    import torch
-
-    return torch.cat([t.detach().reshape(-1) for t in tensors]).numpy()
-
-
-def _decoder() -> Any:
-    import torch
-
-    from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
-    from volvelle.systems.language.decoder import Decoder
-
-    torch.manual_seed(0)
-    config = LanguageConfig(
-        "llama",
-        vocabulary=VOCABULARY,
-        width=32,
-        depth=2,
-        heads=2,
-        kv_heads=1,
-        context=64,
-        norm=RMSNorm(),
-        mlp=GatedMLP(96),
-        position=Rope(),
-    )
-    return Decoder(config)
-
-
-def _samples() -> list[Any]:
-    """Arithmetic sequences modulo the vocabulary: something to learn, in samples of unequal length."""
-    import random
-
-    import torch
-
-    draw, found = random.Random(0), []
-    for _ in range(SAMPLES):
-        start, stride, length = draw.randrange(VOCABULARY), draw.randint(1, 5), draw.randint(4, 40)
-        found.append(((start + stride * torch.arange(length)) % VOCABULARY, torch.ones(length, dtype=torch.bool)))
-    return found
+    return Seen(kept, list(losses.seen), hook.traffic.sent if hook else 0, flat(model.parameters()))

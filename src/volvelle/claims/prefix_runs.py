@@ -61,6 +61,8 @@ class Bench:
     held: int
     precision: Any
     batch: int = 4
+    seed: int = 0
+    """Of what a method adds to the model."""
     results: dict[tuple[str, int], Result] = field(default_factory=dict)
 
     @property
@@ -137,7 +139,7 @@ class Bench:
         model = copy.deepcopy(self.model)
         if not method.trains_base and self.precision == "bf16":
             model = model.bfloat16()  # a frozen model may be stored as it is multiplied
-        adapted = apply(model, method, generator=torch.Generator().manual_seed(0))
+        adapted = apply(model, method, generator=torch.Generator().manual_seed(self.seed))
         parameters = list(adapted.trainable.values())
         optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         model.train()
