@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 LARGEST = 200 * 1024
+STATUS = ".room-vision > .split [role=status]"
 sys.path.insert(0, str(ROOT))
 
 from tests.serve.studio.browser import Page, no_browser, open_browser, studio_in  # noqa: E402
@@ -51,6 +53,21 @@ def ring(page: Page) -> None:
     page.click(".player button:nth-child(2)")
 
 
+def clicked(page: Page) -> None:
+    """Objects found in a drawn scene, and a mask from a click on the middle of the first."""
+    page.wait(lambda: page.find(".over").get_dom_attribute("viewBox"))
+    page.wait(lambda: _press(page, "Detect"))
+    page.wait(lambda: "objects in" in page.text(STATUS), 60)
+    ActionChains(page.driver).move_to_element(page.find(".over rect")).click().perform()
+    page.wait(lambda: "estimated IoU" in page.text(STATUS), 60)
+
+
+def _press(page: Page, name: str) -> bool:
+    """Click the button of that name, once it can be clicked."""
+    button = next(one for one in page.all("button") if one.text == name)
+    return button.is_enabled() and button.click() is None
+
+
 SHOTS = (
     Shot("home", "#/?family=attention", until=".card"),
     Shot("home-dark", "#/?family=position", scheme="dark", until=".card"),
@@ -60,6 +77,7 @@ SHOTS = (
     Shot("chat", "#/chat", height=900, act=race),
     Shot("field", "#/inspect/field", height=900, until=".tall tr.here"),
     Shot("ring", "#/inspect/ring", height=900, act=ring),
+    Shot("vision", "#/vision", height=900, act=clicked),
     Shot("phone", "#/technique/rope", width=390, height=860, until=".equation"),
 )
 

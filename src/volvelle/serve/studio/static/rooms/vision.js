@@ -92,7 +92,7 @@ export async function mount(root, { signal }) {
       }
       begin.disabled = false;
     } }, "Train it");
-    return h("section", { class: "panel offer" }, h("h2", {}, head), h("p", {}, `${what}; its first steps say how long it takes on this machine. `, h("code", {}, state.facts.train[kind])), h("div", { class: "bar" }, begin), place);
+    return h("section", { class: "panel offer" }, h("h2", {}, head), h("p", {}, `${what}: about two minutes on two idle cores. `, h("code", {}, state.facts.train[kind])), h("div", { class: "bar" }, begin), place);
   }
 
   function buttons() {
