@@ -131,10 +131,23 @@ def test_bad_calls_are_named():
     boxes, scores, groups = crowd(4)
     with pytest.raises(ValueError, match=r"nms: iou_threshold must be in \[0, 1\], got 1\.5"):
         nms(boxes, scores, 1.5)
+    with pytest.raises(ValueError, match=r"nms: iou_threshold must be in \[0, 1\], got -0\.1"):
+        nms(boxes, scores, -0.1)
+    with pytest.raises(ValueError, match=r"nms: boxes must be \(n, 4\) and scores \(n\), got \(1, 4, 4\)"):
+        nms(boxes[None], scores[:1], 0.5)
     with pytest.raises(ValueError, match=r"nms: boxes must be \(n, 4\) and scores \(n\), got \(4, 4\) and \(3,\)"):
         nms(boxes, scores[:3], 0.5)
     with pytest.raises(ValueError, match="batched_nms: idxs must be"):
         batched_nms(boxes, scores, groups.double(), 0.5)
+    with pytest.raises(ValueError, match="batched_nms: idxs must be"):
+        batched_nms(boxes, scores, groups.to(torch.complex64), 0.5)
+    with pytest.raises(ValueError, match=r"batched_nms: idxs must be \(4,\) integers, got torch.int64 of shape \(3,\)"):
+        batched_nms(boxes, scores, groups[:3], 0.5)
+    for sizes in ({"scores": scores[:3]}, {"idxs": groups[:3]}, {"boxes": boxes[None]}):
+        with pytest.raises(ValueError, match=r"soft_nms: boxes must be \(n, 4\), scores and idxs \(n\), got"):
+            soft_nms(**{"boxes": boxes, "scores": scores, **sizes})
+    with pytest.raises(ValueError, match="and sigma above 0, got 'gaussian', 0"):
+        soft_nms(boxes, scores, sigma=0.0)
     with pytest.raises(ValueError, match='soft_nms: method must be "gaussian" or "linear"'):
         soft_nms(boxes, scores, method="cubic")  # pyright: ignore[reportArgumentType]
 

@@ -101,10 +101,11 @@ def _check(
     size = [(n + 2 * p - r * (k - 1) - 1) // s + 1 for n, p, r, k, s in spans]
     per_group = 2 * math.prod(kernel)
     groups, rest = offset.shape[1] // per_group, offset.shape[1] % per_group
-    if rest or not groups or c % groups or min(size) < 1 or [len(input), *size] != [len(offset), *offset.shape[2:]]:
+    here = [input.shape[0], *size]
+    if rest or not groups or c % groups or min(size) < 1 or here != [offset.shape[0], *offset.shape[2:]]:
         wanted = ", ".join(map(str, size))
         raise ValueError(f"{call}: offset must be (b, 2 g K K, {wanted}) with g dividing c, {shapes}")
-    if mask is not None and mask.shape != (len(input), offset.shape[1] // 2, *size):
+    if mask is not None and mask.shape != (here[0], offset.shape[1] // 2, *size):
         raise ValueError(f"{call}: mask must be half of the offset, got {tuple(mask.shape)}; {shapes}")
     return groups
 

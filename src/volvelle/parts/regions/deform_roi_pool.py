@@ -50,7 +50,7 @@ def deform_roi_pool(
     call = "deform_roi_pool"
     image, corners = as_rois(call, input, boxes)
     k_y, k_x = bins_of(call, output_size)
-    check_moves(call, offset, (len(corners), 2, k_y, k_x), sampling_ratio)
+    check_moves(call, offset, (corners.shape[0], 2, k_y, k_x), sampling_ratio)
     (x1, y1), (w, h) = placed(corners, spatial_scale, "torchvision")
     moves = gamma * wide(offset)[..., None]  # (r, 2, k_y, k_x, 1)
     y = grid(y1, h / k_y, k_y, sampling_ratio)[:, :, None] + moves[:, 1] * h.view(-1, 1, 1, 1)
@@ -91,7 +91,7 @@ def deform_ps_roi_pool(
     image, corners = as_rois(call, input, boxes)
     k_y, k_x = bins_of(call, output_size)
     check_own(call, input, k_y * k_x, sampling_ratio, reduce, convention)
-    check_moves(call, offset, (len(corners), 2, k_y, k_x), sampling_ratio)
+    check_moves(call, offset, (corners.shape[0], 2, k_y, k_x), sampling_ratio)
     start, size = placed(corners, spatial_scale, convention)
     y, x = own_places(start, size, (k_y, k_x), sampling_ratio, convention)
     moves = gamma * wide(offset)[..., None]

@@ -24,6 +24,7 @@ from torch import Tensor
 from volvelle.export import export
 from volvelle.parts.regions.boxes import check_boxes, wide
 from volvelle.parts.regions.iou import areas
+from volvelle.parts.regions.order import stable_order
 
 BLOCK = 64
 RUN, MOST_PAIRS = 256, 1 << 22  # pairs a box, and in all, up to which runs take less time and memory than blocks
@@ -92,7 +93,7 @@ def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor | None, threshold: f
 
 def by_score(scores: Tensor) -> Tensor:
     """The order of falling scores, NaNs last, equal ones as they came."""
-    return torch.where(scores.isnan(), -math.inf, wide(scores)).sort(stable=True, descending=True).indices
+    return stable_order(torch.where(scores.isnan(), -math.inf, wide(scores)), descending=True)
 
 
 def fixed_point(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tensor:
@@ -103,7 +104,7 @@ def fixed_point(boxes: Tensor, groups: Tensor | None, threshold: float) -> Tenso
         strikes = strikes & (groups[:, None] == groups)
 
     def again(keep: Tensor, before: Tensor, strikes: Tensor) -> Tensor:
-        return (keep != before).any()
+        return (keep != before).sum() > 0  # a runtime may find that any of no numbers is true
 
     def narrow(keep: Tensor, before: Tensor, strikes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return ~(strikes & keep[:, None]).any(0), keep.clone(), strikes.clone()

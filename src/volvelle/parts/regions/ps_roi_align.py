@@ -142,10 +142,11 @@ def placed(corners: Tensor, scale: float, convention: Convention) -> tuple[Tenso
 
 def _of_all(input: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Rows (r, k_y, y) times each bin's map times columns (r, k_x, x): no size depends on a value."""
-    b, _, y, x = input.shape
-    maps = wide(input).transpose(0, 1).reshape(-1, rows.shape[1], columns.shape[1], b * y, x)
-    rows = of_image(rows, image, b).to(maps.dtype)
-    return torch.einsum("rpn,dpqnx,rqx->rdpq", rows, maps, columns.to(maps.dtype)).to(input.dtype)
+    (b, c, y, x), (r, k_y, _), k_x = input.shape, rows.shape, columns.shape[1]
+    maps = wide(input).unflatten(1, (-1, k_y, k_x)).permute(2, 0, 4, 1, 3, 5).reshape(k_y, b * y, -1)
+    found = of_image(rows, image, b).to(maps.dtype).transpose(0, 1) @ maps
+    found = found.view(k_y, r, c // (k_y * k_x), k_x, x) * columns.to(maps.dtype)[:, None]
+    return found.sum(-1).permute(1, 2, 0, 3).to(input.dtype)
 
 
 @export("nn.PSRoIAlign", twin=ps_roi_align, stable=True)

@@ -74,11 +74,11 @@ def roi_align(
 
 def _of_all(input: Tensor, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Rows (r, k, y) times maps times columns (r, k, x): no size depends on a value."""
-    b, c, y, x = input.shape
-    maps = wide(input).transpose(0, 1).reshape(c, b * y, x)
-    rows = of_image(rows, image, b).to(maps.dtype)
-    found = torch.einsum("rpn,cnx->rcpx", rows, maps)
-    return torch.einsum("rcpx,rqx->rcpq", found, columns.to(found.dtype)).to(input.dtype)
+    (b, c, y, x), (r, k_y, _) = input.shape, rows.shape
+    maps = wide(input).permute(0, 2, 1, 3).reshape(b * y, c * x)
+    found = of_image(rows, image, b).to(maps.dtype).flatten(0, 1) @ maps
+    found = found.view(r, k_y, c, x).transpose(1, 2).flatten(1, 2)
+    return (found @ columns.to(maps.dtype).mT).unflatten(1, (c, k_y)).to(input.dtype)
 
 
 def of_image(rows: Tensor, image: Tensor, b: int) -> Tensor:

@@ -46,7 +46,7 @@ def _images(call: str, image: Tensor, b: int) -> Tensor:
     number = image.nan_to_num(-1.0).long() if image.is_floating_point() else image.long()
     if torch.compiler.is_compiling() or number.device.type != "cpu" or not number.numel():
         return number.clamp(0, b - 1)
-    if int(number.min()) < 0 or int(number.max()) >= b:
+    if bool(((number < 0) | (number >= b)).any()):
         raise ValueError(f"{call}: the images of the boxes must lie in 0 to {b - 1}, got {sorted(set(image.tolist()))}")
     return number
 

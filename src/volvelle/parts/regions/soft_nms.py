@@ -18,6 +18,7 @@ from torch import Tensor
 from volvelle.export import export
 from volvelle.parts.regions.boxes import check_boxes, wide
 from volvelle.parts.regions.iou import box_iou
+from volvelle.parts.regions.order import stable_order
 
 
 @export("functional.soft_nms")
@@ -72,7 +73,7 @@ def _leave(factors: Tensor, scores: Tensor, threshold: float) -> tuple[Tensor, T
         start = (left, never, torch.zeros((1,), dtype=torch.int64, device=left.device), scores, factors)
 
         def more(left: Tensor, turn: Tensor, step: Tensor, final: Tensor, factors: Tensor) -> Tensor:
-            return (left >= least).any()
+            return (left >= least).sum() > 0  # a runtime may find that any of no numbers is true
 
         def leave(left: Tensor, turn: Tensor, step: Tensor, final: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
             best = left.argmax(0, keepdim=True)
@@ -81,7 +82,7 @@ def _leave(factors: Tensor, scores: Tensor, threshold: float) -> tuple[Tensor, T
             return after, torch.where(this, step, turn), step + 1, torch.where(this, left, final), factors.clone()
 
         _, turn, _, final, _ = while_loop(more, leave, start)
-        order = turn.sort(stable=True).indices
+        order = stable_order(turn)
         order = order[(turn[order] < n).nonzero()[:, 0]]
         return order, final[order]
     order, final = [], []

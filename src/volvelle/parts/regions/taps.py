@@ -10,13 +10,14 @@ map stays where it is, and one in a position stays in its own result.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from volvelle.parts.regions.boxes import wide
+from volvelle.parts.regions.rows import row_sums
 
 
 class Taps(NamedTuple):
@@ -90,54 +91,4 @@ def weighted_rows(table: Tensor, taps: Taps) -> Tensor:
     """Return Σ_t weight[.., t] table[at[.., t]], (..., c) for taps (..., t): with first and second derivatives."""
     shape = taps.at.shape
     at, weight = taps.at.reshape(-1, shape[-1]), taps.weight.to(table.dtype).expand(shape).reshape(-1, shape[-1])
-    if torch.onnx.is_in_onnx_export():
-        found = (table[at] * weight[..., None]).sum(1)
-    else:
-        found = _WeightedRows.apply(table, at, weight)
-    return found.view(*shape[:-1], table.shape[1])
-
-
-class _WeightedRows(torch.autograd.Function):
-    """Bags of embeddings: the sums are made row by row, and the rows that they need are never copied out."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, at: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(table, at, weight)
-        return F.embedding_bag(at, table, mode="sum", per_sample_weights=weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        table, at, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a second derivative is wanted
-        for_table = for_weight = None
-        if ctx.needs_input_grad[0]:
-            for_table = (
-                _scattered(grad, at, weight, table.shape[0]) if again else _gathered(grad, at, weight, table.shape[0])
-            )
-        if ctx.needs_input_grad[2]:
-            for_weight = (table[at] * grad[:, None]).sum(-1) if again else _products(table, at, grad)
-        return for_table, None, for_weight
-
-
-def _scattered(grad: Tensor, at: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """The table's gradient in operations that have derivatives themselves."""
-    each = (weight[..., None] * grad[:, None]).flatten(0, 1)
-    return grad.new_zeros(rows, grad.shape[1]).index_add(0, at.flatten(), each)
-
-
-def _gathered(grad: Tensor, at: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """The same as bags: every row of the table sums up the results that it went into."""
-    numbers, order = at.flatten().sort(stable=True)
-    starts = torch.searchsorted(numbers, torch.arange(rows, device=at.device))
-    return F.embedding_bag(order // at.shape[1], grad, starts, mode="sum", per_sample_weights=weight.flatten()[order])
-
-
-def _products(table: Tensor, at: Tensor, grad: Tensor) -> Tensor:
-    """Each tap's grad · table[at]."""
-    m, t = at.shape
-    starts = torch.arange(m, device=at.device) * t
-    bag = torch.arange(m, device=at.device)[:, None].expand(m, t).flatten()
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, table, at.flatten(), starts, bag, 0, -1
-    ).view(m, t)
+    return row_sums(table, at, weight).view(*shape[:-1], table.shape[1])
