@@ -66,7 +66,7 @@ def test_ranks_need_not_be_sorted_and_nothing_is_grown_in_vain():
 
 
 def test_static_trees():
-    assert chain(0).size == 0
+    assert chain(0).size == chain(0).depth == 0
     assert chain(3).is_chain
     assert chain(3).depth == 3
     whole = product([2, 3, 1])
@@ -117,3 +117,42 @@ def test_trees_between_readings_are_nested():
     seen.observe([3, 3, 3])
     assert big.first(6) == small == seen.tree(6)
     assert seen.tree(20) == big
+
+
+def test_before_anything_was_seen():
+    """prior * 2 ** -r as if seen `weight` times, or the measured table; older observations fade by 1 - 1 / memory."""
+    assert RankAcceptance(heads=2, ranks=3).table == [[0.4, 0.2, 0.1]] * 2
+    measured = RankAcceptance(heads=2, ranks=2, table=[[0.5, 0.3, 0.1], [0.2, 0.1, 0.0]], weight=4.0, memory=10.0)
+    assert measured.table == [pytest.approx([0.5, 0.3]), pytest.approx([0.2, 0.1])]
+    measured.observe([1])
+    kept = 4.0 * 0.9
+    assert measured.table[0] == pytest.approx([0.5 * kept / (kept + 1), (0.3 * kept + 1) / (kept + 1)])
+    assert measured.table[1] == pytest.approx([0.2, 0.1]), "no more heads are judged than the step has new tokens"
+    measured.observe([None, 0, 0])  # a head that there is none of
+    assert measured.table[0][1] == pytest.approx((0.3 * kept + 1) * 0.9 / ((kept + 1) * 0.9 + 1))
+    usual = RankAcceptance(heads=1, ranks=1)
+    usual.observe([0])
+    assert usual.table == [[pytest.approx((0.8 * 0.995 + 1) / (2 * 0.995 + 1))]]
+
+
+def test_estimates_are_read_after_every_so_many_observations():
+    seen = RankAcceptance(heads=1, ranks=3, prior=0.1)
+    for observed in range(1, 16):
+        assert paths_of(seen.tree(1)) == [(0,)]
+        seen.observe([2])
+        assert paths_of(seen.tree(1, every=99)) == [(0,)], f"asked for again after {observed}"
+    assert paths_of(seen.tree(1)) == [(0,)]
+    seen.observe([2])
+    assert paths_of(seen.tree(1)) == [(2,)]
+    for _ in range(60):
+        seen.observe([1])
+    seen.tree(1, every=99)
+    assert paths_of(seen.tree(1, every=99)) == [(2,)]
+    assert paths_of(seen.tree(2, every=99)) == [(1,), (2,)], "a larger tree is grown from what is known now"
+    for _ in range(200):
+        seen.observe([0])
+    before = seen.tree(1)
+    assert paths_of(before) == [(0,)]
+    for _ in range(300):
+        seen.observe([1])
+    assert seen.tree(2, every=999).first(1) == before, "it was read at the larger size, so that trees are nested"

@@ -89,8 +89,12 @@ def test_unknown_labels_are_listed():
     with pytest.raises(ValueError, match=r"target .*: -1"):
         confusion_matrix(good.long(), good.long() - 1, 3)
     many = torch.arange(40)
-    with pytest.raises(ValueError, match="and 27 more"):
+    with pytest.raises(ValueError, match=r"3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 27 more$"):
         confusion_matrix(many * 0, many, 3)
+    with pytest.raises(ValueError, match=r"3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 1 more$"):
+        confusion_matrix(many[:14] * 0, many[:14], 3)
+    with pytest.raises(ValueError, match=r"3, 4, 5, 6, 7, 8, 9, 10, 11, 12$"):
+        confusion_matrix(many[:13] * 0, many[:13], 3)
 
 
 def test_wrong_maps_say_what_arrived():
@@ -99,13 +103,36 @@ def test_wrong_maps_say_what_arrived():
         confusion_matrix(labels.float(), labels, 2)
     with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(3, 2\)"):
         confusion_matrix(labels, labels.mT, 2)
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(TypeError, match=r"target must hold class numbers .* got torch.complex64"):
+        confusion_matrix(labels, labels.to(torch.complex64), 2)
+    with pytest.raises(ValueError, match="confusion_matrix: num_classes must be at least 1, got 0"):
         confusion_matrix(labels, labels, 0)
+    with pytest.raises(ValueError, match="ConfusionMatrix: num_classes must be at least 1, got 0"):
+        ConfusionMatrix(0)
 
 
 def test_bool_maps_are_two_classes():
     preds, target = torch.tensor([True, False, True]), torch.tensor([True, True, False])
     assert confusion_matrix(preds, target, 2).tolist() == [[0, 1], [1, 1]]
+    assert confusion_matrix(preds, target, 2, ignore_index=1).tolist() == [[0, 1], [0, 0]]
+    with pytest.raises(ValueError, match=r"target holds labels outside 0 … 0 .*: 1"):
+        confusion_matrix(preds & False, target, 1)
+
+
+def test_a_module_asks_as_the_function_does():
+    """Its defaults are the function's, and the images of one batch are counted one by one only when asked."""
+    target = torch.tensor([[0, 255], [1, 1]])
+    seen = ConfusionMatrix(2)
+    assert torch.equal(seen(target.clamp(max=1), target), confusion_matrix(target.clamp(max=1), target, 2))
+    with pytest.raises(ValueError, match="preds holds labels outside"):
+        seen.update(target.fill_(2), torch.zeros_like(target))
+    kept = ConfusionMatrix(3, ignore_index=1, per_image=True)
+    assert kept(torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0, 1], [0, 2]])).tolist() == [
+        [1, 0, 1], [0, 0, 0], [0, 1, 0]
+    ]  # fmt: skip
+    assert kept.images.sum((1, 2)).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="one shape"):
+        kept.update(torch.zeros(2, 3).long(), torch.zeros(2, 2).long())
 
 
 def test_counts_stay_exact_where_floats_stop():
