@@ -11,19 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.inspect.peaks import planned_and_measured
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from volvelle.errors import VolvelleError
-from volvelle.inspect import measure_peak, plan_memory
+from volvelle.inspect import plan_memory
 from volvelle.inspect.memory_advice import at_least
 from volvelle.inspect.memory_cards import quoted_figures
 from volvelle.inspect.memory_drawing import timeline_svg
+from volvelle.inspect.memory_inputs import Inputs
 from volvelle.inspect.memory_isolated import isolated
 from volvelle.inspect.memory_kernels import Kernels
 from volvelle.inspect.memory_ledger import Block, Ledger
 from volvelle.inspect.memory_options import Cards, StepOptions
-from volvelle.inspect.memory_products import instructions
 from volvelle.inspect.memory_session import Session
 from volvelle.inspect.memory_step import TrainingStep, blocks_of, cast
 from volvelle.inspect.memory_tracker import StorageTracker
@@ -142,14 +143,6 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class TestKernels:
     """Each rule against the allocator, for one operation forward and backward."""
 
@@ -167,7 +160,7 @@ class TestKernels:
 
             return run
 
-        planned, measured = _both(work)
+        planned, measured = planned_and_measured(work)
         assert planned == pytest.approx(measured, rel=0.1)
 
     @pytest.mark.parametrize("heads", [2, 6])
@@ -182,26 +175,8 @@ class TestKernels:
 
             return run
 
-        planned, measured = _both(work)
+        planned, measured = planned_and_measured(work)
         assert planned == pytest.approx(measured, rel=0.01)
-
-    @pytest.mark.parametrize(("m", "k", "n"), [(576, 256, 576), (128, 512, 128), (100, 70, 33)])
-    @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="only there oneDNN packs in this way")
-    def test_half_products(self, m: int, k: int, n: int, one_thread):
-        """Both packings: of a layer's product, and of the gradient of its weight; in one thread, to be repeatable."""
-
-        def work() -> Callable[[], None]:
-            layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
-            x, grad = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(m, n, dtype=torch.bfloat16)
-
-            def run() -> None:
-                layer.weight.grad = None
-                layer(x).backward(grad)
-
-            return run
-
-        planned, measured = _both(work)
-        assert planned == pytest.approx(measured, rel=0.15 if instructions() == "amx" else 0)
 
     @pytest.mark.parametrize("name", ["norm", "mixed", "batch norm", "masked softmax", "logsumexp", "expanded product"])
     def test_others(self, name: str):
@@ -225,7 +200,7 @@ class TestKernels:
 
             return run
 
-        planned, measured = _both(work)
+        planned, measured = planned_and_measured(work)
         assert planned == pytest.approx(measured, rel=0.01)
 
     def test_cuda_has_its_own_rules(self):
@@ -236,16 +211,6 @@ class TestKernels:
             op = torch.ops.aten.convolution.default
             assert Kernels("cpu", 2)(op, arguments, {}, op(*arguments)) > 0
             assert Kernels("cuda", 2)(op, arguments, {}, op(*arguments)) == 0
-
-
-def _both(work: Callable[[], Callable[[], None]]) -> tuple[int, int]:
-    """Peak of `work()()` planned and measured."""
-    with Session() as session:
-        run = work()
-        run()
-        start = session.position
-        run()
-    return session.trace_since(start).peak, measure_peak(work).peak
 
 
 class TestStep:
@@ -282,6 +247,24 @@ class TestStep:
         for _ in range(5):
             step.run(x)
         assert values[-1] < values[0]
+
+
+class TestInputs:
+    def test_a_tensor_that_stands_twice_is_one(self):
+        ids, other = torch.arange(6).view(3, 2), torch.zeros(3, 1)
+        for size in (2, 3, 5):
+            real = Inputs({"ids": ids, "targets": [ids], "x": other}).real(size)
+            assert real["ids"] is real["targets"][0] is not ids
+            assert (len(real["ids"]), len(real["x"])) == (size, size)
+        shared, apart = (
+            plan_memory(
+                lambda: nn.Embedding(7, 4),
+                {"ids": ids, "again": again},
+                loss=lambda model, batch: model(batch["ids"]).sum(),
+            )
+            for again in (ids, ids.clone())
+        )
+        assert apart.composition["inputs"] - shared.composition["inputs"] == ids.nbytes
 
 
 class TestCards:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.inspect.peaks import planned_and_measured
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from volvelle.inspect.memory_products import SMALL, Product, instructions, product_scratch
@@ -91,6 +94,26 @@ def test_scratch_of_batches(count: int, threads):
             measured = extra(operand(m, k, transposed, batch), operand(k, n, False, batch))
             product = Product(m, k, n, batch, transposed)
             assert product_scratch(product, torch.bfloat16, count, instructions()) == measured, (product, measured)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(576, 256, 576), (128, 512, 128), (100, 70, 33)])
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="only there oneDNN packs in this way")
+def test_a_layer_forward_and_backward(m: int, k: int, n: int, threads):
+    """A layer's product and the gradient of its weight, planned and run; in one thread, to be repeatable."""
+    threads(1)
+
+    def work() -> Callable[[], None]:
+        layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+        x, grad = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(m, n, dtype=torch.bfloat16)
+
+        def run() -> None:
+            layer.weight.grad = None
+            layer(x).backward(grad)
+
+        return run
+
+    planned, measured = planned_and_measured(work)
+    assert planned == pytest.approx(measured, rel=0.15 if instructions() == "amx" else 0)
 
 
 @exact

@@ -17,7 +17,8 @@ from volvelle.inspect.memory_values import KnownValues
 class Inputs:
     """Inputs by batch size: from a function `size -> inputs`, or from an example whose first dimension is the batch.
 
-    An example may be a tensor, or a tuple, list or mapping of tensors, real or on the meta device.
+    An example may be a tensor, or a tuple, list or mapping of tensors, real or on the meta device. A tensor that stands
+    in it twice is one tensor of the step too.
 
     >>> inputs = Inputs({"x": torch.zeros(4, 3)})
     >>> inputs.size, inputs.real(2)["x"].shape
@@ -49,7 +50,7 @@ class Inputs:
         """Real inputs: rows of the example, repeated."""
         if callable(self.batch) and not isinstance(self.batch, Tensor):
             return self.batch(size)
-        return tree_map_only(Tensor, lambda t: _rows(t, size), self.batch)
+        return _each(lambda example: _rows(example, size), self.batch)
 
     def fake(self, size: int, values: KnownValues) -> Any:
         """The same under a FakeTensorMode; small examples keep their values."""
@@ -64,7 +65,19 @@ class Inputs:
             with unset_fake_temporarily():
                 return values.give(fake, _rows(example, size))
 
-        return tree_map_only(Tensor, convert, self.batch)
+        return _each(convert, self.batch)
+
+
+def _each(convert: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with each of its tensors converted once, wherever it stands."""
+    made: dict[int, Tensor] = {}
+
+    def once(example: Tensor) -> Tensor:
+        if id(example) not in made:
+            made[id(example)] = convert(example)
+        return made[id(example)]
+
+    return tree_map_only(Tensor, once, batch)
 
 
 def _rows(example: Tensor, size: int) -> Tensor:

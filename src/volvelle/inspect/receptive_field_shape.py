@@ -249,6 +249,13 @@ def _gather(call: Call) -> Result:
     return _anywhere(call, None, "indices that are not known before the run", [call.of(n) for n in call.tensors()])
 
 
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def _bags(call: Call) -> Result:
+    """Sums of rows of a table: how deformable convolution and the poolings of regions read between pixels."""
+    why = "rows that are not known before the run (deformable convolution, pooling of regions)"
+    return [_anywhere(call, None, why, [call.of(node) for node in call.tensors()]), None, None, None]
+
+
 def _anywhere(call: Call, field: Field | None, why: str, others: Sequence[Field | None] = ()) -> Result:
     """Every element may come from every other one."""
     parts = [part for part in (field, *others) if part is not None]

@@ -27,7 +27,7 @@ ELEMENTWISE = frozenset({
     "addcdiv", "rsub", "true_divide", "floor_divide", "square", "rrelu", "hardshrink", "softshrink", "tanhshrink",
     "threshold", "log_sigmoid", "logsigmoid", "multiply", "subtract", "divide", "float_power", "nan_to_num", "fill",
     "triu", "tril", "zero", "softsign", "log_sigmoid_forward", "special_expit", "absolute",
-    "fake_quantize_per_tensor_affine", "isnan", "isinf", "isfinite",
+    "fake_quantize_per_tensor_affine", "isnan", "isinf", "isfinite", "__and__", "__or__", "__xor__",
 })  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def _nodes(nodes: Any, found: Walk, values: Mapping[str, torch.Tensor], extent: 
             source, index = node.args
             got = found.fields[source.name]
             found.fields[node.name] = got[index] if isinstance(got, list) else got
+            if source.name in found.notes and found.fields[node.name] is not None:
+                found.notes[node.name] = found.notes[source.name]
             continue
         inner = [arg for arg in node.args if _body(arg) is not None]
         call = Call(node, found.fields, extent, bounded, values)

@@ -109,11 +109,14 @@ def plan_language(
 
 
 def whole_windows(length: int, *, sources: bool = False) -> Callable[[int], dict[str, Tensor]]:
-    """A batch of b windows of `length` tokens, every one of them learnt; with `sources` of as many tokens each."""
+    """A batch of b windows of `length` tokens, every one of them learnt; with `sources` of as many tokens each.
+
+    Each is a tensor of its own, as in the batches of a loader.
+    """
+    names = ("ids", "targets", "source") if sources else ("ids", "targets")
 
     def batch(size: int) -> dict[str, Tensor]:
-        ids = torch.zeros(size, length, dtype=torch.long)
-        return {"ids": ids, "targets": ids} | ({"source": ids} if sources else {})
+        return {name: torch.zeros(size, length, dtype=torch.long) for name in names}
 
     return batch
 
