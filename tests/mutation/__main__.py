@@ -31,8 +31,11 @@ TARGETS = {
     "parts/metrics/confusion": ("parts/metrics/test_confusion.py",),
     "parts/metrics/overlap": ("parts/metrics/test_overlap.py",),
     "parts/metrics/average_precision": ("parts/metrics/test_average_precision.py",),
-    "parts/metrics/box_matching": ("parts/metrics/test_average_precision.py",),
-    "parts/metrics/mean_average_precision": ("parts/metrics/test_average_precision.py",),
+    "parts/metrics/box_matching": ("parts/metrics/test_box_matching.py", "parts/metrics/test_average_precision.py"),
+    "parts/metrics/mean_average_precision": (
+        "parts/metrics/test_box_matching.py",
+        "parts/metrics/test_average_precision.py",
+    ),
     "parts/metrics/boundary": ("parts/metrics/test_boundary.py",),
     "parts/regions/nms": ("parts/regions/test_nms.py",),
     "parts/regions/boxes": ("parts/regions/test_boxes.py",),

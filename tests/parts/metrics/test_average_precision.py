@@ -69,6 +69,22 @@ def test_nothing_found_and_nothing_there(interpolation):
     assert many[1].isnan().all()
 
 
+def test_one_object_and_none():
+    """The least there can be of positives, and recall where there are none."""
+    yes = torch.tensor([True])
+    for interpolation in ("area", "11-point", "101-point"):
+        assert float(average_precision(torch.ones(1), yes, 1, interpolation=interpolation)) == pytest.approx(1.0)
+    precision, recall = precision_recall(SCORES, HITS, torch.tensor([0, 1]))
+    assert recall[0].isnan().all()
+    assert recall[1].tolist() == [1, 1, 2, 3, 3]
+    assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 3 / 4, 3 / 5])
+
+
+def test_equal_scores_keep_their_order():
+    precision, _ = precision_recall(torch.ones(40), torch.arange(40) % 3 == 0, 14)
+    assert precision.tolist() == pytest.approx([(i // 3 + 1) / (i + 1) for i in range(40)])
+
+
 def test_wrong_arguments_are_named():
     for scores, hits, options, message in (
         (SCORES, HITS[:3], {}, r"hits \(…, n\), got \(5,\) and \(3,\)"),
@@ -80,6 +96,11 @@ def test_wrong_arguments_are_named():
             average_precision(scores, hits, 3, **options)
     with pytest.raises(TypeError, match=r"hits must be bool, got torch\.int64"):
         average_precision(SCORES, HITS.long(), 3)
+    with pytest.raises(TypeError, match=r"average_precision: ignored must be bool, got torch\.int64"):
+        average_precision(SCORES, HITS, 3, ignored=HITS.long())
+    for scores, hits in ((SCORES[None], HITS[None]), (SCORES[:1], HITS[0]), (SCORES, HITS[:3])):
+        with pytest.raises(ValueError, match=r"precision_recall: scores must be \(n,\) and hits"):
+            precision_recall(scores, hits, 3)
 
 
 def test_levels_and_thresholds_are_numpys():

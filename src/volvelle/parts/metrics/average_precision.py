@@ -42,6 +42,10 @@ def precision_recall(
     tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
     """
     _check("precision_recall", scores, hits, ignored)
+    return _curve(scores, hits, positives, ignored)
+
+
+def _curve(scores: Tensor, hits: Tensor, positives: int | Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
     order = scores.argsort(descending=True, stable=True)
     counted = torch.ones_like(hits) if ignored is None else ~ignored.expand_as(hits)
     right = (hits & counted)[..., order].cumsum(-1).double()
@@ -73,7 +77,8 @@ def average_precision(
     ...  for how in ("area", "11-point", "101-point")]
     [0.8333, 0.8485, 0.835]
     """
-    precision, recall = precision_recall(scores, hits, positives, ignored=ignored)
+    _check("average_precision", scores, hits, ignored)
+    precision, recall = _curve(scores, hits, positives, ignored)
     if interpolation == "area":
         steps = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1])) if recall.shape[-1] else recall
         found = (steps * monotone(precision)).sum(-1)
