@@ -11,6 +11,7 @@ from PIL import Image
 
 from volvelle.cli.main import main
 from volvelle.data.boxes import Boxes, BoxFolder, write_coco
+from volvelle.systems.detection import detector, write_detector
 
 
 @pytest.fixture
@@ -76,3 +77,24 @@ def test_train_predict_and_eval(data, capsys):
     assert figures["classes"]["card"]["boxes"] == 4
     assert main(["eval", "runs/cards", f"data={data}", "split=val"]) == 2
     assert "has no val part" in capsys.readouterr().err
+
+
+def test_export_names_what_it_cannot_write(data, capsys):
+    assert main(["export", "smollm2", "to=onnx", "out=a"]) == 2
+    assert "to=onnx is for runs of train detect and train promptable, and smollm2 is neither" in capsys.readouterr().err
+    write_detector(detector("thundernet-snet49", ("card",)), data / "net")
+    assert main(["export", str(data / "net"), "out=a"]) == 2
+    assert "tip: to=onnx" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_export_to_onnx(data, capsys):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = detector("thundernet-snet49", ("card",)).eval()
+    write_detector(model, data / "net")
+    assert main(["export", str(data / "net"), "to=onnx", "--json"]) == 0
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    session = runtime.InferenceSession(file)
+    assert session.get_inputs()[0].shape == [1, 3, 320, 320]

@@ -1,8 +1,9 @@
-"""What `eval` and `predict` do with a run that trained a detector."""
+"""What `eval`, `predict` and `export` do with a run that trained a detector, or with its weights alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +11,7 @@ from volvelle.cli.console import say
 from volvelle.cli.measured import by_class, chosen_part
 from volvelle.errors import VolvelleError
 from volvelle.runs import RunFolder
+from volvelle.systems.native_folder import is_model
 
 if TYPE_CHECKING:
     from volvelle.data.boxes_augment import Fit
@@ -20,15 +22,18 @@ KIND = "detect"
 
 
 def is_detection(path: str | Path) -> bool:
-    """Whether the path is a run folder of `train detect`."""
-    folder = Path(path)
-    return (folder / "manifest.json").is_file() and RunFolder.open(folder).manifest.get("kind") == KIND
+    """Whether the path is a run folder of `train detect`, or a folder of `write_detector`."""
+    run = _run(Path(path))
+    return is_model(path, "detector") if run is None else run.manifest.get("kind") == KIND
+
+
+def _run(folder: Path) -> RunFolder | None:
+    """The run that lies there; None where there is another folder, or none."""
+    return RunFolder.open(folder) if (folder / "manifest.json").is_file() else None
 
 
 def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal["stop", "skip"] = "stop") -> int:
     """Measure a run's detector on pictures with boxes (their val part, when there is one), and print it."""
-    from dataclasses import replace
-
     from volvelle.cli.training import console
     from volvelle.data.boxes_augment import Fitted
     from volvelle.train.detect import read_parts
@@ -36,17 +41,17 @@ def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal[
     from volvelle.train.recipes.detect import TrainDetect
 
     model, view = open_detector(run)
-    folder = RunFolder.open(run)
+    folder = _run(run)
     with console() as observer:
         parts = read_parts(Path(data), replace(TrainDetect(), classes=model.classes, on_bad=on_bad), observer)
         pictures = parts[chosen_part(data, list(parts), split)]
         found = measure(
             model,
             Fitted(pictures, view),
-            precision=folder.config().get("precision", "fp32"),
+            precision=folder.config().get("precision", "fp32") if folder else "fp32",
             progress=lambda done, total: observer.work("pictures", done, total),
         )
-    worst = [pictures.source(index) for index in found.worst(3, trusted_score(folder))]
+    worst = [pictures.source(index) for index in found.worst(3, trusted_score(run))]
     columns = {"boxes": "boxes", "ap": "AP", "ap_50": "AP at 0.5", "recall_100": "recall of 100"}
     by_class({"run": str(run), "data": data}, found.metrics, found.rows(model.classes), columns, worst)
     return 0
@@ -65,7 +70,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None
     from volvelle.train.segment_pictures import colours_of, png
 
     model, view = open_detector(run)
-    least = trusted_score(RunFolder.open(run)) if score is None else score
+    least = trusted_score(run) if score is None else score
     colours = colours_of(model.classes, ())
     pictures = [(path, read_image(path)) for path in images]  # all before any is written
     out.mkdir(parents=True, exist_ok=True)
@@ -90,19 +95,30 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None
     return records
 
 
-def open_detector(run: Path) -> tuple[Detector, Fit]:
-    """The run's model, and how it wants its pictures."""
-    from volvelle.data.boxes_augment import Fit
-    from volvelle.systems.detection.load import is_detector, read_detector
+def export(run: Path, out: Path) -> str:
+    """Write the detector of a run as detector.onnx into `out`; how to load it."""
+    from volvelle.systems.detection.onnx import export_onnx
 
-    folder = RunFolder.open(run)
-    weights = folder.path / "weights"
-    if not is_detector(weights):
+    model, _ = open_detector(run)
+    return f'onnxruntime.InferenceSession("{export_onnx(model, out)}")'
+
+
+def open_detector(run: Path) -> tuple[Detector, Fit]:
+    """The model of a run, or of a folder of `write_detector`, and how it wants its pictures."""
+    from volvelle.data.boxes_augment import Fit
+    from volvelle.systems.detection.load import read_detector
+
+    folder = _run(run)
+    weights = run / "weights" if folder else run
+    if folder and not is_model(weights, "detector"):
         raise VolvelleError(f"{run}: has no weights yet ({folder.status})", tip=f"volvelle resume {run}")
     model = read_detector(weights)
-    return model, Fit(model.config.size, bool(folder.config().get("stretch", True)))
+    if folder and not folder.config().get("stretch", True):  # which weights did not say at first
+        model.config = replace(model.config, stretch=False)
+    return model, Fit(model.config.size, model.config.stretch)
 
 
-def trusted_score(folder: RunFolder) -> float:
+def trusted_score(run: Path) -> float:
     """The least score that is worth showing."""
-    return float(folder.manifest.get("trusted", 0.5))
+    folder = _run(run)
+    return float(folder.manifest.get("trusted", 0.5)) if folder else 0.5

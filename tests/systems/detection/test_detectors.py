@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from volvelle.errors import UsageError, VolvelleError
+from volvelle.inspect import receptive_field
 from volvelle.systems.detection import (
     RFCN,
     RPN,
@@ -27,6 +28,7 @@ from volvelle.systems.detection import (
     write_detector,
 )
 from volvelle.systems.detection.config import RELEASED, RELEASED_POST, anchor_shapes
+from volvelle.systems.detection.deforming import DeformedConv2d
 from volvelle.systems.detection.heads import Scored
 from volvelle.systems.detection.load import is_detector
 from volvelle.systems.detection.model import Detector
@@ -301,6 +303,17 @@ def test_deformable_parts_change_nothing_at_first_and_then_learn(name, tmp_path)
     assert not torch.equal(again(images).scores, model.eval()(images).scores)
     with pytest.raises(UsageError, match="already"):
         deformify(model, 2)
+
+
+def test_a_deformable_convolution_may_read_the_whole_picture():
+    """Offsets have no bound, and the receptive field says so."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1), DeformedConv2d(nn.Conv2d(4, 4, 3, padding=1)), nn.Conv2d(4, 2, 3)]
+    found = receptive_field(nn.Sequential(*layers), (1, 3, 12, 14))
+    assert found["0"].size == (3, 3)
+    assert found["1.offset"].size == (5, 5)
+    assert found.size == ("whole", "whole")
+    assert not found.unknown
+    assert "deformable convolution" in str(found)
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)

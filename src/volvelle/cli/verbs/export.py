@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from volvelle.cli import coding
+from volvelle.cli import coding, detecting, prompting
 from volvelle.cli.console import result, say
 from volvelle.cli.models import Floating
 from volvelle.errors import UsageError, VolvelleError
@@ -17,6 +17,7 @@ EXAMPLES = (
     "volvelle export smollm2 to=hf out=smollm2-hf",
     "volvelle export runs/adapt-smollm2-lora-1 to=peft out=my-adapter",
     "volvelle export runs/vqgan-1 to=diffusers out=my-codec",
+    "volvelle export runs/detect-1 to=onnx",
 )
 
 
@@ -26,10 +27,11 @@ class Options:
 
     run: Positional[str]
     """A run, or a model."""
-    to: Literal["hf", "peft", "adapter", "taming", "diffusers", "transformers"] = "hf"
+    to: Literal["hf", "peft", "adapter", "taming", "diffusers", "transformers", "onnx"] = "hf"
     """hf: a folder that transformers and vLLM load, adapters merged in; peft: the adapter alone, for PEFT and vLLM;
     adapter: the adapter alone, also where PEFT has no such method (bottleneck adapters).
-    Image codecs: taming, for taming-transformers; diffusers, its VQModel; transformers, its ChameleonVQVAE."""
+    Image codecs: taming, for taming-transformers; diffusers, its VQModel; transformers, its ChameleonVQVAE.
+    Detectors and promptable models: onnx, files for ONNX Runtime."""
     out: Path | None = None
     """Folder to write; RUN/export-hf and so on when left out. It must not exist yet, or be empty."""
     precision: Floating = "fp32"
@@ -55,6 +57,10 @@ def main(options: Options) -> int:
 
 def _write(options: Options, out: Path) -> str:
     """Write the folder; how to load it."""
+    if options.to == "onnx":
+        return _write_onnx(options.run, out)
+    if detecting.is_detection(options.run) or prompting.is_promptable(options.run):
+        raise UsageError(f"export: {options.run} finds things in pictures; to={options.to} does not", tip="to=onnx")
     codec = coding.is_codec(options.run)
     if options.to in ("taming", "diffusers", "transformers"):
         if not codec:
@@ -68,6 +74,20 @@ def _write(options: Options, out: Path) -> str:
             tip="to=diffusers, to=taming or to=transformers",
         )
     return _write_merged(options, out) if options.to == "hf" else _write_adapter(options, out)
+
+
+def _write_onnx(run: str, out: Path) -> str:
+    if detecting.is_detection(run):
+        return detecting.export(Path(run), out)
+    if prompting.is_promptable(run):
+        from volvelle.systems.segmentation.sam.onnx import export_onnx
+
+        files = export_onnx(prompting.open_promptable(Path(run)), out)
+        return ", ".join(f'onnxruntime.InferenceSession("{file}")' for file in files)
+    raise UsageError(
+        f"export: to=onnx is for runs of train detect and train promptable, and {run} is neither",
+        tip="to=hf for language models, to=diffusers for image codecs",
+    )
 
 
 def _write_merged(options: Options, out: Path) -> str:

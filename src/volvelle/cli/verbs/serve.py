@@ -138,12 +138,11 @@ def picture_routes(options: Options) -> Iterator[APIRouter]:
         yield segment_routes(Promptable(model.eval()), queue=options.queue)
     if options.detect is not None:
         from volvelle.cli.detecting import open_detector, trusted_score
-        from volvelle.runs import RunFolder
         from volvelle.serve.vision import detect_routes
 
         detector, fit = open_detector(Path(options.detect))
         say(f"{options.detect}: detects {', '.join(detector.classes)}")
-        trusted = trusted_score(RunFolder.open(Path(options.detect)))
+        trusted = trusted_score(Path(options.detect))
         yield detect_routes(detector.eval(), fit, trusted=trusted, queue=options.queue)
 
 

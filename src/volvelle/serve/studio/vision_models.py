@@ -11,7 +11,7 @@ from volvelle.cli.detecting import KIND as DETECT
 from volvelle.cli.detecting import open_detector, trusted_score
 from volvelle.cli.prompting import KIND as PROMPTABLE
 from volvelle.cli.prompting import open_promptable
-from volvelle.runs import RunFolder, scan
+from volvelle.runs import scan
 from volvelle.serve.errors import Refused
 from volvelle.serve.vision import Finder, Recent, Segmenter
 from volvelle.systems.detection.load import is_detector
@@ -24,7 +24,7 @@ SMALL: dict[str, tuple[str, ...]] = {
     PROMPTABLE: (
         "train",
         "promptable",
-        "steps=150",
+        "steps=700",
         "size=128",
         "crop=128,128",
         "batch=2",
@@ -32,9 +32,19 @@ SMALL: dict[str, tuple[str, ...]] = {
         "refined=2",
         "rounds=2",
     ),
-    DETECT: ("train", "detect", "model=thundernet-snet49", "steps=150", "size=128", "upside_down=0"),
+    DETECT: (
+        "train",
+        "detect",
+        "model=thundernet-efficientnet-lite0",
+        "weights=imagenet",
+        "steps=500",
+        "size=128",
+        "upside_down=0",
+        "average=0.99",
+    ),
 }
-"""The trainings that the room offers where there is no model of a kind."""
+"""The trainings that the room offers where there is no model of a kind: on two idle cores of an AMD EPYC 107 s to a
+mean IoU of .62 after one click on held-out scenes, and 87 s to a mAP at IoU .5 of .69."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ def _segmenter(run: Path) -> Segmenter:
 
 def _finder(run: Path) -> Finder:
     model, fit = open_detector(run)
-    return Finder(model.eval(), fit, trusted_score(RunFolder.open(run)))
+    return Finder(model.eval(), fit, trusted_score(run))
 
 
 KINDS = {PROMPTABLE: Kind(is_sam, _segmenter), DETECT: Kind(is_detector, _finder)}

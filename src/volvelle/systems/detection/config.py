@@ -171,8 +171,9 @@ SAMPLINGS: dict[str, type[Sampling]] = {"balanced": Balanced, "hardest": Hardest
 class DetectorConfig:
     """A backbone by name, a composition, the classes' names, and the numbers that every detector has.
 
-    `size` is the length in pixels that pictures' longer sides are brought to. `deformable` counts the convolutions that
-    `deformify` made deformable, and says by being above 0 that position-sensitive pooling is too.
+    `size` is the length in pixels that pictures' longer sides are brought to, or with `stretch` both of them.
+    `deformable` counts the convolutions that `deformify` made deformable, and says by being above 0 that
+    position-sensitive pooling is too.
     """
 
     backbone: str
@@ -183,6 +184,7 @@ class DetectorConfig:
     post: Post = field(default_factory=Post)
     size: int = 320
     deformable: int = 0
+    stretch: bool = True
 
     def __post_init__(self) -> None:
         if not self.classes:

@@ -68,7 +68,8 @@ def deformify(model: Detector, convolutions: int = 3) -> Detector:
         model.backbone.set_submodule(name, DeformedConv2d(layer))
     scorer = model.roi_head.scorer
     if isinstance(scorer, FullyConnected | PositionSensitive) and isinstance(scorer.pool, PositionSensitiveAlign):
-        scorer.pool = DeformedPool(scorer.pool, scorer.channels).to(next(scorer.parameters()))
+        like = next(scorer.parameters())
+        scorer.pool = DeformedPool(scorer.pool, scorer.channels, device=like.device, dtype=like.dtype)
     if model.composed:
         model.config = replace(model.config, deformable=convolutions)
     return model

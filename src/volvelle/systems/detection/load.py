@@ -77,9 +77,14 @@ def read_detector(path: str | os.PathLike[str], *, device: torch.device | str | 
     """Read a folder of `write_detector`, in evaluation mode. Raises VolvelleError for files that do not fit."""
     values, tensors = read_model(path, "detector")
     config = DetectorConfig.from_json(values, str(Path(path) / CONFIG))
-    model = _made(config, compose(config))
+    model = blank_detector(config)
     load_state(model, tensors, path)
     return model.eval().to(device or "cpu")
+
+
+def blank_detector(config: DetectorConfig) -> Detector:
+    """A detector of a configuration, backbone and all with random weights: also of tensors that are not real."""
+    return _made(config, compose(config))
 
 
 def _made(config: DetectorConfig, model: Detector) -> Detector:

@@ -6,6 +6,7 @@ were made of, which only pools that move their bins look at.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from volvelle.parts.convolution.separable import PointwiseConv2d
@@ -53,10 +54,17 @@ class DeformedPool(nn.Module):
     Offsets, as shares of the region, are pooled by position from 2 k² maps of the features (equation 8): zero at first.
     """
 
-    def __init__(self, pool: PositionSensitiveAlign, channels: int):
+    def __init__(
+        self,
+        pool: PositionSensitiveAlign,
+        channels: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.pool = pool
-        self.offset = PointwiseConv2d(channels, 2 * pool.bins**2)
+        self.offset = PointwiseConv2d(channels, 2 * pool.bins**2, device=device, dtype=dtype)
         for parameter in self.offset.parameters():
             nn.init.zeros_(parameter)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from volvelle.parts.regions.boxes import clip_boxes, decode_boxes
+from volvelle.parts.regions.order import stable_order
 from volvelle.parts.regions.soft_nms import soft_nms
 from volvelle.systems.detection.config import Post
 from volvelle.systems.detection.heads import WEIGHTS, Scored
@@ -64,5 +65,6 @@ class PostProcess(nn.Module):
                 boxes[number], scores[number], sigma=self.options.decay, score_threshold=least, idxs=labels[number]
             )
             lowered.append(torch.zeros_like(scores[number]).index_copy(0, index, left))
-        scores, order = torch.stack(lowered).sort(dim=1, descending=True, stable=True)
-        return scores, order
+        left = torch.stack(lowered)
+        order = stable_order(left, descending=True)
+        return pick(left, order), order

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from volvelle.parts.regions.nms import batched_nms, fixed_point, nms
+from volvelle.parts.regions.order import stable_order
 from volvelle.systems.detection.targets import Chosen
 
 
@@ -39,5 +40,5 @@ def first_kept(keep: Tensor, count: int) -> Chosen:
     Chosen(index=tensor([[1, 3, 0]]), mask=tensor([[ True,  True, False]]))
     """
     n = keep.shape[1]
-    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : min(count, n)]
+    order = stable_order((~keep).to(torch.uint8))[:, : min(count, n)]
     return Chosen(order, keep.gather(1, order))

@@ -22,15 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from volvelle.errors import VolvelleError
-from volvelle.files import atomic_path
 from volvelle.systems.modes import evaluating
+from volvelle.systems.onnx_files import check_exports, write_onnx
 from volvelle.systems.segmentation.sam.model import Sam
 
 FINE = ("high_res_feats_1", "high_res_feats_0")
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
-LARGE = 1 << 30
-"""Bytes of weights from which a file of their own holds them: one of protobuf's cannot exceed 2 GB."""
 
 
 class PictureEncoder(nn.Module):
@@ -80,12 +77,7 @@ def export_onnx(model: Sam, folder: str | os.PathLike[str]) -> tuple[Path, Path]
 
     The model is left as it was; weights are written in fp32. Raises VolvelleError where onnx or onnxscript is missing.
     """
-    try:
-        import onnxscript  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise VolvelleError("export to ONNX needs onnxscript", tip="pip install 'volvelle[onnx]'") from error
-    if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise VolvelleError("export to ONNX wants weights in fp32", tip="model.float()")
+    check_exports(model)
     config, device = model.config, model.prompt_encoder.no_mask_embed.weight.device
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -97,35 +89,11 @@ def export_onnx(model: Sam, folder: str | os.PathLike[str]) -> tuple[Path, Path]
     fine, named = tuple(torch.zeros(1, *shape) for shape in config.fine), FINE[: len(config.fine)]
     whole, answerer = PictureEncoder(model), PromptAnswerer(model)
     with torch.no_grad(), evaluating(model, whole, answerer):
-        encoder = _write(whole, (pixels,), ({0: b},), (("pixels",), ("image_embeddings", *named)), target / ENCODER)
+        given = (("pixels",), ("image_embeddings", *named))
+        encoder = write_onnx(whole, (pixels,), target / ENCODER, free=({0: b},), names=given)
         names = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input", *named)
         free = (None, {0: k, 1: n}, {0: k, 1: n}, {0: k}, None, *(None for _ in fine))
         inputs = (embedding, *(x.to(device) for x in (*prompts, *fine)))
-        decoder = _write(answerer, inputs, free, (names, ("low_res_masks", "iou_predictions")), target / DECODER)
+        given = (names, ("low_res_masks", "iou_predictions"))
+        decoder = write_onnx(answerer, inputs, target / DECODER, free=free, names=given)
     return encoder, decoder
-
-
-def _write(
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    free: tuple,
-    names: tuple[tuple[str, ...], tuple[str, ...]],
-    path: Path,
-) -> Path:
-    program = torch.onnx.export(
-        module,
-        inputs,
-        dynamo=True,
-        dynamic_shapes=free,
-        input_names=names[0],
-        output_names=names[1],
-        verbose=False,
-    )
-    assert program is not None
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
-    if size > LARGE:  # two files belong together by name, so they are not renamed into place
-        program.save(str(path), external_data=True)
-        return path
-    with atomic_path(path) as temporary:
-        program.save(str(temporary))
-    return path
