@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from volvelle.data.boxes_augment import Fit, Fitted
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.parts.metrics.mean_average_precision import MeanAveragePrecision
 from volvelle.runs import RunFolder
+from volvelle.systems.detection import detector, named, write_detector
 from volvelle.systems.detection.targets import Targets
-from volvelle.train.detect import read_sets, train_detect
+from volvelle.train.detect import build_model, read_sets, step_memory, train_detect
 from volvelle.train.detect_measure import UNSURE, Measured, judged, measure, metrics_of
 from volvelle.train.detect_objective import magnify
 from volvelle.train.detect_pictures import Drawn, draw_boxes
@@ -106,6 +108,41 @@ def test_end_to_end(data, tmp_path, capsys):
         assert 0 <= y1 < y2 <= 72
     with pytest.raises(UsageError, match="has no test part"):
         detecting.evaluate(run.path, str(data), split="test")
+
+
+def test_weights_say_how_pictures_are_resized(data, tmp_path):
+    options = recipe(data, stretch=False)
+    run = run_of(tmp_path, "narrow", options)
+    weights, photo = run.path / "weights", data / "images" / "val" / "0.png"
+    write_detector(build_model(options, read_sets(options, data, Quiet()).train, Quiet()), weights)
+    for folder in (run.path, weights):  # the weights alone are enough
+        assert detecting.is_detection(folder)
+        model, view = detecting.open_detector(folder)
+        assert (model.config.stretch, view) == (False, Fit(64, stretch=False))
+    found = [detecting.predict(one, [photo], tmp_path / "out", score=0.0)[0]["objects"] for one in (run.path, weights)]
+    assert found[0] == found[1] != []
+    config = weights / "config.json"
+    values = json.loads(config.read_text())
+    del values["stretch"]  # as they were first written: then the run's recipe says it
+    config.write_text(json.dumps(values))
+    assert detecting.open_detector(run.path)[1] == Fit(64, stretch=False)
+    assert detecting.open_detector(weights)[1] == Fit(64, stretch=True)
+
+
+def test_the_first_line_says_how_much_memory_a_step_takes(data):
+    train = read_sets(recipe(data), data, Quiet()).train
+
+    def planned(**more):
+        options = recipe(data, model="thundernet-snet49", **more)
+        config = replace(named(options.model, train.classes), size=options.size, deformable=options.deformable)
+        return step_memory(options, config, train, torch.device("cpu"))
+
+    plain, wide, larger = planned(), planned(batch=8), planned(multi_scale=(1.0, 2.0))
+    weights = 4 * sum(p.numel() for p in detector(named("thundernet-snet49", train.classes)).parameters())
+    assert plain.weights == pytest.approx(weights, rel=0.02)
+    assert 1.7 < wide.activations / plain.activations < 2.3
+    assert larger.activations > 1.3 * plain.activations
+    assert planned(deformable=2).weights > plain.weights
 
 
 def test_a_run_that_is_cut_goes_on_bit_for_bit(data, tmp_path):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from volvelle.data.boxes import BoxFolder, read_boxes
 from volvelle.data.boxes_anchors import best_overlap, suggest_anchors
 from volvelle.data.boxes_augment import BoxAugmentation, Fit, Fitted, Views, collate_views
 from volvelle.data.loader import Loader
 from volvelle.errors import VolvelleError
-from volvelle.systems.detection.load import detector, write_detector
+from volvelle.systems.detection.config import DetectorConfig
+from volvelle.systems.detection.load import blank_detector, detector, write_detector
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.names import named
+from volvelle.systems.detection.proposer import Proposed
+from volvelle.systems.detection.targets import Regions
 from volvelle.train.detect_measure import UNSURE, Measured, measure
 from volvelle.train.detect_objective import DetectObjective
 from volvelle.train.detect_report import Page, write_report
+from volvelle.train.estimate import MemoryEstimate, estimate_step
 from volvelle.train.loop import FitResult
 from volvelle.train.observer import Observer, say_first
 from volvelle.train.outcome import Outcome, settled
@@ -35,7 +43,7 @@ def train_detect(recipe: TrainDetect, stage: Stage) -> Ready:
     device, where = choose_device(recipe.device)
     seed_all(recipe.seed)
     model = build_model(recipe, sets.train, observer).to(device)
-    subtitle = _first_line(recipe, model, where)
+    subtitle = _first_line(recipe, model, where, step_memory(recipe, model.config, sets.train, device))
     observer.say(subtitle)
     selection = Fitted(sets.selection, fit_of(recipe)) if len(sets.selection) else None
     objective = DetectObjective(model, recipe, selection=selection)
@@ -75,7 +83,8 @@ def read_parts(path: Path, recipe: TrainDetect, observer: Observer) -> dict[str,
 
 def build_model(recipe: TrainDetect, train: BoxFolder, observer: Observer) -> Detector:
     """The detector of the recipe, for the data's classes, with anchors from its boxes."""
-    config = replace(named(recipe.model, train.classes), size=recipe.size, deformable=recipe.deformable)
+    config = named(recipe.model, train.classes)
+    config = replace(config, size=recipe.size, stretch=recipe.stretch, deformable=recipe.deformable)
     if recipe.anchors:
         view = fit_of(recipe)
         shapes = suggest_anchors(train, view, recipe.anchors, seed=recipe.seed)
@@ -98,12 +107,48 @@ def training_loader(recipe: TrainDetect, train: BoxFolder) -> Loader:
     return drawn_in_batches(recipe, Views(train, fit_of(recipe), augmentation), collate_views)
 
 
-def _first_line(recipe: TrainDetect, model: Detector, where: str) -> str:
-    """What was decided: device, number format, detector and where it begins, what is trained."""
+def step_memory(recipe: TrainDetect, config: DetectorConfig, train: BoxFolder, device: torch.device) -> MemoryEstimate:
+    """What a step takes on one of the recipe's ranks: a full batch, as large as it is drawn, of as many regions and
+    objects as there can be in each picture.
+    """
+    recipe = replace(recipe, multi_scale=(max(recipe.multi_scale),))
+    count, most = min(recipe.batch, len(train)), max(1, *(len(one.labels) for one in train.boxes))
+    batch = {
+        "images": torch.zeros(count, 3, recipe.size, recipe.size, dtype=torch.uint8),
+        "sizes": torch.full((count, 2), recipe.size),
+        "boxes": torch.tensor([0.0, 0.0, 8.0, 8.0]).repeat(count, most, 1),
+        "labels": torch.zeros(count, most, dtype=torch.int64),
+        "ignored": torch.zeros(count, most, dtype=torch.bool),
+    }
+
+    def network() -> Detector:
+        model = blank_detector(config)
+        model.proposer.propose = _every_region  # pyright: ignore[reportAttributeAccessIssue]
+        return model
+
+    def loss(model: Detector, batch: Mapping[str, Tensor]) -> Tensor:
+        lists = {name: list(batch[name]) for name in ("boxes", "labels", "ignored")}
+        return DetectObjective(model, recipe).loss({**batch, **lists}).value
+
+    return estimate_step(network, batch, loss=loss, options=recipe, device=device.type)
+
+
+def _every_region(found: Proposed, sizes: Tensor, count: int) -> Regions:
+    """As many regions as can be proposed: how many suppression leaves is known with the pictures alone."""
+    b, n = len(sizes), min(count, found.objectness.shape[1])
+    scores = found.objectness.new_zeros(b, n)
+    return Regions(scores.new_zeros(b, n, 4), scores, scores.new_ones((b, n), dtype=torch.bool))
+
+
+def _first_line(recipe: TrainDetect, model: Detector, where: str, memory: MemoryEstimate) -> str:
+    """What was decided: device, number format, detector and where it begins, what is trained, memory."""
     count = sum(p.numel() for p in model.parameters())
     start = "random weights" if recipe.weights == "none" else f"{recipe.weights} weights"
     shape = f"{recipe.size} x {recipe.size} px" if recipe.stretch else f"longer side {recipe.size} px"
-    return f"{where}; {NUMBERS[recipe.precision]}; {recipe.model} at {shape} ({start}); trains all {count:,} parameters"
+    return (
+        f"{where}; {NUMBERS[recipe.precision]}; {recipe.model} at {shape} ({start}); "
+        f"trains all {count:,} parameters; memory {memory}"
+    )
 
 
 def _close(
