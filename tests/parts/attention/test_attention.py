@@ -6,6 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from volvelle.parts.attention.attention import BACKENDS, Attention, attention
 from volvelle.parts.attention.sdpa import SDPA
+from volvelle.parts.position.alibi import ALiBi
 from volvelle.parts.position.encoding import Bias, PositionEncoding
 
 DIRECT = ("sdpa", "tiled", "reference")
@@ -173,11 +174,32 @@ def test_autocast_casts_the_inputs_and_the_reference_still_computes_in_fp32(back
     assert error <= (2**-8 if backend == "reference" else 2e-2) * expected.abs().max()
 
 
-def test_the_fused_kernel_refuses_the_derivatives_it_lacks():
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("option", ["causal", "mask", "factored"])
+def test_the_fused_kernel_says_what_to_pass_for_a_second_derivative(option, heads):
+    q, k, v = (x.requires_grad_() for x in tensors(1, 2, heads, 3, 3, 4))
+    mask = torch.tensor([True, True, False])
+    options = {"causal": {"causal": True}, "mask": {"mask": mask}, "factored": {"bias": ALiBi(2).bias()}}[option]
+    out, why = attention(q, k, v, **options, explain=True)
+    assert why.backend == "sdpa"
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    for first in gradients:
+        with pytest.raises(RuntimeError, match="the sdpa back end has no second derivative; pass derivatives=2"):
+            torch.autograd.grad(first.sum(), q, retain_graph=True)
+    known = torch.autograd.grad(
+        attention(q, k, v, **options, derivatives=2).square().sum(), (q, k, v), create_graph=True
+    )
+    torch.testing.assert_close(gradients, known)
+    assert torch.autograd.grad(known[0].sum(), q)[0].abs().sum() > 0
+
+
+def test_a_graph_of_gradients_that_nobody_differentiates_is_no_error():
     q, k, v = (x.requires_grad_() for x in tensors(1, 2, 2, 3, 3, 4))
-    (first,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="is not implemented"):
-        first.sum().backward()
+    (first,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    (plain,) = torch.autograd.grad(attention(q, k, v).square().sum(), q)
+    assert torch.equal(first, plain)
+    other = (first.detach() * q).sum() + q.square().sum()
+    assert torch.equal(torch.autograd.grad(other, q)[0], first.detach() + 2 * q)
 
 
 def test_values_may_be_of_another_width():

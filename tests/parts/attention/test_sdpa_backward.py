@@ -111,3 +111,11 @@ def test_features_that_do_not_lie_side_by_side(which):
         strict=True,
     ):
         assert torch.equal(ours, plain)
+
+
+def test_a_second_derivative_is_refused_and_not_zero():
+    q, k, v = (x.requires_grad_() for x in tensors(1, 2, 2, 5, 8))
+    with pytest.raises(RuntimeError, match="the sdpa back end has no second derivative; pass derivatives=2"):
+        torch.autograd.grad(attention(q, k, v, causal=True).sum(), q, create_graph=True)
+    (first,) = torch.autograd.grad(attention(q, k, v, causal=True, derivatives=2).sum(), q, create_graph=True)
+    assert torch.autograd.grad(first.sum(), q)[0].abs().sum() > 0

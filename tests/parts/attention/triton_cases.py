@@ -335,7 +335,7 @@ def test_autocast_casts_the_inputs():
 
 def test_a_second_derivative_is_refused_by_name():
     q, k, v = (x.to(DEVICE).requires_grad_() for x in tensors(1, 1, 1, 3, 3, 4, dtype=torch.float32))
-    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+    with pytest.raises(RuntimeError, match="no second derivative; pass derivatives=2"):
         torch.autograd.grad(attention(q, k, v, backend="triton").sum(), q, create_graph=True)
 
 

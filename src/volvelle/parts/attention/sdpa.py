@@ -6,13 +6,14 @@ Shapes: b batch, h query heads, h_kv key/value heads, g = h / h_kv queries a gro
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from volvelle.parts.attention.sdpa_backward import fused_bf16, own_backward
-from volvelle.parts.attention.spec import Shape, Spec, Terms
+from volvelle.parts.attention.spec import Shape, Spec, Terms, only_once
 from volvelle.parts.position.encoding import Bias
 
 FOLD_QUERIES = 8
@@ -70,7 +71,7 @@ class SDPA:
         ):
             if own_backward(q, k, v):
                 return fused_bf16(q, k, v, None, True, scale)
-            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+            return _kernel(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         allowed, empty = terms.allowed(shape, q.device), None
         if allowed is not None and q.device.type not in self.zero_rows_on:
             empty = ~allowed.any(-1, keepdim=True)
@@ -81,7 +82,7 @@ class SDPA:
         elif terms.bias is None and own_backward(q, k, v):
             out = fused_bf16(q, k, v, mask, False, scale)
         else:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+            out = _kernel(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return out if empty is None else out.masked_fill(empty, 0)
 
     def _carried(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, shape: Shape) -> Tensor:
@@ -118,5 +119,27 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
             mask = mask.unsqueeze(2).expand(m_b, 1, g, n_q, m_k).reshape(m_b, 1, g * n_q, m_k)
         else:
             mask = mask.expand(m_b, h, n_q, m_k).reshape(m_b, h_kv, g * n_q, m_k)
-    out = scaled_dot_product_attention(q.reshape(b, h_kv, g * n_q, d), k, v, attn_mask=mask, scale=scale)
+    out = _kernel(q.reshape(b, h_kv, g * n_q, d), k, v, attn_mask=mask, scale=scale)
     return out.reshape(b, h, n_q, d_v)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Call torch's kernel; where a fused one ran, a second derivative raises our error and not torch's."""
+    out = scaled_dot_product_attention(q, k, v, **options)
+    node = None if torch.compiler.is_compiling() else out.grad_fn
+    # The form of plain products, which torch takes for some calls on a card, has all derivatives: its node is another.
+    if node is not None and node.name().startswith("ScaledDotProduct"):
+        node.register_hook(_watch)
+    return out
+
+
+def _watch(grads: tuple[Tensor | None, ...], _: object) -> None:
+    """Called with the gradients of q, k and v; only where they get gradients themselves is there more to do."""
+    if torch.is_grad_enabled():
+        for grad in grads:
+            if grad is not None and grad.requires_grad:
+                grad.register_hook(_refuse)
+
+
+def _refuse(grad: Tensor) -> NoReturn:
+    raise only_once("sdpa")

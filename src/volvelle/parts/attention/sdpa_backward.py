@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from volvelle.parts.attention.spec import only_once
 
 TILE = 128
 """Queries in one tile."""
@@ -55,8 +56,10 @@ class _FusedBF16(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            # torch's once_differentiable lets a second derivative through that would silently be 0.
+            raise only_once("sdpa")
         q, k, v, out, log_sum, mask = ctx.saved_tensors
         dots = (grad.float() * out).sum(-1)  # D (b, h, n_q)
         # A query without keys has no finite L; all of its row is hidden.

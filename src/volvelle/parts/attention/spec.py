@@ -300,6 +300,13 @@ def check_options(window: Window | None, dropout: float, derivatives: int) -> No
         raise ValueError(f"attention: derivatives must be 1 or 2, got {derivatives}")
 
 
+def only_once(backend: str) -> RuntimeError:
+    """The error of a back end that is asked for a second derivative, which would otherwise be torch's or a silent 0."""
+    return RuntimeError(
+        f"attention: the {backend} back end has no second derivative; pass derivatives=2 for one that has"
+    )
+
+
 def _check_broadcast(name: str, x: Tensor, full: tuple[int, int, int, int]) -> None:
     shape = x.shape
     if len(shape) == 4:  # the usual case, which a decoding step meets in every layer

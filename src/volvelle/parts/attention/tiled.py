@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from volvelle.parts.attention.spec import LSEBackend, Shape, Spec, Terms
+from volvelle.parts.attention.spec import LSEBackend, Shape, Spec, Terms, only_once
 from volvelle.parts.attention.tiled_terms import Term, make_term
 from volvelle.parts.attention.tiles import Tile, seen, tile_rows, tile_side
 
@@ -289,7 +289,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # torch's once_differentiable lets a second derivative through that would silently be 0.
-            raise RuntimeError("attention: the tiled back end has no second derivative; use backend='reference'")
+            raise only_once("tiled")
         saved = ctx.saved_tensors[:5]
         q, k, v, out, _ = saved
         d_out = torch.zeros_like(out) if d_out is None else d_out

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from volvelle.parts.attention.spec import LSEBackend, Shape, Spec, Terms
+from volvelle.parts.attention.spec import LSEBackend, Shape, Spec, Terms, only_once
 from volvelle.parts.attention.tiles import reach
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -125,7 +125,7 @@ def _keep(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("attention: the triton back end has no second derivative; use backend='reference'")
+        raise only_once("triton")
     q, k, v, mask, bias, numbers, q_segments, k_segments, out, lse = ctx.saved_tensors
     for_bias, for_numbers = ctx.needs_input_grad[4:6]
     d_q, d_k, d_v, d_bias = triton_attention_backward(
