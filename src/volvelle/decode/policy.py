@@ -196,6 +196,7 @@ class AdaptivePacing(Pacing):
                 return 0
             gains = policy.gains(_HOPE.kept(limit), length)
             if max(gains.values()) < _GAIN:
+                self._waited, self._wait = 0, min(2 * self._wait, _LATEST)
                 return 0
         else:
             self._on = True
