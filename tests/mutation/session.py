@@ -7,10 +7,13 @@ first, until one fails. Limits are of processor time, so that a busy machine dec
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import resource
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -128,6 +131,8 @@ def _try(mutant: Mutant, tests: Sequence[pytest.Item]) -> tuple[int, str]:
 def _reached(items: Sequence[pytest.Item], files: Sequence[str]) -> Reached:
     """Run all tests once, unchanged, in a fork. Those that skip take no part; one that fails ends the session."""
 
+    before = set(sys.modules)
+
     def work() -> tuple[int, str]:
         paths = {file: str(path_of(file)) for file in files}
         cov = coverage.Coverage(data_file=None, config_file=False, include=list(paths.values()))
@@ -145,7 +150,8 @@ def _reached(items: Sequence[pytest.Item], files: Sequence[str]) -> Reached:
         cov.stop()
         data = cov.get_data()
         lines = {file: data.contexts_by_lineno(path) for file, path in paths.items()}
-        return SURVIVED, json.dumps({"seconds": seconds, "failed": failed, "lines": lines})
+        loaded = sorted(set(sys.modules) - before)
+        return SURVIVED, json.dumps({"seconds": seconds, "failed": failed, "lines": lines, "loaded": loaded})
 
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "reached"
@@ -156,6 +162,9 @@ def _reached(items: Sequence[pytest.Item], files: Sequence[str]) -> Reached:
     found = json.loads(said)
     if found["failed"]:
         raise RuntimeError("these tests fail without any mutant: " + ", ".join(found["failed"]))
+    for name in found["loaded"]:  # peers and compilers: imported once here, not in every fork
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
     seconds = {int(i): spent for i, spent in found["seconds"].items()}
     lines = {
         file: {int(line): {int(i) for i in tests if i and int(i) in seconds} for line, tests in by_line.items()}

@@ -77,13 +77,18 @@ def test_limits_and_bad_input():
         peak_signal_noise_ratio(x, x + 0.5, 1.0), torch.full((2,), 20 * math.log10(2), dtype=F64)
     )
     torch.testing.assert_close(structural_similarity(x, x, 1.0), torch.ones(2, dtype=F64))
-    for bad in ((x, x[:1]), (x[:0], x[:0])):
-        with pytest.raises(ValueError, match="equal shape"):
-            peak_signal_noise_ratio(*bad, 1.0)
+    for *bad, span in ((x, x[:1], 1.0), (x[:0], x[:0], 1.0), (x[0, 0, 0], x[0, 0, 0], 1.0), (x, x, 0.0)):
+        with pytest.raises(ValueError, match="equal shape and data_range > 0"):
+            peak_signal_noise_ratio(*bad, span)
     with pytest.raises(ValueError, match="at least 11"):
         structural_similarity(x[:, :, :9], x[:, :, :9], 1.0)
-    with pytest.raises(ValueError, match="data_range > 0"):
-        structural_similarity(x, x, 0.0)
+    assert structural_similarity(x[:, :, :11, :11], x[:, :, :11, :11], 1.0).shape == (2,)
+    for wrong in ((x, x, 0.0), (x[0], x[0], 1.0), (x, x[:1], 1.0)):
+        with pytest.raises(ValueError, match="data_range > 0"):
+            structural_similarity(*wrong)
+    for window in (0, 4, -1):
+        with pytest.raises(ValueError, match="window odd"):
+            structural_similarity(x, x, 1.0, window=window)
 
 
 # Features
