@@ -183,8 +183,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.only)
     if options.only:
-        new = {row["name"]: row for row in rows}
-        rows = [new.get(row["name"], row) for row in protocol.read("supported").get("rows", [])]
+        known = {row["name"]: row for row in (*protocol.read("supported").get("rows", []), *rows)}
+        rows = [known[name] for examples in FAMILIES.values() for name in examples if name in known]
     print(protocol.write("supported", {"machine": protocol.machine(["torch"]), "rows": rows}))
 
 

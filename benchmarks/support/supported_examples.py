@@ -145,8 +145,10 @@ RESAMPLING: dict[str, Example] = {
 
 REGIONS: dict[str, Example] = {
     "batched_nms": lambda f: call(boxes(f), scores(), labels(4), 0.5),
+    "box_convert": lambda f: call(boxes(f), "xyxy", "cxcywh"),
     "box_iou": lambda f: call(boxes(f), boxes(f)),
     "clip_boxes": lambda f: call(boxes(f), (8, 8)),
+    "complete_box_iou": lambda f: call(boxes(f), boxes(f)),
     "decode_boxes": lambda f: call(f(4, 4), boxes(f)),
     "deform_ps_roi_pool": lambda f: call(f(1, 8, 12, 12), rois(f), f(4, 2, 2, 2), 2),
     "deform_roi_pool": lambda f: call(f(1, 3, 12, 12), rois(f), f(4, 2, 2, 2), 2),

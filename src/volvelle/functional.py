@@ -94,12 +94,15 @@ from volvelle.parts.quantization.nearest import nearest_code as nearest_code
 from volvelle.parts.quantization.usage import codebook_usage as codebook_usage
 from volvelle.parts.quantization.vector_quantize import vector_quantize as vector_quantize
 from volvelle.parts.quantization.weight_only import quantized_linear as quantized_linear
+from volvelle.parts.regions.boxes import box_convert as box_convert
 from volvelle.parts.regions.boxes import clip_boxes as clip_boxes
 from volvelle.parts.regions.boxes import decode_boxes as decode_boxes
 from volvelle.parts.regions.boxes import encode_boxes as encode_boxes
 from volvelle.parts.regions.deform_roi_pool import deform_ps_roi_pool as deform_ps_roi_pool
 from volvelle.parts.regions.deform_roi_pool import deform_roi_pool as deform_roi_pool
 from volvelle.parts.regions.iou import box_iou as box_iou
+from volvelle.parts.regions.iou import complete_box_iou as ciou
+from volvelle.parts.regions.iou import complete_box_iou as complete_box_iou
 from volvelle.parts.regions.iou import distance_box_iou as diou
 from volvelle.parts.regions.iou import distance_box_iou as distance_box_iou
 from volvelle.parts.regions.iou import generalized_box_iou as generalized_box_iou
@@ -146,16 +149,19 @@ __all__ = [
     "boundary_counts",
     "boundary_iou",
     "boundary_refinement",
+    "box_convert",
     "box_iou",
     "c_transform",
     "causal_conv1d",
     "certified_w1",
     "checkerboard",
+    "ciou",
     "class_accuracy",
     "class_iou",
     "clip_boxes",
     "clip_weights",
     "codebook_usage",
+    "complete_box_iou",
     "complex_positions",
     "confusion_matrix",
     "conv2d_same",

@@ -8,7 +8,18 @@ import pytest
 import torch
 from tests.parts.regions import loops
 
-from volvelle.functional import box_iou, clip_boxes, decode_boxes, distance_box_iou, encode_boxes, generalized_box_iou
+from volvelle.functional import (
+    box_convert,
+    box_iou,
+    clip_boxes,
+    complete_box_iou,
+    decode_boxes,
+    distance_box_iou,
+    encode_boxes,
+    generalized_box_iou,
+)
+
+EVERY = [box_iou, generalized_box_iou, distance_box_iou, complete_box_iou]
 
 
 def boxes(n, seed=0, dtype=torch.float64):
@@ -40,7 +51,35 @@ def test_the_extensions_see_distance():
             assert float(distance_box_iou(a, b)[i, j]) == pytest.approx(iou - apart / (diagonal + 1e-7), abs=1e-12)
 
 
-@pytest.mark.parametrize("function", [box_iou, generalized_box_iou, distance_box_iou])
+def test_proportions_lower_the_complete_overlap():
+    a, b = boxes(7), boxes(9, 1)
+    found, plain, distant = complete_box_iou(a, b), box_iou(a, b), distance_box_iou(a, b)
+    for i, j in ((0, 0), (3, 7), (6, 2)):
+        (w_a, h_a), (w_b, h_b) = ((box[2:] - box[:2]).tolist() for box in (a[i], b[j]))
+        v = 4 / math.pi**2 * (math.atan(w_a / h_a) - math.atan(w_b / h_b)) ** 2
+        alpha = v / (1 - float(plain[i, j]) + v + 1e-7)
+        assert float(found[i, j]) == pytest.approx(float(distant[i, j]) - alpha * v, abs=1e-12)
+    turned = torch.tensor([[0.0, 0, 8, 2], [3, -3, 5, 5]])  # one centre, one shape lying and standing
+    assert complete_box_iou(turned, turned)[0, 1] < distance_box_iou(turned, turned)[0, 1]
+    torch.testing.assert_close(complete_box_iou(turned, turned).diagonal(), torch.ones(2))
+
+
+def test_every_form_leads_to_every_other():
+    corners = boxes(5)
+    low, size = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    forms = {"xyxy": corners, "xywh": torch.cat((low, size), 1), "cxcywh": torch.cat((low + size / 2, size), 1)}
+    for before, given in forms.items():
+        for after, expected in forms.items():
+            torch.testing.assert_close(box_convert(given, before, after), expected)  # type: ignore[arg-type]
+    assert box_convert(torch.tensor([0, 0, 3, 5]), "xyxy", "cxcywh").tolist() == [1.5, 2.5, 3, 5]
+    assert box_convert(corners[None, :0], "xywh", "xyxy").shape == (1, 0, 4)
+    kept = box_convert(corners, "xyxy", "xyxy")
+    assert kept.data_ptr() != corners.data_ptr()
+    with pytest.raises(ValueError, match="box_convert: in_fmt and out_fmt are xyxy, xywh, cxcywh, got xyxy, yolo"):
+        box_convert(corners, "xyxy", "yolo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", EVERY)
 def test_degenerate_boxes(function):
     a = boxes(4).requires_grad_()
     odd = torch.tensor([[3.0, 3, 3, 3], [9, 9, 2, 2], [-1e30, -1e30, 1e30, 1e30]], dtype=torch.float64)
@@ -56,7 +95,18 @@ def test_degenerate_boxes(function):
     assert function(a[:0], odd).shape == (0, 3)
 
 
-@pytest.mark.parametrize("function", [box_iou, generalized_box_iou, distance_box_iou])
+def test_the_weight_of_proportions_has_no_gradient():
+    a, b = boxes(4).requires_grad_(), boxes(5, 1)
+    sides = (b[:, 2:] - b[:, :2], a[:, 2:] - a[:, :2])
+    (one, other) = (torch.atan2(*side.unbind(1)) for side in sides)
+    v = 4 / math.pi**2 * (other[:, None] - one) ** 2
+    found, distant = complete_box_iou(a, b), distance_box_iou(a, b)
+    weight = ((distant - found) / v).detach()
+    expected = torch.autograd.grad((distant - weight * v).sum(), a)[0]
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), a)[0], expected)
+
+
+@pytest.mark.parametrize("function", EVERY[:3])
 def test_gradients(function):
     a, b = boxes(3).requires_grad_(), boxes(4, 1).requires_grad_()
     assert torch.autograd.gradcheck(function, (a, b))
@@ -86,6 +136,9 @@ def test_wild_deltas_and_boxes_without_area_stay_finite():
     point = torch.tensor([[5.0, 5, 5, 5]])
     assert encode_boxes(point, anchor).isfinite().all()
     assert encode_boxes(anchor, point).isfinite().all()
+    # a side of nothing counts as 1e-6: 20 and 40 of these, and centres 5 and 15 pixels apart
+    expected = torch.tensor([[5e6, 15e6, math.log(20e6), math.log(40e6)]])
+    torch.testing.assert_close(encode_boxes(anchor, point), expected)
     deltas = torch.zeros(2, 4)
     deltas[0, 2] = torch.nan
     assert decode_boxes(deltas, anchor)[1].isfinite().all()
@@ -106,5 +159,10 @@ def test_bad_calls_are_named():
         box_iou(torch.zeros(2, 4), torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"sets of boxes must be \(\.\.\., n, 4\), got \(4,\)"):
         box_iou(torch.zeros(4), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match=r"clip_boxes: size must be \(\.\.\., 2\)"):
-        clip_boxes(torch.zeros(2, 4), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"sets of boxes must be \(\.\.\., n, 4\), got \(3, 4\) and \(4,\)"):
+        generalized_box_iou(torch.zeros(3, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"encode_boxes: anchors must be \(\.\.\., 4\).*got shape \(\)"):
+        encode_boxes(torch.zeros(4), torch.tensor(1.0))
+    for size in (torch.zeros(3), torch.tensor(2.0)):
+        with pytest.raises(ValueError, match=r"clip_boxes: size must be \(\.\.\., 2\)"):
+            clip_boxes(torch.zeros(2, 4), size)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.onnx_runtime import exported
+from tests.parts.regions.test_boxes import EVERY as OVERLAPS
 from tests.parts.regions.test_boxes import boxes
 from tests.parts.regions.test_nms import crowd
 from tests.parts.regions.test_pooling import EVERY, K, maps, offsets, rois
 
 from volvelle.functional import (
     batched_nms,
-    box_iou,
+    box_convert,
     clip_boxes,
     decode_boxes,
     deform_conv2d,
     deform_ps_roi_pool,
     deform_roi_pool,
-    distance_box_iou,
     encode_boxes,
-    generalized_box_iou,
     nms,
     soft_nms,
 )
@@ -108,8 +107,9 @@ def test_boxes(tmp_path):
     n, m = torch.export.Dim("n"), torch.export.Dim("m")
 
     def call(a, b, deltas):
-        overlaps = (box_iou(a, b), generalized_box_iou(a, b), distance_box_iou(a, b))
-        return *overlaps, encode_boxes(a, a.flip(1) + 9), decode_boxes(deltas, a), clip_boxes(a, (20, 30))
+        overlaps = (function(a, b) for function in OVERLAPS)
+        others = (clip_boxes(a, (20, 30)), box_convert(a, "xyxy", "cxcywh"))
+        return *overlaps, encode_boxes(a, a.flip(1) + 9), decode_boxes(deltas, a), *others
 
     def case(k, other, seed):
         first, second = boxes(k, seed, torch.float32), boxes(other, seed + 1, torch.float32)

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from volvelle.export import export
 
+Form = Literal["xyxy", "xywh", "cxcywh"]
+"""Ways to write a box: two corners, a corner and the size, the centre and the size."""
 SHORTEST = 1e-6
 """Sides shorter than this count as this long where a box is divided by, or a logarithm taken of it."""
 
@@ -33,6 +36,32 @@ def check_boxes(call: str, **boxes: Tensor) -> None:
 def wide(x: Tensor) -> Tensor:
     """fp64 as it is, everything else in fp32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@export("functional.box_convert")
+def box_convert(boxes: Tensor, in_fmt: Form, out_fmt: Form) -> Tensor:
+    """Return boxes (..., 4) written another way: x1 y1 x2 y2, or x1 y1 and the size, or the centre and the size.
+
+    The centre of boxes of integers is fp32. Raises ValueError for other shapes and names.
+
+    >>> box_convert(torch.tensor([[10.0, 20, 30, 60]]), "xyxy", "cxcywh")
+    tensor([[20., 40., 20., 40.]])
+    """
+    check_boxes("box_convert", boxes=boxes)
+    if not {in_fmt, out_fmt} <= set(get_args(Form)):
+        raise ValueError(f"box_convert: in_fmt and out_fmt are {', '.join(get_args(Form))}, got {in_fmt}, {out_fmt}")
+    low, high = boxes[..., :2], boxes[..., 2:]
+    if in_fmt == out_fmt:
+        return boxes.clone()
+    if in_fmt == "xywh":
+        high = low + high
+    elif in_fmt == "cxcywh":
+        low, high = low - high / 2, low + high / 2
+    if out_fmt == "xywh":
+        high = high - low
+    elif out_fmt == "cxcywh":
+        low, high = (low + high) / 2, high - low
+    return torch.cat((low, high), dim=-1)
 
 
 @export("functional.encode_boxes")

@@ -1,8 +1,9 @@
-"""How far two boxes agree: intersection over union, and two extensions that also see how far apart they are.
+"""How far two boxes agree: intersection over union, and extensions that also see how far apart they are.
 
     IoU  = |A ∩ B| / |A ∪ B|
     GIoU = IoU - |C ∖ (A ∪ B)| / |C|         Rezatofighi et al. 2019, "Generalized Intersection over Union", algorithm 1
     DIoU = IoU - ρ²(a, b) / c²               Zheng et al. 2020, "Distance-IoU Loss", equation 7
+    CIoU = DIoU - α v                        the same, equations 8 to 11: v is how far the proportions differ
 
 C is the smallest box around A and B, c its diagonal, ρ the distance of the centres. Every function compares each box of
 one set with each of the other; pairs are sets of one: `box_iou(a[:, None], b[:, None])` is (k, 1, 1).
@@ -12,11 +13,13 @@ Shapes: boxes1 (..., n, 4), boxes2 (..., m, 4), x1 y1 x2 y2; results (..., n, m)
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from volvelle.export import export
-from volvelle.parts.regions.boxes import check_boxes, wide
+from volvelle.parts.regions.boxes import SHORTEST, check_boxes, wide
 
 
 def areas(boxes: Tensor) -> Tensor:
@@ -95,6 +98,23 @@ def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
     diagonal = (hull[..., 2:] - hull[..., :2]).square().sum(-1)
     apart = ((a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2).square().sum(-1)
     return ratio(*_overlap(a, b)) - apart / (diagonal + eps)
+
+
+@export("functional.complete_box_iou", aliases=("functional.ciou",))
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """Return DIoU - α v of each box with each, v = 4 / π² (atan(w₁ / h₁) - atan(w₂ / h₂))²: proportions count too.
+
+    α = v / (1 - IoU + v + eps) is a weight, and has no gradient. Sides of less than 1e-6 count as that long. Shapes and
+    dtypes as `box_iou`. Zheng et al. 2020, equations 8 to 11.
+
+    >>> complete_box_iou(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 1], [0.0, 0, 2, 2]]))
+    tensor([[0.4655, 1.0000]])
+    """
+    a, b = _sets("complete_box_iou", boxes1, boxes2)
+    (w_a, h_a), (w_b, h_b) = ((box[..., 2:] - box[..., :2]).clamp(min=SHORTEST).unbind(-1) for box in (a, b))
+    v = 4 / math.pi**2 * (torch.atan2(w_a, h_a) - torch.atan2(w_b, h_b)).square()
+    alpha = (v / (1 - ratio(*_overlap(a, b)) + v + eps)).detach()
+    return distance_box_iou(boxes1, boxes2, eps) - alpha * v
 
 
 def _hull(a: Tensor, b: Tensor) -> Tensor:
