@@ -205,7 +205,8 @@ def minute(options: Any, part: str) -> dict[str, Any]:
     firsts = [one.times[1] - one.times[0] for one in answers if len(one.times) > 1]
     wrong = sum(answer.text != before.text for own, before in zip(found, alone, strict=True) for answer in own)
     return {
-        "what": part, "exact": EXACT[part], "draft": options.draft, "clients": clients, "answers": len(answers), "different": wrong,
+        "what": part, "exact": EXACT[part], "draft": options.draft, "clients": clients,
+        "answers": len(answers), "different": wrong,
         "tokens_a_second": sum(one.tokens for one in answers) / seconds,
         "gap_median": statistics.median(gaps), "gap_p95": statistics.quantiles(gaps, n=20)[-1],
         "first_p95": statistics.quantiles(firsts, n=20)[-1], "memory_mib": [round(x / 2**20) for x in memory],

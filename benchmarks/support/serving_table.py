@@ -20,8 +20,9 @@ def serving(record: Mapping[str, Any]) -> list[str]:
                 told = "" if name == "ours" else protocol.shown(row["speed"][name])
                 lines.append(f"| {name}, {who} | {rate:.0f} | {told} |")
         else:
+            exact = row.get("exact", "bitwise")
             lines += [
-                f"A minute of streams, {who}, exact={row.get('exact', 'bitwise')}: {row['answers']} answers, {row['different']} of them "
+                f"A minute of streams, {who}, exact={exact}: {row['answers']} answers, {row['different']} of them "
                 f"different from the one given alone; {row['tokens_a_second']:.0f} tokens a second; between two tokens "
                 f"{1e3 * row['gap_median']:.0f} ms, p95 {1e3 * row['gap_p95']:.0f} ms; to the first one p95 "
                 f"{row['first_p95']:.1f} s; memory {row['memory_mib'][0]} to {max(row['memory_mib'])} MiB.",
