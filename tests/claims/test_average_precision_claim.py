@@ -7,6 +7,7 @@ import torch
 
 from volvelle.claims import average_precision, frechet_distance
 from volvelle.claims.claim import Measurement
+from volvelle.errors import VolvelleError
 from volvelle.parts.metrics import average_precision as curves
 from volvelle.parts.metrics import mean_average_precision
 from volvelle.systems.generation.extractor import PixelFeatures
@@ -100,6 +101,24 @@ def test_every_disturbance_rises_and_a_distance_that_does_not_would_be_noticed()
     found = frechet_distance._rising(curves, floor, "pixels-8")
     assert found[0].held is False
     assert "noise" in str(found[1].value)
+
+
+def test_all_of_it_is_measured_and_nothing_without_pictures(monkeypatch):
+    def missing(name, *, size):
+        raise VolvelleError(f"no {name}")
+
+    extractors = "volvelle.systems.generation.extractor.open_extractor"
+    monkeypatch.setattr(extractors, lambda name, *, size: PixelFeatures())
+    monkeypatch.setattr(
+        frechet_distance, "drawn", lambda real, count: (pictures(real, 0), pictures(count, 1), pictures(count, 2))
+    )
+    found = frechet_distance.measure("quick")
+    assert found.findings[0].value in range(7)
+    assert "salt and pepper" in found.pictures["levels"]
+    halves = next(f for f in found.findings if f.what.startswith("halves of one set"))
+    assert halves.held
+    monkeypatch.setattr(extractors, missing)
+    assert frechet_distance.measure("quick").verdict == "not measurable here"
 
 
 @pytest.mark.parametrize("kind", frechet_distance.LEVELS)

@@ -56,25 +56,25 @@ def measure(budget: Budget) -> Measurement:
     from volvelle.systems.generation.extractor import open_extractor
 
     count, sizes, draws = (200, (100, 200), 4) if budget == "quick" else (1000, (500, 1000, 2000), 20)
-    findings, notes, pictures = [*_closed(), *_known(draws), *_order(draws)], [], {}
     try:
         extractor = open_extractor("efficientnet-lite0", size=28)
         real, others, foreign = drawn(max(count, 2 * sizes[-1]), count)
-        with two_threads():
-            curves, floor = disturbed(extractor, real[:count], others, foreign)
-            findings[:0] = _rising(curves, floor, extractor.name)
-            findings += _halves(extractor, real, sizes)
-        pictures["levels"] = _picture(curves, floor)
     except VolvelleError as error:
-        notes.append(f"nothing was measured on pictures: {error}")
-    notes.append("features are not Inception's, so no figure here is an FID, nor comparable with a published one")
-    notes.append("the garments stand on black: black rectangles change nothing but the garment")
+        return Measurement(unmeasurable=f"the pictures or EfficientNet-Lite0 cannot be had: {error}")
+    with two_threads():
+        curves, floor = disturbed(extractor, real[:count], others, foreign)
+        halves = _halves(extractor, real, sizes)
+    findings = [*_rising(curves, floor, extractor.name), *_closed(), *_known(draws), *_order(draws), *halves]
+    notes = [
+        "features are not Inception's, so no figure here is an FID, nor comparable with a published one",
+        "the garments stand on black: black rectangles change nothing but the garment",
+    ]
     setting = {
         "pictures": f"Fashion-MNIST, {count} on each side", "halves": list(sizes), "levels": dict(LEVELS),
         "normal distributions": f"{WIDTH} features, {draws} draws", "dtype": "fp32 features, fp64 distances",
     }  # fmt: skip
     peers = {"scipy.linalg.sqrtm": _scipy(), "torch": torch.__version__}
-    return Measurement(findings, peers=peers, setting=setting, notes=notes, pictures=pictures)
+    return Measurement(findings, peers=peers, setting=setting, notes=notes, pictures={"levels": _picture(curves)})
 
 
 def _scipy() -> str:
@@ -303,10 +303,8 @@ def _halves(extractor: Extractor, pictures: Tensor, sizes: tuple[int, ...]) -> l
     ]
 
 
-def _picture(curves: dict[str, list[float]], floor: float) -> str:
+def _picture(curves: dict[str, list[float]]) -> str:
     from volvelle.train.charts import Series, line_chart, standalone
 
     lines = [Series(kind, list(enumerate(map(float, values))), dots=True) for kind, values in curves.items()]
-    return standalone(
-        line_chart(lines, x_label="level of the disturbance", y_label="Fréchet distance", log_y=floor > 0)
-    )
+    return standalone(line_chart(lines, x_label="level of the disturbance", y_label="Fréchet distance", log_y=True))
