@@ -12,6 +12,7 @@ from PIL import Image
 from tests.train.programs import Gamblers
 from tests.train.test_loop import interrupting, same, state
 from tests.train.toys import Folder, loader
+from tests.train.turns import turns_leave_the_other_untouched
 from torch import nn
 
 from volvelle.data.images import to_image
@@ -25,13 +26,9 @@ from volvelle.systems.generation.gan import GAN, LipschitzCritic
 from volvelle.train.gan import evaluate_run, objective_of, open_run, train_gan
 from volvelle.train.gan_constraints import Clipped, Constraint, FlatOnData, Slope
 from volvelle.train.gan_objective import Game, GANObjective
-from volvelle.train.isolation import Isolation
 from volvelle.train.loop import fit
 from volvelle.train.observer import Quiet
 from volvelle.train.options import FitOptions, to_dict
-from volvelle.train.player import Player
-from volvelle.train.precision import Precision
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.gan import CriticOptions, GeneratorOptions, LossName, PenaltyOptions, TrainGAN
 from volvelle.train.resume import resume_run
 from volvelle.train.samples_measure import compared, features_of
@@ -69,26 +66,12 @@ def objective(game, seed=0, **more):
     return objective_of(chosen, GAN(chosen.config(12, 1)), None)
 
 
-class Ready(typing.NamedTuple):
-    value: dict
-    ids: tuple = (0,)
-
-
 @pytest.mark.parametrize("game", GAMES)
 def test_each_player_s_turn_leaves_the_other_untouched(game):
     both = objective(game)
     for module in both.modules().values():
         module.train()
-    phases = both.phases(10)
-    isolation = Isolation(phases, both.modules())
-    for phase, mine, other in zip(phases, ("critic", "generator"), ("generator", "critic"), strict=True):
-        player = Player(phase, isolation, Precision("fp32", torch.device("cpu")), Ranks())
-        before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in both.modules().items()}
-        player.update([Ready(batch())], str)
-        after = {name: m.state_dict() for name, m in both.modules().items()}
-        same(before[other], after[other])
-        assert any(not torch.equal(before[mine][k], after[mine][k]) for k in before[mine])
-        assert all(p.grad is None and p.requires_grad for m in both.modules().values() for p in m.parameters())
+    turns_leave_the_other_untouched(both, both.phases(10), ("critic", "generator"), batch())
 
 
 def pictures_loader(**options):

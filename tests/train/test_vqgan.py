@@ -11,6 +11,7 @@ from PIL import Image
 from tests.train.programs import Painters
 from tests.train.test_loop import same, state
 from tests.train.toys import Folder, loader, points, stack
+from tests.train.turns import turns_leave_the_other_untouched
 
 from volvelle.data.images_labelled import Arrays
 from volvelle.data.pictures import PictureSet, read_pictures
@@ -20,13 +21,10 @@ from volvelle.runs import RunFolder
 from volvelle.systems.generation.load import load_vqgan, vqgan
 from volvelle.systems.generation.perceptual import Perceptual
 from volvelle.train import vqgan_objective
-from volvelle.train.isolation import Isolation
 from volvelle.train.loop import fit
 from volvelle.train.observer import Quiet
 from volvelle.train.options import FitOptions, to_dict
-from volvelle.train.player import Player
 from volvelle.train.precision import Precision
-from volvelle.train.ranks import Ranks
 from volvelle.train.recipes.vqgan import AdversaryOptions, CodecShape, LossOptions, TrainVQGAN
 from volvelle.train.resume import resume_run
 from volvelle.train.vqgan import evaluate_run, fitting_size, train_vqgan
@@ -34,11 +32,6 @@ from volvelle.train.vqgan_measure import measure
 from volvelle.train.vqgan_objective import balance_of, gradient_at
 
 TINY = CodecShape(width=4, multipliers=(1, 2), groups=2, latent=4, code_width=3, codes=8)
-
-
-class Ready:
-    def __init__(self, value):
-        self.value, self.ids = value, (0,)
 
 
 def batch(count=4):
@@ -56,15 +49,7 @@ def ready(step=5):
 
 def test_each_player_s_turn_leaves_the_other_untouched():
     both, phases = ready()
-    isolation = Isolation(phases, both.modules())
-    for phase, mine, other in zip(phases, ("model", "discriminator"), ("discriminator", "model"), strict=True):
-        player = Player(phase, isolation, Precision("fp32", torch.device("cpu")), Ranks())
-        before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in both.modules().items()}
-        player.update([Ready(batch())], str)
-        after = {name: m.state_dict() for name, m in both.modules().items()}
-        same(before[other], after[other])
-        assert any(not torch.equal(before[mine][k], after[mine][k]) for k in before[mine])
-        assert all(p.grad is None and p.requires_grad for m in both.modules().values() for p in m.parameters())
+    turns_leave_the_other_untouched(both, phases, ("model", "discriminator"), batch())
     # Statistics of the codebook too: those of the codec's own turn have been used, the other's leave none.
     assert not both.model.quantize.embedding.seen.any()
 

@@ -127,26 +127,18 @@ def rounds_of(logs: Sequence[Sequence[Event]]) -> int:
     >>> rounds_of([[(0, 1, -8), (0, 2, -8)], [(0, 0, 8)], [(0, 0, 8)]])  # two to one
     2
     """
+    from volvelle.inspect.collectives_trace import in_order
+
     p = len(logs)
-    places, clock, sending, receiving = [0] * p, [0] * p, [0] * p, [0] * p
-    under_way: dict[tuple[int, int], list[int]] = {}
-    moved = True
-    while moved:
-        moved = False
-        for rank, log in enumerate(logs):
-            while places[rank] < len(log):
-                _, peer, count = log[places[rank]]
-                if count > 0:
-                    sending[rank] = max(clock[rank], sending[rank]) + 1
-                    under_way.setdefault((rank, peer), []).append(sending[rank])
-                else:
-                    coming = under_way.get((peer, rank))
-                    if not coming:
-                        break
-                    receiving[rank] = max(coming.pop(0), receiving[rank] + 1)
-                    clock[rank] = max(clock[rank], receiving[rank])
-                places[rank] += 1
-                moved = True
+    clock, sending, receiving = [0] * p, [0] * p, [0] * p
+    sent: dict[tuple[int, int], list[int]] = {}
+    for rank, peer, count, number in in_order(logs):
+        if count > 0:
+            sending[rank] = max(clock[rank], sending[rank]) + 1
+            sent.setdefault((rank, peer), []).append(sending[rank])
+        else:
+            receiving[rank] = max(sent[peer, rank][number], receiving[rank] + 1)
+            clock[rank] = max(clock[rank], receiving[rank])
     return max(*clock, *sending)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -132,24 +132,38 @@ def matched(logs: Sequence[Sequence[tuple[float, int, int]]]) -> tuple[Message, 
 
 
 def _steps(logs: Sequence[Sequence[tuple[float, int, int]]]) -> dict[tuple[int, int], list[int]]:
-    """The step of each message by its ends: each rank's log is gone through as far as what it waits for is known."""
+    """The step of each message by its ends."""
     steps = defaultdict[tuple[int, int], list[int]](list)
-    places, newest = [0] * len(logs), [-1] * len(logs)  # how far a log is read; the last step that arrived there
-    taken = defaultdict[tuple[int, int], int](int)
+    newest = [-1] * len(logs)  # the last step that arrived at a rank
+    for rank, peer, count, number in in_order(logs):
+        if count > 0:
+            steps[rank, peer].append(newest[rank] + 1)
+        else:
+            newest[rank] = max(newest[rank], steps[peer, rank][number])
+    return steps
+
+
+def in_order(logs: Sequence[Sequence[tuple[float, int, int]]]) -> Iterator[tuple[int, int, int, int]]:
+    """The events of all ranks, what arrives behind what was sent: rank, peer, bytes and the message's number.
+
+    `logs` has each rank's events in its order, (time, peer, bytes), bytes negative for what it waited for. Messages
+    are numbered from one rank to another. Each log is gone through as far as what it waits for is known.
+
+    >>> list(in_order([[(0, 1, -8)], [(0, 0, 8)]]))
+    [(1, 0, 8, 0), (0, 1, -8, 0)]
+    """
+    places = [0] * len(logs)
+    sent, arrived = defaultdict[tuple[int, int], int](int), defaultdict[tuple[int, int], int](int)
     moved = True
     while moved:
         moved = False
         for rank, log in enumerate(logs):
             while places[rank] < len(log):
                 _, peer, count = log[places[rank]]
-                if count > 0:
-                    steps[rank, peer].append(newest[rank] + 1)
-                else:
-                    number = taken[peer, rank]
-                    if number >= len(steps[peer, rank]):
-                        break
-                    taken[peer, rank] += 1
-                    newest[rank] = max(newest[rank], steps[peer, rank][number])
+                way, numbers = ((rank, peer), sent) if count > 0 else ((peer, rank), arrived)
+                if count <= 0 and arrived[way] >= sent[way]:
+                    break
+                yield rank, peer, count, numbers[way]
+                numbers[way] += 1
                 places[rank] += 1
                 moved = True
-    return steps

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from volvelle.errors import VolvelleError
 from volvelle.files import atomic_path, read_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
 
 CONFIG, SAFETENSORS = "config.json", "model.safetensors"
 
@@ -38,8 +41,18 @@ def is_model(path: str | os.PathLike[str], kind: str) -> bool:
     return isinstance(values, dict) and values.get("type") == kind
 
 
-def read_model(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_model` wrote. Raises VolvelleError for files that are missing, broken, or of another kind."""
+def load_model(path: str | os.PathLike[str], kind: str, make: Callable[[dict[str, Any], str], M]) -> M:
+    """The model that `write_model` wrote; `make(values, source)` builds it of what config.json, at `source`, says.
+
+    Raises VolvelleError for files that are missing, broken, of another kind, or whose tensors are not such a model's.
+    """
+    values, tensors = _read(path, kind)
+    model = make(values, str(Path(path) / CONFIG))
+    _fill(model, tensors, path)
+    return model
+
+
+def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -55,8 +68,7 @@ def read_model(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any],
         raise VolvelleError(f"{folder / SAFETENSORS}: cannot be read ({error})") from error
 
 
-def load_state(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Put the tensors of a folder into the model of its configuration. VolvelleError when the two do not fit."""
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,7 @@ from volvelle.systems.detection.config import DetectorConfig
 from volvelle.systems.detection.deforming import deformify
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.names import named
-from volvelle.systems.native_folder import CONFIG, is_model, load_state, read_model, write_model
+from volvelle.systems.native_folder import is_model, load_model, write_model
 
 
 def detector(
@@ -75,11 +74,8 @@ def is_detector(path: str | os.PathLike[str]) -> bool:
 
 def read_detector(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Detector:
     """Read a folder of `write_detector`, in evaluation mode. Raises VolvelleError for files that do not fit."""
-    values, tensors = read_model(path, "detector")
-    config = DetectorConfig.from_json(values, str(Path(path) / CONFIG))
-    model = blank_detector(config)
-    load_state(model, tensors, path)
-    return model.eval().to(device or "cpu")
+    made = load_model(path, "detector", lambda values, source: blank_detector(DetectorConfig.from_json(values, source)))
+    return made.eval().to(device or "cpu")
 
 
 def blank_detector(config: DetectorConfig) -> Detector:

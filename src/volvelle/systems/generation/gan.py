@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from volvelle.parts.adversarial.group_sort import GroupSort
 from volvelle.parts.adversarial.orthogonal import OrthogonalLinear
 from volvelle.parts.adversarial.spectral_norm import SpectralNorm
 from volvelle.systems.generation.gan_config import DCGAN, KIND, AnyCritic, GANConfig, Norm, Orthogonal
-from volvelle.systems.native_folder import load_state, read_model, write_model
+from volvelle.systems.native_folder import load_model, write_model
 
 
 class GAN(nn.Module):
@@ -200,9 +199,7 @@ def write_gan(model: GAN, path: str | os.PathLike[str]) -> None:
 
 def read_gan(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> GAN:
     """Read a folder of `write_gan`, in evaluation mode. Raises VolvelleError for files that do not fit."""
-    values, tensors = read_model(path, KIND)
-    model = GAN(GANConfig.from_json(values, str(Path(path) / "config.json")))
-    load_state(model, tensors, path)
+    model = load_model(path, KIND, lambda values, source: GAN(GANConfig.from_json(values, source)))
     return model.eval().to(device or "cpu")
 
 

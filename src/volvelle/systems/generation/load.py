@@ -19,7 +19,7 @@ from volvelle.systems.generation.codec import Codec
 from volvelle.systems.generation.config import KIND, VQGANConfig, find_config
 from volvelle.systems.generation.vqgan_model import VQGAN
 from volvelle.systems.key_map import KeyMap
-from volvelle.systems.native_folder import CONFIG, SAFETENSORS, is_model, load_state, read_model, write_model
+from volvelle.systems.native_folder import CONFIG, SAFETENSORS, is_model, load_model, write_model
 
 Format = Literal["volvelle", "taming", "diffusers", "transformers"]
 BESIDE = "volvelle.json"
@@ -124,10 +124,7 @@ def _from_folder(folder: Path) -> VQGAN:
             )
         folder = folder / "weights"
     if is_vqgan(folder):
-        values, tensors = read_model(folder, KIND)
-        model = VQGAN(VQGANConfig.from_json(values, str(folder / CONFIG)))
-        load_state(model, tensors, folder)
-        return model
+        return load_model(folder, KIND, lambda values, source: VQGAN(VQGANConfig.from_json(values, source)))
     values = read_json(folder / CONFIG, tip=_TIP)
     if values.get("_class_name") == foreign.DIFFUSERS:
         file = _one_of(folder, _DIFFUSERS_FILES)

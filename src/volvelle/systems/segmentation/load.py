@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from volvelle.systems.backbone.config import OutputStride
 from volvelle.systems.backbone.load import backbone as load_backbone
-from volvelle.systems.native_folder import is_model, load_state, read_model, write_model
+from volvelle.systems.native_folder import is_model, load_model, write_model
 from volvelle.systems.segmentation.config import GCN, Head, SegmenterConfig
 from volvelle.systems.segmentation.model import Segmenter
 
@@ -67,7 +66,5 @@ def is_segmenter(path: str | os.PathLike[str]) -> bool:
 
 def read_segmenter(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Segmenter:
     """Read a folder of `write_segmenter`, in evaluation mode. Raises VolvelleError for files that do not fit."""
-    values, tensors = read_model(path, "segmenter")
-    model = Segmenter(SegmenterConfig.from_json(values, str(Path(path) / "config.json")))
-    load_state(model, tensors, path)
+    model = load_model(path, "segmenter", lambda values, source: Segmenter(SegmenterConfig.from_json(values, source)))
     return model.eval().to(device or "cpu")

@@ -17,7 +17,7 @@ from volvelle.files import atomic_path, read_json, write_atomic
 from volvelle.hub import resolve
 from volvelle.systems.backbone.files import read_tensors, write_tensors
 from volvelle.systems.key_map import KeyMap, Rule
-from volvelle.systems.native_folder import CONFIG, SAFETENSORS, is_model, load_state, read_model, write_model
+from volvelle.systems.native_folder import CONFIG, SAFETENSORS, is_model, load_model, write_model
 from volvelle.systems.segmentation.sam import key_maps, meta
 from volvelle.systems.segmentation.sam.config import KIND, PRESETS, Decoder, Light, SamConfig, find_config
 from volvelle.systems.segmentation.sam.huggingface import from_huggingface, to_huggingface
@@ -115,10 +115,7 @@ def _from_folder(folder: Path) -> Sam:
     if (folder / "manifest.json").is_file() and (folder / "weights").is_dir():
         folder = folder / "weights"
     if is_sam(folder):
-        values, tensors = read_model(folder, KIND)
-        model = Sam(SamConfig.from_json(values, str(folder / CONFIG)))
-        load_state(model, tensors, folder)
-        return model
+        return load_model(folder, KIND, lambda values, source: Sam(SamConfig.from_json(values, source)))
     values = read_json(folder / CONFIG, tip=_TIP)
     kind = values.get("model_type") or values.get("type") or (values.get("architectures") or [None])[0]
     if values.get("model_type") != "sam":
