@@ -5,36 +5,18 @@ import dataclasses
 
 import pytest
 import torch
+from tests.claims.letters import letters_model
 
 from volvelle.adapt import adapted
 from volvelle.claims import prefix, prefix_runs
 from volvelle.claims.prefix_runs import Bench, Task
 from volvelle.data.countries import Country
 from volvelle.data.text import Example
-from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
-from volvelle.systems.language.decoder import Decoder
-
-
-class Letters:
-    """A tokenizer of letters."""
-
-    eos_ids = (0,)
-    chat_template = None
-
-    def encode(self, text, *, special=False):
-        return [ord(letter) % 60 + 1 for letter in text]
-
-    encode_prompt = encode
 
 
 @pytest.fixture
 def bench():
-    torch.manual_seed(0)
-    config = LanguageConfig(
-        "llama", 64, 16, 2, 2, context=128, norm=RMSNorm(), mlp=GatedMLP(24), position=Rope(), init_std=0.2
-    )
-    model = Decoder(config).eval()
-    model.tokenizer = Letters()
+    model = letters_model(128)
     examples = [Example(f"{i} is", (f" {i * i}.",)) for i in range(40)]
     task = Task("squares", examples[:30], examples[30:35], examples[35:])
     return Bench(model, task, counts=(4, 8), rates=(1e-3, 1e-2), steps=3, held=5, precision="fp32", batch=2)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.claims.letters import letters_model
 
 from volvelle.adapt import adapted
 from volvelle.adapt.prefix_methods import PromptTuning
@@ -14,30 +15,11 @@ from volvelle.claims.prefix_runs import Task
 from volvelle.claims.prompt_runs import PromptBench
 from volvelle.data.text import Example
 from volvelle.errors import VolvelleError
-from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
-from volvelle.systems.language.decoder import Decoder
-
-
-class Letters:
-    """A tokenizer of letters."""
-
-    eos_ids = (0,)
-    chat_template = None
-
-    def encode(self, text, *, special=False):
-        return [ord(letter) % 60 + 1 for letter in text]
-
-    encode_prompt = encode
 
 
 @pytest.fixture
 def bench():
-    torch.manual_seed(0)
-    config = LanguageConfig(
-        "llama", 64, 16, 2, 2, context=256, norm=RMSNorm(), mlp=GatedMLP(24), position=Rope(), init_std=0.2
-    )
-    model = Decoder(config).eval()
-    model.tokenizer = Letters()
+    model = letters_model(256)
     examples = [Example(f"{i} is", (" fine fine fine.",)) for i in range(40)]
     task = Task("praise", examples[:30], examples[30:35], examples[35:])
     return PromptBench(model, task, (8,), (1e-2,), steps=12, held=5, precision="fp32", batch=2, length=4)
