@@ -36,6 +36,8 @@ def maps(k, shape, seed=0, void=0.0, ignored=255):
 @settings(max_examples=60, deadline=None)
 @example(k=128, dtype=torch.int8, ignored=-1, seed=0, shape=(2, 9, 5))
 @example(k=256, dtype=torch.uint8, ignored=None, seed=1, shape=(2, 9, 5))
+@example(k=11, dtype=torch.uint8, ignored=46, seed=0, shape=(2, 9, 5))  # its pairs would pass the end of a byte
+@example(k=200, dtype=torch.int64, ignored=-1, seed=0, shape=(2, 9, 5))
 @given(
     k=st.sampled_from([1, 2, 11, 14, 15, 16, 17, 100, 127, 128, 180, 181, 200, 300]),
     dtype=st.sampled_from(DTYPES),
@@ -172,6 +174,15 @@ def test_one_process_is_its_own_whole(tmp_path):
         assert seen.over_ranks().tolist() == seen.over_ranks().tolist() == [[1, 1], [0, 0]]
     finally:
         dist.destroy_process_group()
+
+
+def test_the_whole_is_asked_of_all_ranks(monkeypatch):
+    seen = ConfusionMatrix(2)
+    seen.update(torch.tensor([0, 1]), torch.tensor([0, 0]))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda total, op, group: total.mul_(3))
+    assert seen.over_ranks().tolist() == [[3, 3], [0, 0]]
+    assert seen.matrix.tolist() == [[1, 1], [0, 0]]
 
 
 def counted_by(rank):
