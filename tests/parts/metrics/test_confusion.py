@@ -57,6 +57,31 @@ def test_every_dtype_width_and_ignored_label_equals_the_loop(k, dtype, ignored, 
         assert found.tolist() == want
 
 
+WIDTHS = {
+    "byte": ((1, 2, 5, 8, 11, 14, 15), range(-300, 1300)),
+    "short": ((16, 100, 180), [*range(-3, 0), *range(100, 400, 7), *range(2000, 2060), *range(4090, 40_000, 501)]),
+    "long": ((181, 300), [-1, -400, 181, 300, 301, 2**20]),
+}
+"""Numbers of classes for which a pair of labels takes a byte, two of them or eight, and labels to ignore."""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_ignored_label_counts_anywhere(width):
+    """Every pair of classes once, and an ignored pixel with each prediction: whatever its label makes of the pair."""
+    for k in WIDTHS[width][0]:
+        classes = torch.arange(k)
+        for ignored in (label for label in WIDTHS[width][1] if not 0 <= label < k):
+            target = torch.cat((classes.repeat_interleave(k), torch.full((k,), ignored)))
+            preds = torch.cat((classes.repeat(k), classes))
+            found = confusion_matrix(preds, target, k, ignore_index=ignored, validate_args=False)
+            assert found.eq(1).all(), (k, ignored)
+
+
+def test_the_least_label_of_a_dtype_may_be_ignored():
+    target = torch.tensor([0, -128, 1], dtype=torch.int8)
+    assert confusion_matrix(torch.tensor([0, 0, 1]), target, 2, ignore_index=-128).tolist() == [[1, 0], [0, 1]]
+
+
 def test_an_ignored_label_that_the_dtype_cannot_hold_hides_nothing():
     preds = target = torch.tensor([255, 0], dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"target holds labels outside 0 … 1 .*: 255"):
@@ -128,6 +153,8 @@ def test_a_module_asks_as_the_function_does():
     assert torch.equal(seen(target.clamp(max=1), target), confusion_matrix(target.clamp(max=1), target, 2))
     with pytest.raises(ValueError, match="preds holds labels outside"):
         seen.update(target.fill_(2), torch.zeros_like(target))
+    assert not seen.state_dict(), "counts are no weights"
+    assert ConfusionMatrix(1)(torch.zeros(2).long(), torch.tensor([0, 255])).tolist() == [[1]]
     kept = ConfusionMatrix(3, ignore_index=1, per_image=True)
     assert kept(torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0, 1], [0, 2]])).tolist() == [
         [1, 0, 1], [0, 0, 0], [0, 1, 0]
