@@ -72,6 +72,7 @@ def test_the_same_bits_where_torch_is_asked_for_them(monkeypatch):
     assert torch.equal(found, rows.plain_table_gradient(grad, at, weight, 20))
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_and_need_not_be_there():
     source = (
         "import sys; sys.modules['triton'] = None\n"
@@ -84,10 +85,10 @@ def test_triton_is_not_imported_and_need_not_be_there():
     assert in_python(source).split() == ["False", "1.0"]
 
 
-def run_cases(repository, interpret):
+def run_cases(repository, marker, interpret):
     """Run triton_rows_cases.py in a process of its own."""
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -95,13 +96,19 @@ def run_cases(repository, interpret):
 
 @needs_triton
 def test_the_kernels_in_the_interpreter(repository):
-    run_cases(repository, interpret=True)
+    run_cases(repository, "not slow", interpret=True)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_more_of_the_kernels_in_the_interpreter(repository):
+    run_cases(repository, "slow", interpret=True)
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_the_kernels_on_a_device(repository):
-    run_cases(repository, interpret=False)
+    run_cases(repository, "slow or not slow", interpret=False)
 
 
 @needs_triton

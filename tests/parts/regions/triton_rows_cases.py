@@ -62,7 +62,10 @@ def served(monkeypatch, call, inputs, grad):
         return out, *torch.autograd.grad(out, inputs, grad)
 
 
-@pytest.mark.parametrize("name", ["roi_align", "ps_roi_align", "ps_roi_align, thundernet", "deform_roi_pool"])
+SLOW = ("ps_roi_align", "ps_roi_align, thundernet", "deform_roi_pool")
+
+
+@pytest.mark.parametrize("name", ["roi_align", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_poolings_are_what_they_are_without(name, monkeypatch):
     function, channels = EVERY[name]
     x = maps(channels).to(DEVICE).requires_grad_()
@@ -78,6 +81,7 @@ def test_poolings_are_what_they_are_without(name, monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_deformable_convolution_is_what_it_is_without(monkeypatch):
     g = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 5, 6), (2, 36, 5, 6), (6, 2, 3, 3), (2, 18, 5, 6))
