@@ -143,8 +143,14 @@ def test_bad_calls_say_what_arrived():
         pixel_accuracy(HAND, average="pair")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="absent must be skip, zero or one, got 'nan'"):
         mean_iou(HAND, absent="nan")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"without must name classes 0 … 3, got \[4\]"):
-        mean_iou(HAND, without=(4,))
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=rf"without must name classes 0 … 3, got \[{wrong}\]"):
+            mean_iou(HAND, without=(wrong,))
+    for shape in ((2, 3, 4), (3,)):
+        with pytest.raises(ValueError, match=r"class_iou: matrix must be square, \(…, k, k\), got"):
+            class_iou(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"or \(n, k, k\) with one an image, got \(1, 2, 3, 3\)"):
+        mean_iou(torch.zeros(1, 2, 3, 3))
 
 
 def label_maps(k=5, seed=0):
