@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from volvelle import hub
+from volvelle.claims.claim import names
 from volvelle.cli import catalogue, diagnosis
 from volvelle.cli.main import main
 from volvelle.runs import RunFolder
@@ -56,6 +57,7 @@ def test_ls_shows_models_and_runs(capsys, tmp_path):
     run.update_manifest(status="finished")
     record = as_json(capsys, "ls")
     assert set(record) == {"techniques", "recipes", "claims", "models", "runs"}
+    assert {item["name"] for item in record["claims"]} == set(names())  # as `volvelle claim NAME` takes them
     assert [(r["name"], r["status"], r["base_model"]) for r in record["runs"]] == [
         ("adapt-smollm2-1", "finished", "smollm2")
     ]

@@ -50,7 +50,7 @@ def claims(package: Path = PACKAGE) -> list[ClaimEntry]:
     for path in sorted((package / "claims").glob("*.py")):
         source = path.read_text(encoding="utf-8")
         if "\nCLAIM" in source:
-            found.append(ClaimEntry(path.stem, _title(ast.parse(source))))
+            found.append(ClaimEntry(path.stem.replace("_", "-"), _title(ast.parse(source))))
     return found
 
 
