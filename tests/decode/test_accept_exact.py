@@ -282,6 +282,7 @@ RULES = [
     ({"sampling": Sampling(temperature=1.0, top_k=20, seed=3)}, Rules()),
     ({"sampling": Sampling(temperature=0.8, min_p=0.05, repetition_penalty=1.4, seed=4)}, Rules()),
     ({"sampling": Sampling(repetition_penalty=1.4)}, Rules(min_tokens=9, no_repeat_ngram_size=2)),
+    ({"sampling": Sampling()}, Rules(forced_last=11)),
     ({"sampling": Sampling(frequency_penalty=1.5)}, Rules()),
     ({"sampling": Sampling(temperature=0.8, presence_penalty=0.9, frequency_penalty=0.6, seed=4)}, Rules()),
     ({"sampling": Sampling(temperature=1.2, seed=5)}, Rules(forced_first=7, forced_last=11, no_repeat_ngram_size=3)),

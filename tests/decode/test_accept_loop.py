@@ -150,3 +150,6 @@ def test_chances_are_compared_at_their_bounds():
     assert tried([0.0, 1.0], [1.0, 0.0], [-1, 0], [0.0]) == (-1, [0.0, 1.0])
     # p = q but for what is kept: nothing is left over, and p stays what it was
     assert tried([0.0, 0.5, 0.5], [0.0, 0.5, 0.5], [0], [0.0]) == (-1, [0.0, 0.5, 0.5])
+    # and where rounding alone makes p the smaller, a rejected token leaves p as it was
+    found, rest = tried([0.5, 0.5 - 2**-24], [0.5, 0.5], [1], [1 - 2**-30])
+    assert (found, rest) == (-1, [0.5, 0.5 - 2**-24])
