@@ -123,6 +123,28 @@ def test_greedy_rows_beside_drawn_ones_take_their_likeliest_tokens():
         assert found.tokens[0][0] == int(best[0, 0])
         at = found.path[0][found.path[0] >= 0][-1]
         assert found.tokens[0][-1] == int(best[0, at])
+        all_greedy = EXACT(logits, draft, [Row(Sampling(), Numbers(i)) for i in range(5)])
+        assert all_greedy.tokens[0] == found.tokens[0]
+    assert EXACT.lossless(Sampling(temperature=1.0))
+
+
+class Argmax(Row):
+    def all_argmax(self, count):
+        return True
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_quick_way_of_greedy_rows_is_the_general_one(shape):
+    longest = 0
+    for seed in range(25):
+        logits, draft = made(shape, seed, drawn=False)
+        quick, general = ([kind(Sampling(), Numbers(i)) for i in range(5)] for kind in (Argmax, Row))
+        quick[2].finish = general[2].finish = "eos"
+        found, expected = EXACT(logits, draft, quick), EXACT(logits, draft, general)
+        assert found.tokens == expected.tokens
+        assert torch.equal(found.path, expected.path)
+        longest = max(longest, found.path.shape[1])
+    assert longest > (1 if shape == "siblings" else 2)
 
 
 def test_children_by_parents():

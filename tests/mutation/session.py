@@ -27,7 +27,7 @@ from _pytest.runner import runtestprotocol
 from tests.mutation.exchange import NotApplied, exchange
 from tests.mutation.mutants import Mutant, path_of
 
-BUDGET = 20.0
+BUDGET = 6.0
 """Seconds of tests that a mutant is tried with at most."""
 KILLED, SURVIVED, NOT_APPLIED = 1, 0, 3
 
@@ -71,7 +71,7 @@ class Trial:
                     note = Path(folder) / str(len(waiting))
                     seconds = sum(reached.seconds[i] for i in chosen)
                     tests = [items[i] for i in chosen]
-                    running[_fork(lambda m=mutant, t=tests: _try(m, t), note, 10 + 5 * seconds)] = mutant, tests, note
+                    running[_fork(lambda m=mutant, t=tests: _try(m, t), note, 5 + 3 * seconds)] = mutant, tests, note
                 pid, status = os.wait()
                 mutant, tests, note = running.pop(pid)
                 verdict = _verdict(mutant, tests, note, status)

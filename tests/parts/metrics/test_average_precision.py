@@ -63,6 +63,9 @@ def test_nothing_found_and_nothing_there(interpolation):
     assert float(average_precision(torch.zeros(0), none, 3, interpolation=interpolation)) == 0
     assert average_precision(torch.zeros(0), none, 0, interpolation=interpolation).isnan()
     assert average_precision(SCORES, HITS & False, 0, interpolation=interpolation).isnan()
+    rows = average_precision(torch.zeros(0), none.expand(2, 0), torch.tensor([3, 0]), interpolation=interpolation)
+    assert rows[0] == 0
+    assert rows[1].isnan()
     many = average_precision(SCORES, HITS.expand(2, 3, 5), torch.tensor([[3], [0]]), interpolation=interpolation)
     assert many.shape == (2, 3)
     assert many[0].isfinite().all()
