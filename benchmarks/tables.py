@@ -384,15 +384,15 @@ def rendered(name: str) -> str:
 
 
 def place(name: str) -> re.Pattern[str]:
-    """Finds the marks of `name` in a page, and what stands between them as group 2."""
-    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)(\n<!-- end of figures -->)", re.DOTALL)
+    """Finds the marks of `name` in a page, and what stands between them, which may be nothing, as group 2."""
+    return re.compile(rf"(<!-- figures: {name} -->\n)(.*?)\n?(<!-- end of figures -->)", re.DOTALL)
 
 
 def write(name: str) -> None:
     """Bring the page of `name` up to date."""
     page = ROOT / PAGES[name]
     text = page.read_text(encoding="utf-8")
-    page.write_text(place(name).sub(lambda m: m[1] + rendered(name) + m[3], text), encoding="utf-8")
+    page.write_text(place(name).sub(lambda m: f"{m[1]}{rendered(name)}\n{m[3]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,3 +34,12 @@ def test_a_changed_figure_is_a_changed_table(tables, monkeypatch):
     record["rows"][0]["tokens_per_second"]["ours"] *= 2
     monkeypatch.setattr(tables.protocol, "read", lambda name: record)
     assert tables.rendered("language") != before
+
+
+def test_empty_marks_are_filled_and_nothing_else(tables):
+    page = "<!-- figures: {} -->\n{}<!-- end of figures -->\nwords\n"
+    both = page.format("a", "") + page.format("b", "old\n")
+    assert tables.place("a").sub(lambda m: f"{m[1]}new\n{m[3]}", both) == page.format("a", "new\n") + page.format(
+        "b", "old\n"
+    )
+    assert tables.place("b").search(both)[2] == "old"

@@ -50,7 +50,7 @@ def measure_prior(
     """Measure on `pictures` that were not trained on.
 
     `loss` and `perplexity` are a code's; `loss untold` is the loss where nothing is said of the pictures, and `loss
-    mistold` where each is said to show what the one half the set further shows. With an extractor or a judge `samples`
+    mistold` where each is said to show what one of them, drawn at random, shows. With an extractor or a judge `samples`
     pictures are drawn, each told what one of the given ones shows (its class or its caption). The extractor's figures
     are those of `compared`; its floor is the distance of one half of the given pictures to the other, "codec" that of
     the given ones behind the codec. The judge's are `recognised`, the share it takes for the class asked for, and
@@ -88,8 +88,8 @@ def measure_prior(
 def _losses(prior: Prior, codes: Tensor, prompts: list[list[int]], batch: int) -> dict[str, float]:
     """The loss with what is said of the pictures, without it, and with what is said of others."""
     metrics = held_out_loss(prior.model, held_loader(CodedPictures(codes, prompts), batch))
-    half = len(prompts) // 2
-    others = {"untold": [prior.layout.prompt()] * len(prompts), "mistold": prompts[half:] + prompts[:half]}
+    swapped = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    others = {"untold": [prior.layout.prompt()] * len(prompts), "mistold": [prompts[i] for i in swapped]}
     for name, said in others.items() if prior.layout.said else ():
         metrics[f"loss {name}"] = held_out_loss(prior.model, held_loader(CodedPictures(codes, said), batch))["loss"]
     return metrics
