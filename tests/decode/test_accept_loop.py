@@ -175,3 +175,10 @@ def test_chances_are_compared_at_their_bounds():
     # and where rounding alone makes p the smaller, a rejected token leaves p as it was
     found, rest = tried([0.5, 0.5 - 2**-24], [0.5, 0.5], [1], [1 - 2**-30])
     assert (found, rest) == (-1, [0.5, 0.5 - 2**-24])
+
+
+def test_a_row_without_candidates_keeps_none():
+    p = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    found, rest = keep_one(p, p, torch.full((2, 2), -1), [lambda: 0.0] * 2)
+    assert found == [-1, -1]
+    assert torch.equal(rest, p)

@@ -80,7 +80,7 @@ def average_precision(
     _check("average_precision", scores, hits, ignored)
     precision, recall = _curve(scores, hits, positives, ignored)
     if interpolation == "area":
-        steps = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1])) if recall.shape[-1] else recall
+        steps = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1]))
         found = (steps * monotone(precision)).sum(-1)
     elif interpolation in ("11-point", "101-point"):
         levels = recall_levels(11 if interpolation == "11-point" else 101, recall.device)
@@ -93,7 +93,7 @@ def average_precision(
 
 def monotone(precision: Tensor) -> Tensor:
     """p(r) at every detection: the largest precision from there on."""
-    return precision.flip(-1).cummax(-1).values.flip(-1) if precision.shape[-1] else precision
+    return precision.flip(-1).cummax(-1).values.flip(-1)
 
 
 def precision_at(precision: Tensor, recall: Tensor, levels: Tensor) -> Tensor:
