@@ -196,11 +196,15 @@ class AdaptivePacing(Pacing):
                 return 0
             gains = policy.gains(_HOPE.kept(limit), length)
             if max(gains.values()) < _GAIN:
-                self._waited, self._wait = 0, min(2 * self._wait, _LATEST)
+                self._waited, self._wait = 0, self._longer()
                 return 0
         else:
             self._on = True
         return self._affordable(gains, length)
+
+    def _longer(self) -> int:
+        """The steps to wait after a trial that failed, or was not worth making."""
+        return min(max(2 * self._wait, _SOONEST), _LATEST)
 
     def _affordable(self, gains: Mapping[int, float], length: int) -> int:
         """The best length whose worst case the allowance bears."""
@@ -239,7 +243,7 @@ class AdaptivePacing(Pacing):
         gained = 1 + sum(map(len, draft.kept)) / len(draft.kept)
         self._charge(seconds - gained * plain, gained, plain)
         self._waited, self._unmeasured = 0, self._unmeasured + 1
-        self._wait = 0 if seconds < gained * plain else min(max(2 * self._wait, _SOONEST), _LATEST)
+        self._wait = 0 if seconds < gained * plain else self._longer()
 
     def _charge(self, lost: float, tokens: float, plain: float) -> None:
         self._lost += lost
