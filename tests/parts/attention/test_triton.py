@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tests.parts.attention.test_attention import tensors
+from tests.triton_runs import CARDS, NoDevice, in_python, needs_triton, run_cases
 
 from volvelle.parts.attention.attention import attention
 from volvelle.parts.attention.spec import Shape, Spec
 from volvelle.parts.attention.triton import Triton
 
 CASES, MUTANTS = (Path(__file__).with_name(f"triton_{name}.py") for name in ("cases", "mutants"))
-INSTALLED = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not INSTALLED, reason="triton is not installed (pip install triton)")
 SPEC = Spec(Shape(2, 4, 2, 64, 64, 32, 32), "cuda", torch.bfloat16, False, False, False, False, False)
-
-
-def run_cases(repository, marker, interpret):
-    """Run triton_cases.py and, in the interpreter, triton_mutants.py in a process of its own."""
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    files = [str(CASES), str(MUTANTS)] if interpret else [str(CASES)]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
 
 
 @needs_triton
 def test_the_kernels_in_the_interpreter(repository):
-    run_cases(repository, "not slow", interpret=True)
+    run_cases(repository, (CASES, MUTANTS), "not slow", interpret=True)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter(repository):
-    run_cases(repository, "slow", interpret=True)
+    run_cases(repository, (CASES, MUTANTS), "slow", interpret=True)
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_the_kernels_on_a_device(repository):
-    run_cases(repository, "slow or not slow", interpret=False)
+    run_cases(repository, (CASES,), "slow or not slow", interpret=False)
 
 
 def test_the_cpu_never_goes_to_triton():
@@ -81,14 +66,6 @@ def test_support_is_said_honestly(change, reason):
     assert found is None if reason is None else reason in str(found)
 
 
-def in_python(source, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, env=os.environ | environment
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_triton_is_imported_with_the_first_call_only():
     source = "import sys, volvelle.parts.attention.attention; print('triton' in sys.modules)"
     assert in_python(source).strip() == "False"
@@ -106,23 +83,6 @@ def test_without_triton_the_reason_names_it():
     assert "triton is not installed (pip install triton)" in in_python(source, TRITON_INTERPRET="1")
 
 
-class NoDevice:
-    """Enough of a driver for Triton to compile for a card that is not there; each card counts as a device."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.target.arch
-
-    def get_current_stream(self, device):
-        return 0
-
-
-CARDS = {"A100": (80, 163), "RTX 3090": (86, 99), "H100": (90, 227)}  # architecture, KiB of shared memory a program
 TERMS = {  # dtype, d, terms
     "plain": (torch.bfloat16, 128, {}),
     "by diagonal": (torch.bfloat16, 128, {"right": 0, "numbers": torch.empty(4, 1023)}),

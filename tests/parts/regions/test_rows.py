@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tests.parts.attention.test_triton import CARDS, NoDevice, in_python, needs_triton
+from tests.triton_runs import CARDS, NoDevice, in_python, needs_triton, run_cases
 
 from volvelle.parts.regions import rows
 
@@ -85,30 +82,21 @@ def test_triton_is_not_imported_and_need_not_be_there():
     assert in_python(source).split() == ["False", "1.0"]
 
 
-def run_cases(repository, marker, interpret):
-    """Run triton_rows_cases.py in a process of its own."""
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-
-
 @needs_triton
 def test_the_kernels_in_the_interpreter(repository):
-    run_cases(repository, "not slow", interpret=True)
+    run_cases(repository, (CASES,), "not slow", interpret=True)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter(repository):
-    run_cases(repository, "slow", interpret=True)
+    run_cases(repository, (CASES,), "slow", interpret=True)
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_the_kernels_on_a_device(repository):
-    run_cases(repository, "slow or not slow", interpret=False)
+    run_cases(repository, (CASES,), "slow or not slow", interpret=False)
 
 
 @needs_triton
