@@ -41,18 +41,16 @@ WIDTH = 16
 
 def measure(budget: Budget) -> Measurement:
     """Fields, weights and holes (full: a network with equal and one with hybrid rates)."""
-    from volvelle.errors import VolvelleError
+    from volvelle.claims.garments import unless_missing
     from volvelle.parts.convolution.hybrid_dilation import hybrid_dilation_rates
 
     hybrids = {rates: hybrid_dilation_rates(3, field=1 + 2 * sum(rates)) for rates in PAIRS}
     findings, notes = [*_expansion(), *_holes(hybrids)], []
     setting: dict[str, object] = {"kernel": 3, "rates": [list(r) for r in (DOUBLING, *PAIRS, *hybrids.values())]}
     if budget == "full":
-        try:
+        with unless_missing(notes):
             findings += _trained(PAIRS[-1], hybrids[PAIRS[-1]])
             setting |= {"data": "Fashion-MNIST, four garments in noise, 56 x 56", "steps": STEPS, "seeds": SEEDS}
-        except VolvelleError as error:
-            notes.append(f"nothing was trained: {error}")
     drawn = {f"rates {', '.join(map(str, rates))}": paths(rates) for pair in hybrids.items() for rates in pair}
     return Measurement(
         findings,

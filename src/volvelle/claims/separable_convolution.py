@@ -52,8 +52,7 @@ Data = tuple[tuple["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 
 def measure(budget: Budget) -> Measurement:
     """Count, then train and time."""
-    from volvelle.claims.garments import garments, two_threads
-    from volvelle.errors import VolvelleError
+    from volvelle.claims.garments import garments, two_threads, unless_missing
 
     seeds, steps, rows, tests, rounds = (1, 60, 6000, 1000, 5) if budget == "quick" else (3, 400, 30000, 5000, 15)
     findings, notes = [*_layers(), *_mobilenets()], []
@@ -62,12 +61,8 @@ def measure(budget: Budget) -> Measurement:
         "first half a million for both with it, which the former misses"
     )
     notes.append("the first of MobileNet's blocks has 64 outputs, for which the formula itself says less than 8 times")
-    try:
+    with unless_missing(notes):
         data = garments(rows, tests)
-    except VolvelleError as error:
-        data = None
-        notes.append(f"nothing was trained: {error}")
-    if data is not None:
         with two_threads():
             runs = {kind: [accuracy(kind, data, steps, s) for s in range(seeds)] for kind in ("full", "separable")}
             findings += _accuracies(runs, steps, judged=budget == "full")
