@@ -132,7 +132,7 @@ def test_real_weights_equal_transformers(ours, theirs):
 @pytest.mark.peer
 @pytest.mark.parametrize("n", [1, 7, 513])
 @torch.inference_mode()
-def test_real_logits_equal_transformers(ours, theirs, n):
+def test_real_logits_equal_transformers(smollm2_path, ours, theirs, n):
     ids = torch.randint(0, 49152, (1, n), generator=torch.Generator().manual_seed(0))
     expected = theirs(ids).logits
     assert (ours(ids).logits - expected).abs().max() <= 1e-4
@@ -143,7 +143,9 @@ def test_real_logits_equal_transformers(ours, theirs, n):
         if part.numel():
             steps.append(ours(part, cache=cache).logits)
             cache.commit()
-    assert (torch.cat(steps, 1) - expected).abs().max() <= 1e-4
+    # Beside fp64: two roundings, ours and theirs, may lie on different sides of it.
+    exact = load_language_model(smollm2_path, dtype=torch.float64)(ids).logits
+    assert (torch.cat(steps, 1) - exact).abs().max() <= 1e-4
 
 
 @pytest.mark.slow
