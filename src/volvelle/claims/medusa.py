@@ -31,10 +31,10 @@ CLAIM = Claim(
     recipe="volvelle draft smollm2 data=prompts distill=true precision=bf16",
 )
 
-HEADS, DECAY, ROWS, HELD = 4, 0.8, 48, 16
+HEADS, DECAY, HELD = 4, 0.8, 16
 SIZES: dict[Budget, dict[str, int]] = {
     "quick": {"prompts": 96, "tokens": 32, "steps": 24, "vocabulary": 4096, "asked": 4, "rounds": 2},
-    "full": {"prompts": 1440, "tokens": 64, "steps": 360, "vocabulary": 8192, "asked": 12, "rounds": 5},
+    "full": {"prompts": 960, "tokens": 64, "steps": 300, "vocabulary": 8192, "asked": 12, "rounds": 5},
 }
 NODES = (3, 7, 15)
 """Tree sizes to choose from."""
@@ -45,6 +45,7 @@ def measure(budget: Budget) -> Measurement:
     import torch
 
     from volvelle.claims.decode_runs import compare, decoding_findings, in_fp32, same_answers, smollm2, step_costs
+    from volvelle.claims.own_answers import ask
     from volvelle.decode.cost import measured_improvement
     from volvelle.decode.drafters.medusa import Medusa
     from volvelle.decode.trees import expected_length, grow
@@ -53,11 +54,12 @@ def measure(budget: Budget) -> Measurement:
     size = SIZES[budget]
     try:
         model = smollm2()
-        prompts, asked = ask(model, size)
+        prompts, others = ask(model, size["prompts"], size["asked"] + HELD)
     except VolvelleError as error:
         return Measurement(unmeasurable=f"SmolLM2 or the data cannot be had: {error}")
     dtype = "bf16" if model.dtype == torch.bfloat16 else "fp32"
-    heads, held = train(model, prompts, size, dtype)
+    asked = others[HELD:]
+    heads, held = train(model, prompts + others[:HELD], size, dtype)
     heads = heads.to(model.dtype)
     assert heads.acceptance is not None
     table = heads.acceptance.tolist()
@@ -82,29 +84,13 @@ def measure(budget: Budget) -> Measurement:
     return Measurement(findings, setting=setting, notes=notes, peers={"plain decoding, torch": torch.__version__})
 
 
-def ask(model: Decoder, size: dict[str, int]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts to learn the answers to, and others to decode: facts to be put into words, as conversations."""
-    from volvelle.claims.prefix_runs import WEBNLG, countries, webnlg
-
-    held = size["asked"] + HELD
-    task = webnlg(held) if (WEBNLG / "train.jsonl").is_file() else countries(held)
-
-    def chat(example: Any) -> list[int]:
-        facts = example.prompt.removesuffix("=>").strip()
-        assert model.tokenizer is not None
-        return model.tokenizer.chat_ids([{"role": "user", "content": f"Put these facts into a sentence: {facts}"}])
-
-    prompts = [chat(example) for example in task.train[: size["prompts"]]] + [chat(example) for example in task.seen]
-    return prompts[: -size["asked"]], prompts[-size["asked"] :]
-
-
 def train(
     model: Decoder, prompts: list[list[int]], size: dict[str, int], precision: Any
 ) -> tuple[MedusaHeads, dict[str, float]]:
     """Heads trained on the model's own answers to the first of the prompts; held-out metrics on those to the last."""
+    from volvelle.claims.own_answers import answers
     from volvelle.data.loader import Loader
     from volvelle.data.tokens import Encoded, TokenDataset, collate
-    from volvelle.decode import generate_batch
     from volvelle.systems.language.draft_head import DraftHead, frequent_tokens
     from volvelle.systems.language.medusa import MedusaHeads
     from volvelle.train.ahead import AheadObjective, AheadOfHidden, held_out_ahead
@@ -112,12 +98,10 @@ def train(
     from volvelle.train.observer import Quiet
     from volvelle.train.options import FitOptions
 
-    encoded = []
-    for start in range(0, len(prompts), ROWS):
-        part = prompts[start : start + ROWS]
-        for prompt, answer in zip(part, generate_batch(model, part, max_tokens=size["tokens"]), strict=True):
-            learn = [False] * len(prompt) + [True] * len(answer.tokens)
-            encoded.append(Encoded([*prompt, *answer.tokens], learn))
+    encoded = [
+        Encoded(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+        for prompt, answer in answers(model, prompts, size["tokens"])
+    ]
     count = len(encoded) - HELD
     sides = [TokenDataset(part, ["an answer"] * len(part)) for part in (encoded[:count], encoded[count:])]
     options = FitOptions(steps=size["steps"], batch=8, learning_rate=2e-3, precision=precision, checkpoint_every=None)

@@ -41,7 +41,7 @@ PROMPTS = {
     "story": "Write a short story about a lighthouse keeper who finds a map.",
     "letter": "Write a polite letter to a neighbour about a broken fence.",
 }
-SIZES = {"quick": (2, 40, 2, (10,), (3,)), "full": (5, 128, 5, (4, 10, 20), (1, 3, 5))}
+SIZES = {"quick": (2, 40, 2, (10,), (3,)), "full": (5, 64, 5, (4, 10, 20), (1, 3, 5))}
 """Prompts, tokens an answer, rounds, layers left out, draft lengths."""
 
 
