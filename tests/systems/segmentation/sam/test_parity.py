@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.systems.segmentation.sam import small
+from torch.nn import functional as F
 
 from volvelle.systems.segmentation.sam import Promptable, load_sam, write_sam
 from volvelle.systems.segmentation.sam.pictures import as_pixels, padded
@@ -141,3 +143,35 @@ def test_predict_gives_the_masks_of_their_predictor(ours, meta):
             embedding, points=points, labels=labels, masks=torch.from_numpy(logits[0]), multimask=multimask
         )
         torch.testing.assert_close(refined.iou[0], torch.from_numpy(again[1]), **CLOSE)
+
+
+@pytest.mark.parametrize("size", [(60, 100), (333, 250)])
+@torch.no_grad()
+def test_from_a_picture_to_its_masks_as_with_transformers_processor(size, ours, hf, tmp_path):
+    """Transformers' own way: SamProcessor, the model, post_process_masks."""
+    transformers = pytest.importorskip("transformers")
+    write_sam(ours, tmp_path, "hf")
+    processor = transformers.SamProcessor.from_pretrained(tmp_path)
+    coarse = np.random.default_rng(0).integers(0, 256, (size[0] // 10, size[1] // 10, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
+    points = [[[20.0, 10.0]], [[size[1] - 30.0, size[0] / 2]]]
+    inputs = processor(picture, input_points=[points], return_tensors="pt")
+    mine = Promptable(load_sam(tmp_path))
+    embedding = mine.embed(picture)
+    pixels, original = as_pixels(picture, 160)
+    assert original == size == tuple(inputs["original_sizes"][0].tolist())
+    assert tuple(pixels.shape[1:]) == tuple(inputs["reshaped_input_sizes"][0].tolist())
+    assert (padded(pixels, mine.model.config) - inputs["pixel_values"]).abs().max() <= 1e-5
+    theirs = hf(pixel_values=inputs["pixel_values"], input_points=inputs["input_points"].float())
+    found = mine.predict(embedding, points=points)
+    torch.testing.assert_close(found.logits, theirs.pred_masks[0], atol=1e-3, rtol=0.0)
+    masks = processor.image_processor.post_process_masks(
+        theirs.pred_masks,
+        inputs["original_sizes"],
+        inputs["reshaped_input_sizes"],
+        pad_size={"height": 160, "width": 160},
+    )[0]
+    near = F.interpolate(found.logits, size=(160, 160), mode="bilinear")[..., : pixels.shape[1], : pixels.shape[2]]
+    sure = F.interpolate(near, size=size, mode="bilinear").abs() > 1e-3
+    assert sure.float().mean() > 0.9
+    assert torch.equal(found.masks[sure], masks[sure])
