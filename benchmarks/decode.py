@@ -129,11 +129,15 @@ class Bench:
         return tuple(tokenizer.eos_ids)
 
     def race(
-        self, variants: Mapping[str, Callable[[], object]], steady: Collection[str] | None = None
+        self,
+        variants: Mapping[str, Callable[[], object]],
+        steady: Collection[str] | None = None,
+        passes: int | None = None,
     ) -> dict[str, protocol.Series]:
         """Rounds in turn, until the baselines `steady` (all, when absent) were calm."""
         size = self.size
-        return protocol.interleave(variants, rounds=size.rounds, most=size.most, passes=size.passes, steady=steady)
+        passes = passes or size.passes
+        return protocol.interleave(variants, rounds=size.rounds, most=size.most, passes=passes, steady=steady)
 
     def keep(self, row: Row) -> None:
         """Store a row as it comes; one whose ratio was refused does not replace a good one."""
@@ -284,7 +288,7 @@ def bitwise_rows(bench: Bench) -> None:
                     answers[f"{exact} {name}"] = [one.tokens for one in done]
 
                 variants[f"{exact} {name}"] = run
-        series = bench.race(variants)
+        series = bench.race(variants, passes=1)  # each takes half a minute
         row: Row = {"what": "bitwise", "precision": precision, "answers": len(prompts)}
         row["cost"] = protocol.compare(series, "default plain", "bitwise plain")
         for exact in ("default", "bitwise"):
