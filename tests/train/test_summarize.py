@@ -27,7 +27,7 @@ from volvelle.train.evaluate import bleu, prompted, rouge, text_scores
 from volvelle.train.observer import Quiet
 from volvelle.train.options import from_dict, to_dict
 from volvelle.train.recipes.adapt import AdaptLanguage
-from volvelle.train.recipes.summarize import PairShape, TrainSummarize
+from volvelle.train.recipes.summarize import SPECIAL, PairShape, TrainSummarize
 
 ACTS = {"adds": "sum", "counts": "number", "sorts": "order", "finds": "place"}
 THINGS = ("files", "lines", "words", "pages", "names")
@@ -112,8 +112,9 @@ def test_transformers_opens_it_with_its_tokenizer(finished):
     assert tokenizer.decode(theirs[0], skip_special_tokens=True) == generate(model, ids[0], max_tokens=16).text
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
-    options = recipe(tmp_path, samples=0, held_out_size=4)
+@pytest.mark.parametrize("denoise", [0.0, 1.5])
+def test_an_interrupted_run_resumes_bit_for_bit(denoise, tmp_path):
+    options = recipe(tmp_path, samples=0, held_out_size=4, denoise=denoise)
     whole, part = (folder(tmp_path, name, "summarize", options) for name in ("whole", "part"))
     train_summarize(options, whole, observer=Quiet())
     stopped = train_summarize(options, part, observer=Ear(stop=7))
@@ -122,6 +123,22 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
     assert resumed.step == 12
     one, other = (load_file(run.path / "weights" / "model.safetensors") for run in (whole, part))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_gapped_texts_teach_to_write_texts_out(tmp_path):
+    held = write_data(tmp_path)
+    losses = {}
+    for denoise in (0.0, 2.0):
+        options = recipe(tmp_path, steps=80, samples=0, held_out_size=4, denoise=denoise, data=str(held))
+        run = folder(tmp_path, f"noisy-{denoise:g}", "summarize", options)
+        train_summarize(options, run, observer=Quiet())
+        model = load_run(run.path)
+        text = model.tokenizer.encode_prompt("Case 7: it often sorts all pages it is given.")
+        gapped = torch.tensor([[*text[:6], SPECIAL.index("<mask>"), *text[8:]]])
+        with torch.no_grad():
+            logits = model(torch.tensor([[2, *text[:-1]]]), source=gapped).logits
+        losses[denoise] = float(torch.nn.functional.cross_entropy(logits[0], torch.tensor(text)))
+    assert losses[2.0] < losses[0.0] / 2
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
+from volvelle.data.denoising import denoised
 from volvelle.data.docstrings import HELD_OUT, PACKAGES, TRAIN, collect, installed, write_docstrings
 from volvelle.data.text import Corpus, spread
 from volvelle.runs import RunFolder
@@ -50,7 +51,8 @@ def train_summarize(recipe: TrainSummarize, stage: Stage) -> Ready:
     context = fresh_context(recipe, recipe.model.context)
     config = build_config(recipe.model, tokenizer)
     layout = layout_of(config)
-    loader = training_loader(train, tokenizer, recipe, context, layout=layout)
+    noisy = denoised(layout, mask=SPECIAL.index("<mask>"), copies=recipe.denoise, seed=recipe.seed)
+    loader = training_loader(train, tokenizer, recipe, context, layout=noisy)
     held_loader = held_out_loader(held, tokenizer, recipe, context, layout=layout)
     seed_all(recipe.seed)
     model = EncoderDecoder(config).to(device)

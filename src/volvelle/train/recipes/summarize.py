@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,8 +11,8 @@ from volvelle.errors import UsageError
 from volvelle.train.recipes.text import TextOptions
 
 DOCSTRINGS = "docstrings"
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-"""BART's control tokens, at BART's ids."""
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+"""BART's control tokens, the first four at BART's ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ class TrainSummarize(TextOptions):
     """The size of the model: model.width=128."""
     vocabulary: int = 4096
     """Words of the tokenizer."""
+    denoise: float = 0.0
+    """Gapped texts to be written out whole, for each pair: what BART is pretrained by, and learns to copy from."""
     beams: Beams = field(default_factory=Beams)
     """How answers are searched for when they are scored; beams.width=1 takes the likeliest token each time."""
 
@@ -74,6 +77,8 @@ class TrainSummarize(TextOptions):
         if self.vocabulary < 256 + len(SPECIAL):
             least = 256 + len(SPECIAL)
             raise UsageError(f"vocabulary: a byte-level tokenizer needs at least {least} words, got {self.vocabulary}")
+        if not 0 <= self.denoise < math.inf:
+            raise UsageError(f"denoise: the texts for each pair, 0 or more, got {self.denoise}")
         if self.packages and self.data != DOCSTRINGS:
             raise UsageError(f"packages: are for data={DOCSTRINGS}, not for {self.data}")
         if self.max_tokens >= self.model.context:
