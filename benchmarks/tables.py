@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.support import claims_table, from_code, generation_table, serving_table, supported_table, vision_tables
+from benchmarks.support import (
+    claims_table,
+    from_code,
+    generation_table,
+    page_table,
+    serving_table,
+    supported_table,
+    vision_tables,
+)
 from benchmarks.support.comparison_table import comparison
 from benchmarks.support.footer import footer
 
@@ -48,6 +56,9 @@ PAGES = {
     "claims": "docs/claims.md",
     "short claims": "README.md",
     "short claims in Chinese": "README.zh-CN.md",
+    "benchmarks": "docs/benchmarks.md",
+    "short benchmarks": "README.md",
+    "short benchmarks in Chinese": "README.zh-CN.md",
     "assets": "docs/provenance.md",
     "supported": "docs/support.md",
     "names": "docs/support.md",
@@ -311,28 +322,6 @@ def adapt(record: Mapping[str, Any]) -> list[str]:
     return [*lines, "", *facts, "", f"{record['model']} in bf16, AdamW. " + footer("adapt", record["machine"])]
 
 
-def metrics(record: Mapping[str, Any]) -> list[str]:
-    """Milliseconds of one confusion matrix and of torchmetrics, and the ratios."""
-    lines = [
-        "| masks | ours | without checks | JaccardIndex | without checks | ours : theirs | both without checks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        who = ("ours", "ours, no checks", "JaccardIndex", "JaccardIndex, no checks")
-        times = " | ".join(f"{row['milliseconds'][one]:.1f} ms" for one in who)
-        pairs = ("ours : JaccardIndex", "ours, no checks : JaccardIndex, no checks")
-        lines.append(
-            f"| {row['title']} | {times} | " + " | ".join(protocol.shown(row["speed"][p]) for p in pairs) + " |"
-        )
-    pair = "ours, an image : MeanIoU"
-    told = [
-        f"{protocol.shown(row['speed'][pair])} for {row['title']}" for row in record["rows"] if pair in row["speed"]
-    ]
-    n, y, x = record["shape"]
-    about = f"{n} masks of {x} x {y} pixels. Means over (image, class) pairs against MeanIoU: {'; '.join(told)}. "
-    return [*lines, "", about + footer("metrics", record["machine"])]
-
-
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "language": language,
     "decode": decode,
@@ -345,7 +334,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "amp": amp,
     "adapt": adapt,
     "comparison": comparison,
-    "metrics": metrics,
+    "metrics": vision_tables.metrics,
     "segmentation": vision_tables.segmentation,
     "backbone": vision_tables.backbone,
     "detection": vision_tables.detection,
@@ -369,6 +358,9 @@ FROM_CODE: dict[str, Callable[[], list[str]]] = {
     "claims": claims_table.page,
     "short claims": partial(claims_table.short, claims_table.ENGLISH),
     "short claims in Chinese": partial(claims_table.short, claims_table.CHINESE),
+    "benchmarks": lambda: page_table.full(PAGES),
+    "short benchmarks": partial(page_table.short, page_table.ENGLISH),
+    "short benchmarks in Chinese": partial(page_table.short, page_table.CHINESE),
     "assets": from_code.assets,
     "names": from_code.names,
 }

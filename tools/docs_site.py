@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```[^\n]*\n.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 WORDS = re.compile(r"^(```(?:console|python)) [^\n]*$", re.MULTILINE)
 LOADED = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=\"?(https?:)?//[^\s\">]+", re.IGNORECASE)
 FAMILIES = {
-    "Start": ("README.md", "README.zh-CN.md", "docs/migrate.md", "docs/claims.md", "docs/support.md"),
+    "Start": ("README.md", "README.zh-CN.md", "migrate", "claims", "benchmarks", "support"),
     "Language": ("language", "adapt", "decoding", "drafting", "quantization", "summarization", "serving", "scale"),
     "Parts": ("attention", "positions", "convolution", "resampling", "regions", "metrics", "collectives"),
     "Vision": ("backbones", "receptive-field", "segmentation", "sam", "detection"),

@@ -186,3 +186,25 @@ def trained(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
         f"not idle beside it; {', '.join(sorted({row['precision'] for row in record['runs']}))}, torch "
         f"{machine['packages']['torch']}, {' and '.join(dates)}. Stored by `python -m benchmarks.trained`.",
     ]
+
+
+def metrics(record: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of one confusion matrix and of torchmetrics, and the ratios."""
+    lines = [
+        "| masks | ours | without checks | JaccardIndex | without checks | ours : theirs | both without checks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        who = ("ours", "ours, no checks", "JaccardIndex", "JaccardIndex, no checks")
+        times = " | ".join(f"{row['milliseconds'][one]:.1f} ms" for one in who)
+        pairs = ("ours : JaccardIndex", "ours, no checks : JaccardIndex, no checks")
+        lines.append(
+            f"| {row['title']} | {times} | " + " | ".join(protocol.shown(row["speed"][p]) for p in pairs) + " |"
+        )
+    pair = "ours, an image : MeanIoU"
+    told = [
+        f"{protocol.shown(row['speed'][pair])} for {row['title']}" for row in record["rows"] if pair in row["speed"]
+    ]
+    n, y, x = record["shape"]
+    about = f"{n} masks of {x} x {y} pixels. Means over (image, class) pairs against MeanIoU: {'; '.join(told)}. "
+    return [*lines, "", about + footer("metrics", record["machine"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -34,6 +35,27 @@ def test_a_changed_figure_is_a_changed_table(tables, monkeypatch):
     record["rows"][0]["tokens_per_second"]["ours"] *= 2
     monkeypatch.setattr(tables.protocol, "read", lambda name: record)
     assert tables.rendered("language") != before
+
+
+def test_the_short_table_of_speeds_shows_ratios(tables):
+    shown = tables.page_table
+    every = {(row.bench, row.what): row for row in reversed(shown.rows())}
+    assert set(shown.SHORT) <= set(every)
+    lines = {name: shown.short(words) for name, words in (("en", shown.ENGLISH), ("zh", shown.CHINESE))}
+    assert len(lines["en"]) == len(lines["zh"]) == 2 + len(shown.SHORT)
+    first = every[shown.SHORT[0]]
+    assert f"| {first.value:.4g}x ({first.range[0]:.2f} to {first.range[1]:.2f}) | {first.peer} |" in lines["en"][2]
+
+
+def test_the_page_of_benchmarks_says_why_there_is_no_ratio(tables, monkeypatch):
+    shown = tables.page_table
+    first = shown.rows()[0]
+    refused = dataclasses.replace(first, value=None, verdict="no ratio", why="no ratio: a|b jumped")
+    monkeypatch.setattr(shown, "rows", lambda: [refused, dataclasses.replace(first, verdict="held")])
+    page = shown.full(tables.PAGES)
+    assert page[0] == "1 held, 1 no ratio."
+    assert "| no ratio: a∣b jumped |" in page[4]
+    assert page[4].startswith("| [language](language.md) |")
 
 
 def test_empty_marks_are_filled_and_nothing_else(tables):
