@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from volvelle import processor
 from volvelle.parts.attention.cache import KVCache
 from volvelle.parts.quantization.int4 import Int4Linear
 from volvelle.parts.quantization.int8 import Int8Linear
@@ -234,21 +235,27 @@ def agrees(library, n):
             assert torch.equal(found, torch.cat([linear(library, layer, row[None]) for row in x]))
 
 
-@pytest.mark.parametrize("n", [1, 3, 16, 19, 32, 70])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 16, 19, 32, 70])
 @torch.no_grad()
 def test_products_agree_with_fp64(n):
     agrees(builder.library(), n)
 
 
+PROCESSORS = {"any": (), "pairs of bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", PROCESSORS)
 @torch.no_grad()
-def test_products_agree_on_a_processor_without_tiles(tmp_path):
+def test_products_agree_on_processors_without_tiles(kind, tmp_path):
+    if PROCESSORS[kind] and "avx512_bf16" not in processor.flags():
+        pytest.skip("this processor has no products of pairs of bf16")
     path = tmp_path / "plain.so"
-    flags = [flag.replace("-O3", "-O1") for flag in builder.FLAGS]
+    flags = [flag.replace("-O3", "-O1") for flag in (*builder.FLAGS, *PROCESSORS[kind])]
     subprocess.run(["g++", *flags, "-o", str(path), str(builder.FOLDER / "step.cpp")], check=True)
     plain = builder._declared(ctypes.CDLL(str(path)))
     assert not plain.tiles()
-    for n in (1, 5, 32):
+    for n in (1, 2, 3, 5, 32):
         agrees(plain, n)
 
 

@@ -3,8 +3,9 @@
 // Every kernel computes 16 outputs for all rows at once. The sum behind one output of one row runs in one fixed order,
 // whatever the other rows are and however many: a token gets the same bits alone and among the tokens of a draft.
 //
-// Written in the vector types of GCC and Clang, which any processor can run; where the processor multiplies tiles of
-// bf16 (AMX) the weights of 8 and 4 bits become bf16 in a register, without error: only their grid is applied in fp32.
+// Written in the vector types of GCC and Clang, which any processor can run; where the processor multiplies pairs of bf16
+// (AVX-512 BF16) or tiles of them (AMX) the weights of 8 and 4 bits become bf16 in a register, without error: only their
+// grid is applied in fp32.
 //
 // Letters: n rows, in and out features, o a block of 16 outputs, q a group of 32 inputs.
 #pragma once
@@ -12,8 +13,13 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#if defined(__AVX512BW__) && defined(__AVX512BF16__)
 #include <immintrin.h>
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+#if PAIRS && defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define TILES 1
@@ -90,12 +96,12 @@ struct Rows {
   }
   void finish(int kind, bool tiles) {  // after x is filled
     const size_t groups = in / GROUP;
-    if (tiles && kind != FP32) {
+    if (PAIRS && kind != FP32) {
       for (size_t k = 0; k < (size_t)n * in; k += LANES) store(&flat[k], narrow(wide(&x[k])));
     }
     if (kind >= INT8)
       for (size_t q = 0; q < n * groups; q++)
-        sums[q] = tiles ? sum(wide(&flat[q * GROUP]) + wide(&flat[q * GROUP + LANES]))
+        sums[q] = PAIRS ? sum(wide(&flat[q * GROUP]) + wide(&flat[q * GROUP + LANES]))
                         : sum(wide(&x[q * GROUP]) + wide(&x[q * GROUP + LANES]));
     if (kind == BF16 && tiles)
       for (int i = 0; i < n; i++)
@@ -132,8 +138,8 @@ template <class W> INLINE void plain(const Weight &m, int o, const Rows &rows, f
   const W *w = (const W *)m.data + (size_t)o * LANES * rows.in;
   const float *x = rows.x.data();
   int c = 0, in = rows.in;
-  for (; c + 4 <= rows.n; c += 4)
-    for (int r = 0; r < LANES; r += 4) dots<W, 4, 4>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
+  for (; c + 2 <= rows.n; c += 2)
+    for (int r = 0; r < LANES; r += 8) dots<W, 8, 2>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
   for (; c < rows.n; c++)
     for (int r = 0; r < LANES; r += 8) dots<W, 8, 1>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
 }
@@ -183,12 +189,107 @@ INLINE void grouped(const Weight &m, int o, const Rows &rows, float *y) {
   }
 }
 
+// ---- pairs of bf16 -----------------------------------------------------------------------------------------------
+
+#if PAIRS
+INLINE __m512bh halves(const half_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+template <int R, int C> INLINE void dots_of_pairs(const half_t *w, const half_t *x, int in, float *y) {
+  __m512 acc[R][C] = {};
+  for (int k = 0; k < in; k += GROUP) {
+    __m512bh a[R];
+    ask(w + (size_t)R * in + (size_t)k * R, R);  // the next rows
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) a[r] = halves(w + (size_t)r * in + k);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+      __m512bh b = halves(x + (size_t)c * in + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], a[r], b);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) y[c * LANES + r] = sum((F)acc[r][c]);
+}
+
+template <int R, int C> INLINE void rows_of_pairs(const half_t *w, const half_t *x, int in, float *y) {
+  for (int r = 0; r < LANES; r += R) dots_of_pairs<R, C>(w + (size_t)r * in, x, in, y + r);
+}
+
+INLINE void plain_pairs(const Weight &m, int o, const Rows &rows, float *y) {
+  const half_t *w = (const half_t *)m.data + (size_t)o * LANES * m.in, *x = rows.flat.data();
+  int c = 0;
+  for (; c + 4 <= rows.n; c += 4) rows_of_pairs<4, 4>(w, x + (size_t)c * m.in, m.in, y + c * LANES);
+  x += (size_t)c * m.in, y += c * LANES;
+  if (rows.n - c == 3) rows_of_pairs<4, 3>(w, x, m.in, y);
+  if (rows.n - c == 2) rows_of_pairs<8, 2>(w, x, m.in, y);
+  if (rows.n - c == 1) rows_of_pairs<8, 1>(w, x, m.in, y);
+}
+
+INLINE __m512i numbers_of_codes() {  // bf16 0 … 15, twice
+  alignas(64) half_t table[32];
+  for (int i = 0; i < 32; i++) table[i] = narrow1((float)(i % 16));
+  return load<__m512i>(table);
+}
+
+// One group's codes as bf16: (16 pairs, 16 outputs, 2).
+INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile) {
+  size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
+  const int bytes = m.kind == INT4 ? 1 : 2;
+  ask((const char *)m.data + at * bytes + AHEAD, 4 * bytes);
+  for (int p = 0; p < GROUP / 2; p++) {
+    if (m.kind == INT4) {  // number -> bf16 by a table of 32; an index is five bits, of which the fifth is not asked
+      __m512i b = _mm512_cvtepu8_epi32(load<__m128i>((const uint8_t *)m.data + at + p * LANES));
+      store(tile + p * 32, _mm512_permutexvar_epi16(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), numbers));
+    } else {
+      __m256i b = load<__m256i>((const int8_t *)m.data + (at + p * LANES) * 2);
+      __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));
+      __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(b, 1)));
+      store(tile + p * 32, _mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+// Rows c … c + C - 1: their sums of one group, part (rows, 16).
+template <int C> INLINE void group_of_pairs(const half_t *tile, const half_t *x, int in, F *part) {
+  __m512 a[C] = {}, b[C] = {};
+  for (int p = 0; p < GROUP / 2; p += 2) {
+    __m512bh first = halves(tile + p * 32), second = halves(tile + p * 32 + 32);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+      a[c] = _mm512_dpbf16_ps(a[c], first, (__m512bh)_mm512_set1_epi32(load<int>(x + (size_t)c * in + 2 * p)));
+      b[c] = _mm512_dpbf16_ps(b[c], second, (__m512bh)_mm512_set1_epi32(load<int>(x + (size_t)c * in + 2 * p + 2)));
+    }
+  }
+  for (int c = 0; c < C; c++) part[c] = (F)a[c] + (F)b[c];
+}
+
+INLINE void grouped_pairs(const Weight &m, int o, const Rows &rows, float *y) {
+  alignas(64) half_t tile[GROUP * LANES];
+  F part[1][MOST];
+  const __m512i numbers = numbers_of_codes();
+  memset(y, 0, sizeof(float) * LANES * rows.n);
+  for (int q = 0; q < m.in / GROUP; q++) {
+    unpack(m, o, q, numbers, tile);
+    const half_t *x = rows.flat.data() + q * GROUP;
+    int c = 0;
+    for (; c + 4 <= rows.n; c += 4) group_of_pairs<4>(tile, x + (size_t)c * m.in, m.in, part[0] + c);
+    for (; c < rows.n; c++) group_of_pairs<1>(tile, x + (size_t)c * m.in, m.in, part[0] + c);
+    graded(m, o, q, 1, rows, part, y);
+  }
+}
+#else
+INLINE void plain_pairs(const Weight &, int, const Rows &, float *) {}
+INLINE void grouped_pairs(const Weight &, int, const Rows &, float *) {}
+#endif
+
 // ---- tiles of bf16 -----------------------------------------------------------------------------------------------
 
 #ifdef TILES
 // the compiler does not know that a tile is loaded from memory
 INLINE void written() { asm volatile("" ::: "memory"); }
 INLINE bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, tile data
+INLINE void release_tiles() { _tile_release(); }
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, none[14] = {};
@@ -227,24 +328,6 @@ INLINE void plain_tiles(const Weight &m, int o, const Rows &rows, float *y) {
   }
 }
 
-// One group's codes as bf16: (16 pairs, 16 outputs, 2).
-INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile) {
-  size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
-  const int bytes = m.kind == INT4 ? 1 : 2;
-  ask((const char *)m.data + at * bytes + AHEAD, 4 * bytes);
-  for (int p = 0; p < GROUP / 2; p++) {
-    if (m.kind == INT4) {  // number -> bf16 by a table of 32; an index is five bits, of which the fifth is not asked
-      __m512i b = _mm512_cvtepu8_epi32(load<__m128i>((const uint8_t *)m.data + at + p * LANES));
-      store(tile + p * 32, _mm512_permutexvar_epi16(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), numbers));
-    } else {
-      __m256i b = load<__m256i>((const int8_t *)m.data + (at + p * LANES) * 2);
-      __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(b)));
-      __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(b, 1)));
-      store(tile + p * 32, _mm512_cvtne2ps_pbh(high, low));
-    }
-  }
-}
-
 // part (rows, 16) = x of one group times its tile of codes
 #define GROUP_SUM(T, x, stride, tile, part) \
   _tile_zero(T);                            \
@@ -254,10 +337,9 @@ INLINE void unpack(const Weight &m, int o, int q, __m512i numbers, half_t *tile)
   _tile_stored(T, part, 64);
 
 INLINE void grouped_tiles(const Weight &m, int o, const Rows &rows, float *y) {
-  alignas(64) half_t table[32], tile[BATCH][GROUP * LANES];
+  alignas(64) half_t tile[BATCH][GROUP * LANES];
   F part[2][BATCH][MOST];  // of this batch of groups, and of the one before: what waits for a tile is done later
-  for (int i = 0; i < 32; i++) table[i] = narrow1((float)(i % 16));
-  __m512i numbers = load<__m512i>(table);
+  const __m512i numbers = numbers_of_codes();
   memset(y, 0, sizeof(float) * LANES * rows.n);
   const int groups = m.in / GROUP;
   int turn = 0;
@@ -280,15 +362,17 @@ INLINE bool ask_for_tiles() { return false; }
 INLINE void set_tiles(int) {}
 INLINE void plain_tiles(const Weight &, int, const Rows &, float *) {}
 INLINE void grouped_tiles(const Weight &, int, const Rows &, float *) {}
-INLINE void _tile_release() {}
+INLINE void release_tiles() {}
 #endif
 
 // y (n, 16): outputs 16 o … 16 o + 15 of all rows
 static void product(const Weight &m, int o, const Rows &rows, bool tiles, float *y) {
   if (m.kind == FP32) plain<float>(m, o, rows, y);
   else if (m.kind == BF16 && tiles) plain_tiles(m, o, rows, y);
+  else if (m.kind == BF16 && PAIRS) plain_pairs(m, o, rows, y);
   else if (m.kind == BF16) plain<half_t>(m, o, rows, y);
   else if (tiles) grouped_tiles(m, o, rows, y);
+  else if (PAIRS) grouped_pairs(m, o, rows, y);
   else grouped(m, o, rows, y);
   if (m.bias)
     for (int i = 0; i < rows.n; i++) store(y + i * LANES, load<F>(y + i * LANES) + wide(m.bias + o * LANES));

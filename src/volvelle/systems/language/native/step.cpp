@@ -92,7 +92,7 @@ template <class T> struct Step {
       int t = omp_get_thread_num(), threads = omp_get_num_threads();
       if (tiles) set_tiles(rows);
       for (int64_t layer = 0; layer < m.depth; layer++) block(m.blocks[layer], layer, t, threads);
-      if (tiles) _tile_release();
+      if (tiles) release_tiles();
     }
     for (size_t i = 0; i < (size_t)rows * m.width; i++) put((T *)c.x + i, shared.stream[i]);
   }
@@ -306,6 +306,6 @@ extern "C" void linear(const Weight *w, const void *x, void *y, int64_t n, int64
           }
       }
     }
-    if (tiles) _tile_release();
+    if (tiles) release_tiles();
   }
 }
