@@ -70,7 +70,7 @@ def test_train_predict_and_eval(data, capsys):
     photo = str(data / "0.png")
     assert main(["predict", "runs/cards", photo, "out=found", "score=0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["images"][0]
-    assert Image.open(found["boxes"]).size == (64, 48)
+    assert Image.open(found["boxes"]).size == (420, 315)
     assert all(entry["class"] == "card" for entry in found["objects"])
     assert main(["eval", "runs/cards", f"data={data}", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -170,8 +170,13 @@ def test_quick_tour(tmp_path, monkeypatch, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["missing"] == {}
     assert record["adapt"]["fp32"]["merged"] == pytest.approx(record["adapt"]["fp32"]["beside"], rel=1e-5)
+    assert all(one["same"] for one in record["draft"].values())
+    assert max(one["tokens_a_step"] for one in record["draft"].values()) > 1
+    assert {"map_50", "run"} <= record["detect"].keys()
+    assert set(record["claims"].values()) == {"held"}
     page = (tmp_path / "runs/tour/report.html").read_text()
     assert "<script" not in page
+    assert page.count("<img") + page.count("<svg") >= 8
     assert "held-out loss" in page
 
 

@@ -61,12 +61,12 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None
     """Find objects in pictures with a run; write STEM-boxes.png into `out`, and say what was found.
 
     Boxes of less than `score` are left out; None: the score that was best on the pictures the run set aside. Each
-    record names the file and lists boxes in the picture's pixels, surest first.
+    record names the file and lists boxes in the picture's pixels, surest first; small pictures are drawn larger.
     """
     from volvelle.cli.segmenting import free_name
     from volvelle.data.images import read_image
     from volvelle.systems.detection.inference import detect
-    from volvelle.train.detect_pictures import Drawn, draw_boxes
+    from volvelle.train.detect_pictures import PANEL, Drawn, resized_with_boxes
     from volvelle.train.segment_pictures import colours_of, png
 
     model, view = open_detector(run)
@@ -83,7 +83,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, score: float | None
         rows = list(zip(corners, labels, scores, strict=True))
         drawn = [Drawn((*box,), colours[label], f"{model.classes[label]} {sure:.2f}") for box, label, sure in rows]
         file = free_name(out, path, "boxes", records)
-        file.write_bytes(png(draw_boxes(picture, drawn)))
+        file.write_bytes(png(resized_with_boxes(picture, drawn, max(picture.width, PANEL))))
         counts = {name: labels.count(number) for number, name in enumerate(model.classes) if number in labels}
         shown = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
         say(f"{path}: {shown} (score {least:.2f} or more)", f"  boxes    {file}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
 from volvelle.data.masks_labels import Colour
 
+PANEL = 420
+"""Pixels across a picture in a report, and the least that a picture with boxes is wide."""
 WRONG: Colour = (230, 0, 60)
 """What is wrong: an object that was missed, a detection of nothing."""
 
@@ -41,6 +43,22 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Drawn], *, letters: int = 12)
             draw.rectangle(draw.textbbox((x, y), one.word, font=font), fill=one.colour)
             draw.text((x, y), one.word, fill=_ink(one.colour), font=font)
     return picture
+
+
+def resized_with_boxes(image: Image.Image, boxes: Sequence[Drawn], width: int, *, letters: int = 12) -> Image.Image:
+    """The picture brought to a width, and the boxes on it: on a small picture words would hide what they name.
+
+    >>> resized_with_boxes(Image.new("RGB", (50, 20)), [Drawn((10, 5, 40, 15), (255, 0, 0))], 200).getpixel((40, 40))
+    (255, 0, 0)
+    """
+    height = max(1, round(image.height * width / image.width))
+    across, down = width / image.width, height / image.height
+    scaled = [
+        replace(one, box=(one.box[0] * across, one.box[1] * down, one.box[2] * across, one.box[3] * down))
+        for one in boxes
+    ]
+    picture = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+    return draw_boxes(picture, scaled, letters=letters)
 
 
 def _ink(ground: Colour) -> Colour:

@@ -15,7 +15,7 @@ from volvelle.parts.metrics.box_matching import Picture
 from volvelle.runs import RunFolder
 from volvelle.train.charts import Series, line_chart
 from volvelle.train.detect_measure import Measured, judged
-from volvelle.train.detect_pictures import WRONG, Drawn, draw_boxes
+from volvelle.train.detect_pictures import PANEL, WRONG, Drawn, resized_with_boxes
 from volvelle.train.loop import FitResult
 from volvelle.train.report import Report, begun, ended, tiles_of_work, training_curves
 from volvelle.train.segment_pictures import colours_of, legend, png
@@ -28,8 +28,6 @@ NAMES = {
     "voc07_map": "VOC 2007 mAP",
 }
 GREY: Colour = (150, 150, 150)
-PANEL = 420
-"""The widest that one picture of a row is drawn, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -109,24 +107,16 @@ def _panels(page: Page, picture: Picture, index: int, colours: Sequence[Colour])
         if score >= page.trusted:
             colour = colours[label] if hit else WRONG
             seen.append(_drawn(box, colour, f"{score:.2f}" if hit else f"{page.classes[label]} {score:.2f}", not hit))
-    factor = PANEL / max(PANEL, image.width)
-    size = round(image.width * factor), max(1, round(image.height * factor))
-    joined = Image.new("RGB", (2 * size[0] + 4, size[1]), (255, 255, 255))
-    for number, boxes in enumerate((there, seen)):
-        shown = [_scaled(one, size[0] / image.width, size[1] / image.height) for one in boxes]
-        panel = draw_boxes(image.resize(size, Image.Resampling.LANCZOS), shown, letters=10)
-        joined.paste(panel, (number * (size[0] + 4), 0))
+    panels = [resized_with_boxes(image, boxes, PANEL, letters=10) for boxes in (there, seen)]
+    joined = Image.new("RGB", (2 * PANEL + 4, panels[0].height), (255, 255, 255))
+    for number, panel in enumerate(panels):
+        joined.paste(panel, (number * (PANEL + 4), 0))
     return png(joined.quantize(256, dither=Image.Dither.NONE))
 
 
 def _drawn(box: Sequence[float], colour: Colour, word: str, wrong: bool) -> Drawn:
     x1, y1, x2, y2 = box
     return Drawn((x1, y1, x2, y2), colour, word, 3 if wrong else 1)
-
-
-def _scaled(one: Drawn, across: float, down: float) -> Drawn:
-    x1, y1, x2, y2 = one.box
-    return Drawn((x1 * across, y1 * down, x2 * across, y2 * down), one.colour, one.word, one.width)
 
 
 def _held(records: Sequence[Mapping[str, object]], name: str, label: str) -> Series:

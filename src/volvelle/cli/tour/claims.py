@@ -5,19 +5,20 @@ from __future__ import annotations
 from volvelle.cli.console import say
 from volvelle.cli.tour.frame import Tour
 
-CLAIMS = ("autograd",)
+CLAIMS = ("autograd", "mrope", "roi-align", "soft-nms")
 """Claims short enough for the tour; `volvelle claim` measures all."""
 
 
 def claims(tour: Tour) -> None:
     """Measure the tour's claims and tabulate what held."""
+    from volvelle.claims import records
     from volvelle.claims.run import run_claim
 
     rows = []
     for name in CLAIMS:
         record = run_claim(name, "quick", tour.path / "claims")
-        first = next(finding for finding in record["findings"])
-        figure = f"{first['what']}: {first['value']:.3g} ({first['bound']})"
+        decided = records.deciding(record)
+        figure = f"{decided['what']}: {records.figure(decided)} ({decided['bound']})" if decided else ""
         rows.append((record["title"], record["sentence"], figure, record["verdict"]))
         say(f"      {record['title']}: {record['verdict']}; {figure}")
     tour.report.table(("technique", "the paper says", "measured here", "verdict"), rows)

@@ -1,4 +1,4 @@
-"""The language stages: a chat answer of the real model, and an adapter trained, judged and merged."""
+"""The language stages: a chat answer of the real model, drafts for it, and an adapter trained, judged and merged."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 MODEL = "smollm2"
 PROMPT = "{{ prompt }}\nIn a sentence:"
 QUESTION = "Why does the sea look blue? Answer in two sentences."
+DRAFTED = {
+    "a copy": "Repeat this text word for word:\n\nThe harbour was built by the engineer Clara Whitmore. Its stone pier "
+    "shelters forty fishing boats from the western storms.",
+    "code": "Rename the variable result to amount and print the whole function again:\n\ndef total(prices, rate):\n"
+    "    result = 0\n    for price in prices:\n        result = result + price * rate\n    return result\n",
+    "a question": QUESTION,
+}
+"""Prompts to draft for: answers that repeat themselves or the prompt, and one that does not."""
 
 
 def chat(tour: Tour) -> None:
@@ -37,6 +45,38 @@ def chat(tour: Tour) -> None:
     tour.tiles.append(("chat", f"{answer.tokens_per_second:.1f} tokens/s", f"{len(answer.tokens)} tokens, batch 1"))
     tour.results["chat"] = {"text": answer.text, "tokens_per_second": answer.tokens_per_second}
     tour.next.append(f"volvelle chat {MODEL}")
+
+
+def draft(tour: Tour) -> None:
+    """Answer prompts plainly and with drafts by counts, and compare the answers token for token."""
+    from volvelle.decode import NGram, generate
+    from volvelle.decode.policy import Adaptive
+
+    model = open_language_model(MODEL)
+    tokenizer, policy = model.tokenizer, Adaptive()
+    assert tokenizer is not None
+    rows, pieces = [], []
+    for kind, text in DRAFTED.items():
+        ids, most = tokenizer.chat_ids([{"role": "user", "content": text}]), 16 if tour.quick else 96
+        plain = generate(model, ids, max_tokens=most)
+        drafted = generate(model, ids, max_tokens=most, drafter=NGram(), policy=policy)
+        rates = plain.tokens_per_second, drafted.tokens_per_second
+        same = drafted.tokens == plain.tokens
+        rows.append((kind, f"{rates[0]:.1f}", f"{rates[1]:.1f}", f"{drafted.accepted_per_step:.2f}", same))
+        pieces.append((kind, drafted.text))
+        say(f"      {kind}: {rates[0]:.1f} tokens/s plainly, {rates[1]:.1f} with drafts, {rows[-1][3]} tokens a step")
+    equal = sum(same for *_, same in rows)
+    say(f"      {equal} of {len(rows)} answers with drafts are the plain ones, token for token")
+    tour.report.text(
+        "Greedy answers. What followed the last tokens before, in prompt and answer, is drafted; the model checks it "
+        "in one step and keeps what it would have written itself. Where drafts do not pay they are left out."
+    )
+    heads = ("prompt", "tokens/s plainly", "with drafts", "tokens a step", "the same answer")
+    tour.report.table(heads, [(*row, "yes" if same else "no: a near tie") for *row, same in rows])
+    tour.report.table(("prompt", "answer"), pieces)
+    tour.tiles.append(("drafts", f"{equal} of {len(rows)} equal", f"up to {max(row[3] for row in rows)} tokens a step"))
+    tour.results["draft"] = {kind: {"tokens_a_step": float(step), "same": same} for kind, _, _, step, same in rows}
+    tour.next.append(f'volvelle generate {MODEL} "List the planets." draft=ngram stats=true')
 
 
 def adapt(tour: Tour) -> None:
