@@ -119,7 +119,8 @@ class Speculation:
             live = [row for row, before in enumerate(written) if before >= 0]
             self._error = measure_error(self.model, self._kind, self._alone[live], logits[live, 0])
             self._alone = None
-        near = [] if self._error is None else self._near(logits, accepted, requests, self._error)
+        # Where steps of all widths give the same bits there is nothing that rounding could turn.
+        near = self._near(logits, accepted, requests, self._error) if self._error else []
         return Told(accepted, draft, written, near)
 
     def gained(self, told: Told, cache: Cache, requests: Sequence[Request], step: Seen) -> None:

@@ -36,6 +36,11 @@ typedef int8_t S __attribute__((vector_size(16)));
 
 constexpr int LANES = 16, GROUP = 32, MOST = 32;  // MOST rows in one call
 constexpr int BATCH = 3, AHEAD = 3072;           // groups at a time; bytes of codes to ask for ahead
+#ifdef __AVX512F__
+constexpr int ONE = 8, TWO = 8;  // outputs at a time of one row, and of two: their sums stay in registers
+#else
+constexpr int ONE = 4, TWO = 2;
+#endif
 enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 // A matrix (out, in). fp32 and bf16: rows as torch has them. int8: codes (out/16, in/2, 16, 2); int4: the same with the
@@ -84,15 +89,16 @@ INLINE F fp16s(const half_t *p) {  // 16 numbers: fp32's exponent begins 112 low
 }
 
 // What the kernels read of the rows, made once a product: x (n, in) fp32 as it is, in bf16 as tiles want it, and each
-// group's sum of what bf16 left of it.
+// group's sum of what bf16 left of it. apart: of every 32 numbers those with even places first, then the others.
 struct Rows {
   int n = 0, in = 0;
-  std::vector<float> x, sums;
+  std::vector<float> x, sums, apart;
   std::vector<half_t> flat, pairs;  // bf16: (32 rows, in) and (in/2, 32 rows, 2); what rows behind n hold is never read
   void size(int rows, int features) {
     n = rows, in = features;
     const size_t most = (size_t)MOST * in;
-    if (x.size() < most) x.resize(most), flat.resize(most), pairs.resize(most), sums.resize(most / GROUP);
+    if (x.size() < most)
+      x.resize(most), flat.resize(most), pairs.resize(most), sums.resize(most / GROUP), apart.resize(most);
   }
   void finish(int kind, bool tiles) {  // after x is filled
     const size_t groups = in / GROUP;
@@ -103,6 +109,8 @@ struct Rows {
       for (size_t q = 0; q < n * groups; q++)
         sums[q] = PAIRS ? sum(wide(&flat[q * GROUP]) + wide(&flat[q * GROUP + LANES]))
                         : sum(wide(&x[q * GROUP]) + wide(&x[q * GROUP + LANES]));
+    if (kind == BF16 && !PAIRS)
+      for (size_t k = 0; k < (size_t)n * in; k++) apart[k / GROUP * GROUP + k % 2 * LANES + k % GROUP / 2] = x[k];
     if (kind == BF16 && tiles)
       for (int i = 0; i < n; i++)
         for (int k = 0; k < in / 2; k++) memcpy(&pairs[((size_t)k * MOST + i) * 2], &flat[(size_t)i * in + 2 * k], 4);
@@ -116,32 +124,42 @@ INLINE void ask(const void *p, int lines) {
   for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)p + i * 64);
 }
 
+// What one load of weights brings: 16 of fp32, or 32 of bf16, those with even places first.
+INLINE void parts(const float *w, F (&a)[1]) { a[0] = wide(w); }
+INLINE void parts(const half_t *w, F (&a)[2]) {
+  const U both = load<U>(w);
+  a[0] = (F)(both << 16), a[1] = (F)(both & 0xffff0000u);
+}
+
 template <class W, int R, int C> INLINE void dots(const W *w, const float *x, int in, float *y) {
+  constexpr int P = 4 / sizeof(W);
   F acc[R][C] = {};
-  for (int k = 0; k < in; k += LANES) {
-    F a[R];
-    if (C > 1) ask(w + (size_t)R * in + (size_t)k * R, R * sizeof(W) / 4);  // the next rows; alone, a row is foreseen
+  for (int k = 0; k < in; k += P * LANES) {
+    F a[R][P];
+    if (C > 1) ask(w + (size_t)R * in + (size_t)k * R, R);  // the next rows; alone, a row is foreseen
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) a[r] = wide(w + (size_t)r * in + k);
+    for (int r = 0; r < R; r++) parts(w + (size_t)r * in + k, a[r]);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; c++) {
-      F b = wide(x + (size_t)c * in + k);
+    for (int c = 0; c < C; c++)
+#pragma GCC unroll 2
+      for (int p = 0; p < P; p++) {
+        F b = wide(x + (size_t)c * in + k + p * LANES);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r][c] += a[r] * b;
-    }
+        for (int r = 0; r < R; r++) acc[r][c] += a[r][p] * b;
+      }
   }
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) y[c * LANES + r] = sum(acc[r][c]);
 }
 
-template <class W> INLINE void plain(const Weight &m, int o, const Rows &rows, float *y) {
-  const W *w = (const W *)m.data + (size_t)o * LANES * rows.in;
-  const float *x = rows.x.data();
-  int c = 0, in = rows.in;
-  for (; c + 2 <= rows.n; c += 2)
-    for (int r = 0; r < LANES; r += 8) dots<W, 8, 2>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
-  for (; c < rows.n; c++)
-    for (int r = 0; r < LANES; r += 8) dots<W, 8, 1>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
+template <class W> INLINE void plain(const Weight &m, int o, const float *x, int n, float *y) {
+  const int in = m.in;
+  const W *w = (const W *)m.data + (size_t)o * LANES * in;
+  int c = 0;
+  for (; c + 2 <= n; c += 2)
+    for (int r = 0; r < LANES; r += TWO) dots<W, TWO, 2>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
+  for (; c < n; c++)
+    for (int r = 0; r < LANES; r += ONE) dots<W, ONE, 1>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
 }
 
 INLINE void codes(const Weight &m, int o, int q, F *w) {  // the 32 x 16 codes of a group as numbers
@@ -367,10 +385,10 @@ INLINE void release_tiles() {}
 
 // y (n, 16): outputs 16 o … 16 o + 15 of all rows
 static void product(const Weight &m, int o, const Rows &rows, bool tiles, float *y) {
-  if (m.kind == FP32) plain<float>(m, o, rows, y);
+  if (m.kind == FP32) plain<float>(m, o, rows.x.data(), rows.n, y);
   else if (m.kind == BF16 && tiles) plain_tiles(m, o, rows, y);
   else if (m.kind == BF16 && PAIRS) plain_pairs(m, o, rows, y);
-  else if (m.kind == BF16) plain<half_t>(m, o, rows, y);
+  else if (m.kind == BF16) plain<half_t>(m, o, rows.apart.data(), rows.n, y);
   else if (tiles) grouped_tiles(m, o, rows, y);
   else if (PAIRS) grouped_pairs(m, o, rows, y);
   else grouped(m, o, rows, y);
