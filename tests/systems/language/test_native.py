@@ -241,17 +241,23 @@ def test_products_agree_with_fp64(n):
     agrees(builder.library(), n)
 
 
-PROCESSORS = {"any": (), "pairs of bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")}
+PROCESSORS = {  # what the compiler may use, and the flag without which this one cannot run it
+    "any": ((), None),
+    "AVX2": (("-mavx2", "-mfma"), "avx2"),
+    "AVX-512": (("-mavx512f", "-mavx512bw", "-mavx512vl"), "avx512f"),
+    "pairs of bf16": (("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"), "avx512_bf16"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PROCESSORS)
 @torch.no_grad()
 def test_products_agree_on_processors_without_tiles(kind, tmp_path):
-    if PROCESSORS[kind] and "avx512_bf16" not in processor.flags():
-        pytest.skip("this processor has no products of pairs of bf16")
+    given, needed = PROCESSORS[kind]
+    if needed and needed not in processor.flags():
+        pytest.skip(f"this processor has no {needed}")
     path = tmp_path / "plain.so"
-    flags = [flag.replace("-O3", "-O1") for flag in (*builder.FLAGS, *PROCESSORS[kind])]
+    flags = [flag.replace("-O3", "-O1") for flag in (*builder.FLAGS, *given)]
     subprocess.run(["g++", *flags, "-o", str(path), str(builder.FOLDER / "step.cpp")], check=True)
     plain = builder._declared(ctypes.CDLL(str(path)))
     assert not plain.tiles()

@@ -1,4 +1,4 @@
-"""A step of decoding as one call of compiled code: step.cpp and kernels.h, built once with the machine's C++ compiler.
+"""A step of decoding as one call of compiled code: C++ that the machine's own compiler builds once for its processor.
 
 Optional: without a compiler the same step runs as torch operations, and a warning says so.
 """

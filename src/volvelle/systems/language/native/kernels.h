@@ -9,12 +9,10 @@
 //
 // Letters: n rows, in and out features, o a block of 16 outputs, q a group of 32 inputs.
 #pragma once
+#include "vectors.h"
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 #if defined(__AVX512BW__) && defined(__AVX512BF16__)
-#include <immintrin.h>
 #define PAIRS 1
 #else
 #define PAIRS 0
@@ -25,22 +23,9 @@
 #define TILES 1
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
-typedef uint16_t half_t;  // bf16 or fp16: 16 bits
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
-typedef uint8_t B __attribute__((vector_size(16)));
-typedef int8_t S __attribute__((vector_size(16)));
-
-constexpr int LANES = 16, GROUP = 32, MOST = 32;  // MOST rows in one call
-constexpr int BATCH = 3, AHEAD = 3072;           // groups at a time; bytes of codes to ask for ahead
-#ifdef __AVX512F__
-constexpr int ONE = 8, TWO = 8;  // outputs at a time of one row, and of two: their sums stay in registers
-#else
-constexpr int ONE = 4, TWO = 2;
-#endif
+constexpr int GROUP = 32, MOST = 32;    // MOST rows in one call
+constexpr int BATCH = 3, AHEAD = 3072;  // groups at a time; bytes of codes to ask for ahead
+constexpr int ONE = WIDE / 2, TWO = WIDE == LANES ? 8 : 2;  // outputs at a time of one row, of two: sums stay in registers
 enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 // A matrix (out, in). fp32 and bf16: rows as torch has them. int8: codes (out/16, in/2, 16, 2); int4: the same with the
@@ -51,42 +36,6 @@ struct Weight {
   const void *data, *grid;
   const float *bias;
 };
-
-template <class V, class T> INLINE V load(const T *p) { V v; memcpy(&v, p, sizeof v); return v; }
-template <class V, class T> INLINE void store(T *p, V v) { memcpy(p, &v, sizeof v); }
-INLINE F splat(float x) { return F{} + x; }
-INLINE F wide(const float *p) { return load<F>(p); }
-INLINE F wide(const half_t *p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
-INLINE float wide1(half_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
-INLINE float wide1(float x) { return x; }
-INLINE half_t narrow1(float x) {  // to nearest, ties to even
-  uint32_t u; memcpy(&u, &x, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 64;
-  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-}
-INLINE H narrow(F x) {
-  U u = (U)x;
-  U r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x == x ? r : U{} + 0x7fc0, H);
-}
-INLINE void put(float *p, float x) { *p = x; }
-INLINE void put(half_t *p, float x) { *p = narrow1(x); }
-INLINE float sum(F v) {  // halves onto halves
-  typedef float F8 __attribute__((vector_size(32)));
-  typedef float F4 __attribute__((vector_size(16)));
-  F8 a[2];
-  memcpy(a, &v, sizeof v);
-  a[0] += a[1];
-  F4 b[2];
-  memcpy(b, a, sizeof b);
-  b[0] += b[1];
-  return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
-}
-INLINE F fp16s(const half_t *p) {  // 16 numbers: fp32's exponent begins 112 lower
-  U h = __builtin_convertvector(load<H>(p), U);
-  F size = (F)((h & 0x7fff) << 13) * 0x1p112f;
-  return (F)((U)size | (h & 0x8000) << 16);
-}
 
 // What the kernels read of the rows, made once a product: x (n, in) fp32 as it is, in bf16 as tiles want it, and each
 // group's sum of what bf16 left of it. apart: of every 32 numbers those with even places first, then the others.
@@ -119,37 +68,35 @@ struct Rows {
 
 // ---- any processor -----------------------------------------------------------------------------------------------
 
-// Ask for lines of 64 bytes that will be read soon, where the processor does not foresee it.
-INLINE void ask(const void *p, int lines) {
-  for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)p + i * 64);
-}
-
-// What one load of weights brings: 16 of fp32, or 32 of bf16, those with even places first.
-INLINE void parts(const float *w, F (&a)[1]) { a[0] = wide(w); }
-INLINE void parts(const half_t *w, F (&a)[2]) {
-  const U both = load<U>(w);
-  a[0] = (F)(both << 16), a[1] = (F)(both & 0xffff0000u);
+// What one load of weights brings: WIDE of fp32, or twice as many of bf16, those with even places first.
+INLINE void parts(const float *w, V (&a)[1]) { a[0] = load<V>(w); }
+INLINE void parts(const half_t *w, V (&a)[2]) {
+  const VU both = load<VU>(w);
+  a[0] = (V)(both << 16), a[1] = (V)(both & 0xffff0000u);
 }
 
 template <class W, int R, int C> INLINE void dots(const W *w, const float *x, int in, float *y) {
   constexpr int P = 4 / sizeof(W);
-  F acc[R][C] = {};
+  V acc[R][C][HALVES] = {};
   for (int k = 0; k < in; k += P * LANES) {
-    F a[R][P];
     if (C > 1) ask(w + (size_t)R * in + (size_t)k * R, R);  // the next rows; alone, a row is foreseen
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) parts(w + (size_t)r * in + k, a[r]);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; c++)
 #pragma GCC unroll 2
-      for (int p = 0; p < P; p++) {
-        F b = wide(x + (size_t)c * in + k + p * LANES);
+    for (int h = 0; h < HALVES; h++) {
+      V a[R][P];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r][c] += a[r][p] * b;
-      }
+      for (int r = 0; r < R; r++) parts(w + (size_t)r * in + k + h * P * WIDE, a[r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) {
+          V b = load<V>(x + (size_t)c * in + k + p * LANES + h * WIDE);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) acc[r][c][h] += a[r][p] * b;
+        }
+    }
   }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) y[c * LANES + r] = sum(acc[r][c]);
+    for (int c = 0; c < C; c++) y[c * LANES + r] = sum(load<F>(&acc[r][c]));
 }
 
 template <class W> INLINE void plain(const Weight &m, int o, const float *x, int n, float *y) {
@@ -162,46 +109,56 @@ template <class W> INLINE void plain(const Weight &m, int o, const float *x, int
     for (int r = 0; r < LANES; r += ONE) dots<W, ONE, 1>(w + (size_t)r * in, x + (size_t)c * in, in, y + c * LANES + r);
 }
 
-INLINE void codes(const Weight &m, int o, int q, F *w) {  // the 32 x 16 codes of a group as numbers
+INLINE void codes(const Weight &m, int o, int q, V (*w)[HALVES]) {  // the 32 x 16 codes of a group as numbers
   size_t at = ((size_t)o * m.in / 2 + (size_t)q * GROUP / 2) * LANES;
-  for (int p = 0; p < GROUP / 2; p++) {
-    if (m.kind == INT4) {
-      I b = __builtin_convertvector(load<B>((const uint8_t *)m.data + at + p * LANES), I);
-      w[2 * p] = __builtin_convertvector(b & 15, F), w[2 * p + 1] = __builtin_convertvector(b >> 4, F);
-    } else {
-      I b = __builtin_convertvector(load<H>((const uint16_t *)m.data + at + p * LANES), I);
-      w[2 * p] = __builtin_convertvector((b << 24) >> 24, F);
-      w[2 * p + 1] = __builtin_convertvector((b << 16) >> 24, F);
+  for (int p = 0; p < GROUP / 2; p++)
+#pragma GCC unroll 2
+    for (int h = 0; h < HALVES; h++, at += WIDE) {
+      if (m.kind == INT4) {
+        VI b = whole((const uint8_t *)m.data + at);
+        w[2 * p][h] = __builtin_convertvector(b & 15, V), w[2 * p + 1][h] = __builtin_convertvector(b >> 4, V);
+      } else {
+        VI b = whole((const uint16_t *)m.data + at);
+        w[2 * p][h] = __builtin_convertvector((b << 24) >> 24, V);
+        w[2 * p + 1][h] = __builtin_convertvector((b << 16) >> 24, V);
+      }
     }
-  }
 }
 
 // Add to y what `count` groups give: their sums over codes, on the grid of scale and offset.
 INLINE void graded(const Weight &m, int o, int q, int count, const Rows &rows, const F (*part)[MOST], float *y) {
-  F s[BATCH], z[BATCH];
+  alignas(64) float s[BATCH][LANES], z[BATCH][LANES];
   for (int j = 0; j < count; j++) {
     const half_t *at = (const half_t *)m.grid + ((size_t)o * (m.in / GROUP) + q + j) * m.numbers * LANES;
-    s[j] = fp16s(at), z[j] = m.numbers > 1 ? fp16s(at + LANES) : F{};
+    store(s[j], fp16s(at)), store(z[j], m.numbers > 1 ? fp16s(at + LANES) : F{});
   }
   for (int i = 0; i < rows.n; i++) {
     const float *sums = &rows.sums[(size_t)i * (m.in / GROUP) + q];
-    F a = wide(y + i * LANES);
-    for (int j = 0; j < count; j++) a += s[j] * part[j][i] + z[j] * sums[j];
-    store(y + i * LANES, a);
+    for (int h = 0; h < LANES; h += WIDE) {
+      V a = load<V>(y + i * LANES + h);
+      for (int j = 0; j < count; j++)
+        a += load<V>(s[j] + h) * load<V>((const float *)&part[j][i] + h) + load<V>(z[j] + h) * sums[j];
+      store(y + i * LANES + h, a);
+    }
   }
 }
 
 INLINE void grouped(const Weight &m, int o, const Rows &rows, float *y) {
-  F w[GROUP], part[1][MOST];
+  V w[GROUP][HALVES];
+  F part[1][MOST];
   memset(y, 0, sizeof(float) * LANES * rows.n);
   for (int q = 0; q < m.in / GROUP; q++) {
     codes(m, o, q, w);
     for (int i = 0; i < rows.n; i++) {
       const float *x = rows.x.data() + (size_t)i * m.in + q * GROUP;
-      F a = {}, b = {};
-#pragma GCC unroll 16
-      for (int k = 0; k < GROUP; k += 2) a += w[k] * splat(x[k]), b += w[k + 1] * splat(x[k + 1]);
-      part[0][i] = a + b;
+      V a[4][HALVES] = {};  // four sums, for one would wait for itself
+#pragma GCC unroll 8
+      for (int k = 0; k < GROUP; k += 4)
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; e++)
+#pragma GCC unroll 2
+          for (int h = 0; h < HALVES; h++) a[e][h] += w[k + e][h] * x[k + e];
+      for (int h = 0; h < HALVES; h++) store((float *)&part[0][i] + h * WIDE, (a[0][h] + a[1][h]) + (a[2][h] + a[3][h]));
     }
     graded(m, o, q, 1, rows, part, y);
   }

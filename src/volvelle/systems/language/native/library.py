@@ -49,7 +49,7 @@ def _built() -> Path:
     # the compiler's libgomp is torch's, already loaded: one team of threads
     tune = "-march=native" if platform.machine() in {"x86_64", "AMD64"} else "-mcpu=native"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = [(FOLDER / name).read_bytes() for name in ("kernels.h", "step.cpp")]
+    sources = [(FOLDER / name).read_bytes() for name in ("vectors.h", "kernels.h", "step.cpp")]
     facts = "\n".join((version, tune, *FLAGS, torch.__version__, _processor()))
     key = hashlib.sha256(b"\0".join((*sources, facts.encode()))).hexdigest()[:16]
     path = home() / "native" / f"step-{key}.so"
