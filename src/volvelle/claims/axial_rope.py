@@ -126,7 +126,8 @@ def network(positions: Positions, seed: int) -> nn.Module:
 
         def forward(self, x, turn):
             q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-            found = F.scaled_dot_product_attention(*turn(q, k), v)
+            q, k = turn(q, k)
+            found = F.scaled_dot_product_attention(q, k, v)
             x = x + self.out(found.transpose(1, 2).flatten(2))
             return x + self.mlp(self.between(x))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -151,8 +152,7 @@ def _peers(boxes: Tensor) -> list[Finding]:
     if find_spec("torchvision") is None:
         return []
     try:
-        from torchvision import ops
-
+        ops = importlib.import_module("torchvision.ops")
         theirs = ops.roi_align(own_coordinates(), [boxes], BINS, sampling_ratio=2, aligned=True)
         pool = ops.roi_pool(own_coordinates(), [boxes], BINS)
     except (ImportError, RuntimeError):  # built for another torch
