@@ -120,14 +120,16 @@ def compare(
     policy: Policy = ALWAYS,
     max_tokens: int,
     rounds: int,
+    eos_ids: Sequence[int] | None = (),
 ) -> Compared:
     """Answer every prompt plainly and with drafts, turn about, `rounds` times, behind a short warm-up.
 
-    Answers end at their length alone; those of the last round are kept.
+    Answers end at `max_tokens` alone, unless `eos_ids` says otherwise (None: the tokenizer's); those of the last round
+    are kept.
     """
 
     def answer(prompt: Sequence[int], drafter: Drafter | None, tokens: int = max_tokens) -> Generation:
-        return generate(model, prompt, max_tokens=tokens, eos_ids=(), drafter=drafter, policy=policy)
+        return generate(model, prompt, max_tokens=tokens, eos_ids=eos_ids, drafter=drafter, policy=policy)
 
     for helper in (None, drafter):
         answer(prompts[0], helper, min(max_tokens, WARM_UP))

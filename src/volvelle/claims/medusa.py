@@ -67,8 +67,9 @@ def measure(budget: Budget) -> Measurement:
     lengths = {k: expected_length(grow(table, k), table) for k in NODES}
     k = max(NODES, key=lambda k: measured_improvement(lengths[k], k, costs, 0.0))
     tokens = size["tokens"]
-    found = compare(model, Medusa(heads, k=k), asked, max_tokens=tokens, rounds=size["rounds"])
-    exact = compare(in_fp32(model), Medusa(heads.float(), k=k), asked[:3], max_tokens=tokens, rounds=1)
+    options: Any = {"max_tokens": tokens, "eos_ids": None}  # where the answers that heads have learnt end, so do these
+    found = compare(model, Medusa(heads, k=k), asked, rounds=size["rounds"], **options)
+    exact = compare(in_fp32(model), Medusa(heads.float(), k=k), asked[:3], rounds=1, **options)
     findings = [
         *(Finding(f"held-out accuracy of head {i}", held[f"token_{i + 1}_accuracy"]) for i in range(1, HEADS + 1)),
         *decoding_findings("medusa", found, costs[1 + k], k),

@@ -55,15 +55,16 @@ def measure(budget: Budget) -> Measurement:
     differing = 0
     drafters = {"own text alone": NGram(), f"{len(texts)} earlier answers too": NGram(texts)}
     for who, drafter in drafters.items():
-        options = {"max_tokens": size["tokens"], "rounds": size["rounds"]}
-        found = compare(model, drafter, asked, policy=Adaptive(), **options)
+        found = compare(
+            model, drafter, asked, policy=Adaptive(), max_tokens=size["tokens"], rounds=size["rounds"], eos_ids=None
+        )
         differing += found.differing
         findings += [
             Finding(f"{who}: tokens gained by a step", found.per_step),
             Finding(f"{who}: draft tokens kept a step with a draft", found.kept_a_draft, "tokens"),
             at_least(f"{who}: speed-up", found.speed_up, PAPER if drafter.texts else 0.97, "x", spread=found.spread),
         ]
-    exact = compare(in_fp32(model), NGram(texts), asked[:3], max_tokens=size["tokens"], rounds=1)
+    exact = compare(in_fp32(model), NGram(texts), asked[:3], max_tokens=size["tokens"], rounds=1, eos_ids=None)
     findings += [
         Finding(f"{model.dtype} answers that differ from plain ones, of {2 * len(asked)}", differing),
         same_answers("n-grams", exact, "fp32"),
