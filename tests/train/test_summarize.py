@@ -245,7 +245,7 @@ def begin(tmp_path, changes):
 
 def test_wrong_options_are_named(tmp_path):
     for changes, message in (
-        ({"vocabulary": 200}, "at least 260 words, got 200"),
+        ({"vocabulary": 200}, "at least 261 words, got 200"),
         ({"packages": ("json",)}, "packages: are for data=docstrings"),
         ({"max_tokens": 64}, "max_tokens: must be below model.context = 64, got 64"),
         ({"length": 65}, "length=65: the model's context is 64 tokens"),
