@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from volvelle.cli.console import say, warn
 from volvelle.errors import VolvelleError
 
 if TYPE_CHECKING:
     from volvelle.runs import RunFolder
+    from volvelle.train.outcome import Outcome
     from volvelle.train.report import Report
 
 
@@ -34,6 +35,19 @@ class Tour:
     def path(self) -> Path:
         """The tour's run folder."""
         return self.run.path
+
+    def train(self, name: str, kind: str, recipe: Any, train: Callable[..., Outcome]) -> tuple[RunFolder, Outcome]:
+        """Train by a recipe in a run folder `name` of its own, and end the tour where that was interrupted."""
+        from volvelle.cli.training import console
+        from volvelle.runs import RunFolder
+        from volvelle.train.options import to_dict
+
+        run = RunFolder.create(name, root=self.path, kind=kind, config=to_dict(recipe))
+        with console() as observer:
+            outcome = train(recipe, run, observer=observer)
+        if outcome.interrupted is not None:
+            raise KeyboardInterrupt
+        return run, outcome
 
 
 Stage = Callable[[Tour], None]

@@ -12,13 +12,10 @@ CLASSES = 10
 
 def draw(tour: Tour) -> None:
     """Train a VQ-VAE and a prior for some seconds, and draw garments by class."""
-    from volvelle.cli.training import console
     from volvelle.data.pictures import to_bytes
     from volvelle.data.sheet import sheet
     from volvelle.decode import Sampling, draw_images
-    from volvelle.runs import RunFolder
     from volvelle.systems.generation.prior import read_prior
-    from volvelle.train.options import to_dict
     from volvelle.train.prior import train_prior
     from volvelle.train.recipes.language import ModelShape
     from volvelle.train.recipes.prior import TrainPrior
@@ -37,7 +34,7 @@ def draw(tour: Tour) -> None:
         evaluate_every=None,
         checkpoint_every=None,
     )
-    codec = RunFolder.create("codec", root=tour.path, kind="vqgan", config=to_dict(coding))
+    codec, _ = tour.train("codec", "vqgan", coding, train_vqgan)
     drawing = TrainPrior(
         data=str(data),
         codec=str(codec.path),
@@ -50,17 +47,12 @@ def draw(tour: Tour) -> None:
         evaluate_every=None,
         checkpoint_every=None,
     )
-    with console() as observer:
-        outcomes = [train_vqgan(coding, codec, observer=observer)]
-        run = RunFolder.create("prior", root=tour.path, kind="prior", config=to_dict(drawing))
-        outcomes.append(train_prior(drawing, run, observer=observer))
-    if any(outcome.interrupted is not None for outcome in outcomes):
-        raise KeyboardInterrupt
+    run, outcome = tour.train("prior", "prior", drawing, train_prior)
     prior = read_prior(run.path)
     shows = [i % CLASSES for i in range(CLASSES if quick else 4 * CLASSES)]
     drawn = draw_images(prior, shows, sampling=Sampling(temperature=1.0, seed=0))
     picture = sheet(to_bytes(prior.pictures(drawn.codes)), columns=CLASSES, least=56)
-    nats = outcomes[1].after["loss"]
+    nats = outcome.after["loss"]
     say(f"      {nats:.2f} nats a code; {len(shows)} garments drawn, a column for each class")
     tour.report.text(
         "A VQ-VAE that turns pictures of Fashion-MNIST into 7 x 7 codes, and a Llama over these codes, both trained "

@@ -81,10 +81,7 @@ def draft(tour: Tour) -> None:
 
 def adapt(tour: Tour) -> None:
     """Train a LoRA adapter on sentences about countries; judge it on countries and phrasings it never saw."""
-    from volvelle.cli.training import console
-    from volvelle.runs import RunFolder
     from volvelle.train.adaptation import adapt_language
-    from volvelle.train.options import to_dict
     from volvelle.train.recipes.adapt import AdaptLanguage
 
     train, held_out = _write_data(tour.path / "data")
@@ -103,11 +100,7 @@ def adapt(tour: Tour) -> None:
         max_tokens=40,
         checkpoint_every=None,
     )
-    run = RunFolder.create("adapt", root=tour.path, kind="adapt", config=to_dict(recipe))
-    with console() as observer:
-        outcome = adapt_language(recipe, run, observer=observer)
-    if outcome.interrupted is not None:
-        raise KeyboardInterrupt
+    run, outcome = tour.train("adapt", "adapt", recipe, adapt_language)
     merged = _merged_loss(run, held_out, recipe.held_out_size)
     _show(tour, run, outcome, merged)
     tour.next += [f"volvelle eval {run.path} data={held_out}", f"volvelle export {run.path} to=peft"]

@@ -48,9 +48,6 @@ def classify(tour: Tour) -> None:
 
 def segment(tour: Tour) -> None:
     """Train a segmenter for a moment on scenes, and measure it on scenes of garments that it never saw."""
-    from volvelle.cli.training import console
-    from volvelle.runs import RunFolder
-    from volvelle.train.options import to_dict
     from volvelle.train.recipes.segment import TrainSegment
     from volvelle.train.segment import train_segment
 
@@ -65,11 +62,7 @@ def segment(tour: Tour) -> None:
         checkpoint_every=None,
         samples=3,
     )
-    run = RunFolder.create("segment", root=tour.path, kind="segment", config=to_dict(recipe))
-    with console() as observer:
-        outcome = train_segment(recipe, run, observer=observer)
-    if outcome.interrupted is not None:
-        raise KeyboardInterrupt
+    run, outcome = tour.train("segment", "segment", recipe, train_segment)
     miou = outcome.after["miou"]
     say(f"      mean IoU {miou:.3f}, pixels right {outcome.after['pixel_accuracy']:.3f}, on scenes set aside")
     _panels(tour, run, data)
@@ -81,10 +74,7 @@ def segment(tour: Tour) -> None:
 def detect(tour: Tour) -> None:
     """Train a detector for a moment on the same scenes, and draw what it finds in others."""
     from volvelle.cli.detecting import predict
-    from volvelle.cli.training import console
-    from volvelle.runs import RunFolder
     from volvelle.train.detect import train_detect
-    from volvelle.train.options import to_dict
     from volvelle.train.recipes.detect import TrainDetect
 
     data = _scenes(tour)
@@ -101,11 +91,7 @@ def detect(tour: Tour) -> None:
         checkpoint_every=None,
         samples=2,
     )
-    run = RunFolder.create("detect", root=tour.path, kind="detect", config=to_dict(recipe))
-    with console() as observer:
-        outcome = train_detect(recipe, run, observer=observer)
-    if outcome.interrupted is not None:
-        raise KeyboardInterrupt
+    run, outcome = tour.train("detect", "detect", recipe, train_detect)
     precision = outcome.after["map_50"]
     say(f"      mAP at IoU 0.5: {precision:.3f}, on scenes set aside")
     pictures = sorted((data / "images" / "val").glob("*.png"))[:3]
