@@ -1,4 +1,4 @@
-"""Tables of the vision systems: segmentation, backbones, detection."""
+"""Tables of the vision systems and their metrics."""
 
 from __future__ import annotations
 

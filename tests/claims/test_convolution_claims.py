@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from volvelle.claims import bias, dilation, inception_1x1, upsampling
+from volvelle.claims.garments import scenes
 from volvelle.parts.convolution import gridding, hybrid_dilation
 
 
@@ -44,7 +45,7 @@ def test_a_miscounted_path_would_be_noticed(monkeypatch):
 def test_its_garments_lie_where_their_classes_say():
     images, labels = torch.rand(30, 1, 28, 28), torch.arange(30) % 10
     images[:, :, :5] = 0
-    x, y = dilation.scenes(images, labels, 7, seed=0)
+    x, y = scenes(images, labels, 7, seed=0)
     assert x.shape == (7, 1, 56, 56)
     assert y.shape == (7, 56, 56)
     assert not y[:, :5].any()
@@ -136,5 +137,5 @@ def test_one_network_of_the_dilation_claim_learns():
         data, others = garments(2000, 200)
     except VolvelleError as error:
         pytest.skip(str(error))
-    held = dilation.scenes(*others, 20, seed=0)
+    held = scenes(*others, 20, seed=0)
     assert dilation.iou((1, 3, 8), data, held, 40, 0) > 100 / 11

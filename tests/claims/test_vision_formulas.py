@@ -99,7 +99,7 @@ def pictures(monkeypatch):
     for claim in (axial_rope, unpooling):
         monkeypatch.setattr(claim, "STEPS", 1)
         monkeypatch.setattr(claim, "SEEDS", 1)
-    monkeypatch.setattr("volvelle.claims.dilation.scenes", few_scenes)
+    monkeypatch.setattr("volvelle.claims.garments.scenes", few_scenes)
 
 
 def few_scenes(images, labels, count, seed):

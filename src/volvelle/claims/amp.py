@@ -318,7 +318,7 @@ def _against_gradscaler() -> Finding:
 def _speed(rounds: int, rows: int) -> tuple[list[Finding], list[str]]:
     """Time of an fp32 step over that of a bf16 and of an fp16 step, in interleaved rounds, of fp16 three at most.
 
-    Without instructions for it a step in fp16 takes a hundred times as long.
+    Without instructions for it a step in fp16 takes dozens of times as long.
     """
     import torch
 

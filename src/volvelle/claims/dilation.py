@@ -125,12 +125,12 @@ def _holes(hybrids: dict[tuple[int, ...], tuple[int, ...]]) -> list[Finding]:
     return findings
 
 
-STEPS, SEEDS, CLASSES = 300, 3, 11
+STEPS, SEEDS = 300, 3
 
 
 def _trained(equal: tuple[int, ...], hybrid: tuple[int, ...]) -> list[Finding]:
     """Mean IoU of small networks that name each pixel's garment."""
-    from volvelle.claims.garments import garments, two_threads
+    from volvelle.claims.garments import garments, scenes, two_threads
 
     (images, labels), (others, their_labels) = garments(20000, 2000)
     with two_threads():
@@ -149,42 +149,24 @@ def _trained(equal: tuple[int, ...], hybrid: tuple[int, ...]) -> list[Finding]:
     ]
 
 
-def scenes(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Pictures (count, 1, 56, 56) of four garments each in noise, and the class of every pixel, 0 for the ground."""
-    import torch
-
-    draw = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(images), (count, 2, 2), generator=draw)
-    parts, classes = images[chosen][..., 0, :, :], labels[chosen] + 1  # (count, 2, 2, 28, 28), (count, 2, 2)
-    target = (parts > 0.15).long() * classes[..., None, None]
-    flat = lambda tensor: tensor.permute(0, 1, 3, 2, 4).reshape(count, 56, 56)  # noqa: E731
-    noise = 0.2 * torch.randn(count, 56, 56, generator=draw)
-    return (flat(parts) + noise)[:, None], flat(target)
-
-
 def iou(rates: Sequence[int], data: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], steps: int, seed: int) -> float:
     """Train one network with these rates and return its mean IoU in percent."""
     import torch
     from torch import nn
 
-    from volvelle.claims.garments import train
+    from volvelle.claims.garments import PIXEL_CLASSES, learn_scenes, named_pixels
     from volvelle.parts.convolution.atrous import AtrousConv2d
+    from volvelle.parts.metrics.confusion import confusion_matrix
+    from volvelle.parts.metrics.overlap import mean_iou
 
     torch.manual_seed(seed)
     layers: list[nn.Module] = [nn.Conv2d(1, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU()]
     for r in rates:
         layers += [AtrousConv2d(WIDTH, WIDTH, 3, dilation=r, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.Conv2d(WIDTH, CLASSES, 1))
-    x, y = scenes(*data, 2000, seed=seed + 1)
-    weights = torch.ones(CLASSES)
-    weights[0] = 0.3  # more than half of the pixels are ground
-    loss = lambda rows: nn.functional.cross_entropy(net(x[rows]), y[rows], weights)  # noqa: E731
-    train(net, loss, len(x), steps, seed=seed, rate=5e-3)
-    with torch.no_grad():
-        found = torch.cat([net(part).argmax(1) for part in held[0].split(100)])
-    pairs = torch.bincount(held[1].flatten() * CLASSES + found.flatten(), minlength=CLASSES**2).view(CLASSES, -1)
-    inside, total = pairs.diag(), pairs.sum(0) + pairs.sum(1) - pairs.diag()
-    return float((inside / total)[total > 0].mean() * 100)
+    net = nn.Sequential(*layers, nn.Conv2d(WIDTH, PIXEL_CLASSES, 1))
+    learn_scenes(net, data, steps, seed)
+    matrix = confusion_matrix(named_pixels(net, held[0]), held[1], PIXEL_CLASSES)
+    return float(mean_iou(matrix) * 100)
 
 
 def drawing(maps: dict[str, Tensor], cell: int = 8) -> str:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+PIXEL_CLASSES = 11
+"""The ground and the ten garments."""
+
 
 def garments(train: int, test: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The first so many pictures (n, 1, 28, 28) in 0 .. 1 with their labels, to train on and to test on.
@@ -62,3 +65,35 @@ def train(
         optimizer.step()
         decay.step()
     model.eval()
+
+
+def scenes(images: Tensor, labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pictures (count, 1, 56, 56) of four garments each in noise, and the class of every pixel, 0 for the ground."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(images), (count, 2, 2), generator=draw)
+    parts, classes = images[chosen][..., 0, :, :], labels[chosen] + 1  # (count, 2, 2, 28, 28), (count, 2, 2)
+    target = (parts > 0.15).long() * classes[..., None, None]
+    flat = lambda tensor: tensor.permute(0, 1, 3, 2, 4).reshape(count, 56, 56)  # noqa: E731
+    noise = 0.2 * torch.randn(count, 56, 56, generator=draw)
+    return (flat(parts) + noise)[:, None], flat(target)
+
+
+def learn_scenes(net: nn.Module, data: tuple[Tensor, Tensor], steps: int, seed: int) -> None:
+    """Train a network to name every pixel of 2000 such pictures."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    x, y = scenes(*data, 2000, seed=seed + 1)
+    weights = torch.ones(PIXEL_CLASSES)
+    weights[0] = 0.3  # more than half of the pixels are ground
+    train(net, lambda rows: cross_entropy(net(x[rows]), y[rows], weights), len(x), steps, seed=seed, rate=5e-3)
+
+
+def named_pixels(net: nn.Module, pictures: Tensor) -> Tensor:
+    """The class that a network gives every pixel, (n, 56, 56)."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([net(part).argmax(1) for part in pictures.split(100)])

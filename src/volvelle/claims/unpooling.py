@@ -32,7 +32,7 @@ CLAIM = Claim(
     parts=("functional.max_unpool2d", "functional.resize_nearest", "functional.resize_bilinear"),
 )
 
-WIDTH, CLASSES, STEPS, SEEDS = 24, 11, 400, 3
+WIDTH, STEPS, SEEDS = 24, 400, 3
 KINDS = ("unpooling", "nearest", "bilinear")
 
 
@@ -80,8 +80,7 @@ def _operator() -> list[Finding]:
 
 def _trained() -> list[Finding]:
     """Outlines and regions that each kind of decoder finds."""
-    from volvelle.claims.dilation import scenes
-    from volvelle.claims.garments import garments, two_threads
+    from volvelle.claims.garments import garments, scenes, two_threads
 
     data, (others, their_labels) = garments(20000, 2000)
     held = scenes(others, their_labels, 300, seed=0)
@@ -105,6 +104,7 @@ def network(kind: str, seed: int) -> nn.Module:
     from torch import nn
     from torch.nn import functional as F
 
+    from volvelle.claims.garments import PIXEL_CLASSES
     from volvelle.parts.resampling.interpolation import resize_bilinear, resize_nearest
     from volvelle.parts.resampling.unpooling import max_unpool2d
 
@@ -119,7 +119,7 @@ def network(kind: str, seed: int) -> nn.Module:
             self.down = nn.ModuleList((layer(1), layer(WIDTH)))
             self.middle = layer(WIDTH)
             self.up = nn.ModuleList((layer(WIDTH), layer(WIDTH)))
-            self.classes = nn.Conv2d(WIDTH, CLASSES, 1)
+            self.classes = nn.Conv2d(WIDTH, PIXEL_CLASSES, 1)
 
         def forward(self, x):
             places, sizes = [], []
@@ -144,22 +144,16 @@ def network(kind: str, seed: int) -> nn.Module:
 
 def figures(kind: str, data: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], seed: int) -> tuple[float, float]:
     """Train one network; its boundary IoU and mean IoU in percent."""
-    import torch
-    from torch.nn import functional as F
-
-    from volvelle.claims.dilation import scenes
-    from volvelle.claims.garments import train
+    from volvelle.claims.garments import PIXEL_CLASSES, learn_scenes, named_pixels
     from volvelle.parts.metrics.boundary import boundary_counts
     from volvelle.parts.metrics.confusion import confusion_matrix
     from volvelle.parts.metrics.overlap import mean_iou
 
     net = network(kind, seed)
-    x, y = scenes(*data, 2000, seed=seed + 1)
-    weights = torch.ones(CLASSES)
-    weights[0] = 0.3  # more than half of the pixels are ground
-    train(net, lambda rows: F.cross_entropy(net(x[rows]), y[rows], weights), len(x), STEPS, seed=seed, rate=5e-3)
-    with torch.no_grad():
-        found = torch.cat([net(part).argmax(1) for part in held[0].split(100)])
-    both, either = (counts.sum(0).double() for counts in boundary_counts(found, held[1], CLASSES, ignore_index=None))
+    learn_scenes(net, data, STEPS, seed)
+    found = named_pixels(net, held[0])
+    both, either = (
+        counts.sum(0).double() for counts in boundary_counts(found, held[1], PIXEL_CLASSES, ignore_index=None)
+    )
     outlines = float((both / either)[either > 0].mean() * 100)
-    return outlines, float(mean_iou(confusion_matrix(found, held[1], CLASSES)) * 100)
+    return outlines, float(mean_iou(confusion_matrix(found, held[1], PIXEL_CLASSES)) * 100)
