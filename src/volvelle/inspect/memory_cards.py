@@ -3,10 +3,10 @@
 DDP keeps everything on every card and adds the buckets in which gradients travel. FSDP (fully sharded, ZeRO-3) splits
 weights, gradients and optimiser by the number of cards N and gathers one block at a time:
 
-    peak = max over t of  (weights + gradients + optimiser)(t) / N + activations(t) + temporaries(t) + gathered
+    peak = max over t of  (weights + gradients + optimiser)(t) / N + activations(t) + temporaries(t) + whole(t)
 
-`gathered` is what a card holds whole (see `Gathered`): weights that stay whole through the step, two blocks' weights
-(the current and the prefetched one) while blocks run, and in the backward pass gradients on their way into shards.
+`whole` is what a card does not share with others (see `Shards`): weights that stay whole through the step, two blocks'
+weights (the current and the prefetched one) while blocks run, and in the backward pass gradients until they are shards.
 Under autocast the gathered weights are half precision already (FSDP's mixed-precision policy), so no casts of all
 weights are kept, which DDP does. The batch is the one card's own: N cards train N times as many samples a step.
 """
@@ -14,16 +14,15 @@ weights are kept, which DDP does. The batch is the one card's own: N cards train
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from torch import Tensor
 
 from volvelle.inspect.memory_ledger import CATEGORIES, Entry, Point, thinned
 from volvelle.inspect.memory_options import Cards, Shard
 from volvelle.inspect.memory_session import Trace
-from volvelle.inspect.memory_step import TrainingStep, units_of
+from volvelle.inspect.memory_shards import Shards
+from volvelle.inspect.memory_step import TrainingStep
 
 SPLIT = CATEGORIES[:3]
 """What FSDP splits: weights, gradients, optimiser."""
@@ -31,7 +30,7 @@ SPLIT = CATEGORIES[:3]
 
 @dataclass(frozen=True)
 class CardPlan:
-    """One card of `cards` under `shard`: its peak in bytes, what of it is communication, and whether it fits.
+    """One card of `cards` under `shard`: its peak in bytes, the most of communication, and whether it fits.
 
     Of many cards there is a `timeline`, whose sizes are those of CATEGORIES and communication.
     """
@@ -97,13 +96,13 @@ def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> C
     """What one card holds at its peak."""
     if cards.count == 1:
         return CardPlan(cards, shard, trace.peak, 0)
-    communication = _communication(step, cards, shard)
-    peak = 0
+    peak = communication = 0
 
     def points() -> Iterator[Point]:
-        nonlocal peak
+        nonlocal peak, communication
         for moment in card_moments(trace, step, cards, shard):
             peak = max(peak, math.ceil(moment.total))
+            communication = max(communication, round(moment.communication))
             sizes = (*moment.sizes, moment.communication)
             yield Point(moment.position, moment.phase, tuple(map(round, sizes)))
 
@@ -113,93 +112,40 @@ def card_plan(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> C
 
 def card_moments(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -> Iterator[Moment]:
     """The moments of a step on one of the cards."""
-    n = cards.count if shard == "fsdp" else 1
-    gathered = Gathered.of(step) if n > 1 else None
-    buckets = _communication(step, cards, shard) if gathered is None else 0
+    if shard == "fsdp" and cards.count > 1:
+        yield from _sharded(trace, step, cards.count)
+        return
+    # DDP: one bucket a group of parameters, together as large as the gradients.
+    buckets = sum(p.numel() * p.element_size() for p in step.trainable) if cards.count > 1 else 0
+    for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
+        yield Moment(index, phase, tuple(sums[name] for name in CATEGORIES), buckets)
+
+
+def _sharded(trace: Trace, step: TrainingStep, ranks: int) -> Iterator[Moment]:
+    shards = Shards(trace, step, ranks)
     # Autocast's copies of weights are gathered instead of kept.
-    amp = n > 1 and step.options.precision == "amp"
+    amp = step.options.precision == "amp"
     blocks, entries = trace.ledger.blocks, trace.ledger.entries
     casts = {i for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
     kept = dict.fromkeys(CATEGORIES, 0)  # bytes of casts by category
-    waiting = 0
 
     def follow(entry: Entry) -> None:
-        nonlocal waiting
         block = blocks[entry.block]
         if entry.block in casts:
             kept[block.category or "temporaries"] += entry.sign * block.size
-        if entry.block in trace.root_gradients:
-            waiting += entry.sign * block.size
+        shards.follow(entry)
 
     for entry in entries[: trace.start]:
         follow(entry)
     for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
         follow(entries[index])
-        sizes = tuple(sums[name] - kept[name] for name in CATEGORIES)
-        if gathered is None:
-            yield Moment(index, phase, sizes, buckets)
-        elif phase == "optimiser":  # it works on shards alone, and needs no block gathered
-            yield Moment(index, phase, tuple(size / n for size in sizes), 0, constant=True)
+        weights, gradients, optimiser, *rest = (sums[name] - kept[name] for name in CATEGORIES)
+        if phase == "optimiser":  # it works on shards alone, and needs no block gathered
+            sizes = (weights, gradients, optimiser, *rest)
+            yield Moment(index, phase, tuple(size / ranks for size in sizes), 0, constant=True)
         else:
-            weights, gradients, optimiser, *rest = sizes
-            split = weights / n, (gradients - waiting) / n + waiting, optimiser / n
-            whole = gathered.forward(index in trace.in_blocks) if phase == "forward" else gathered.beside(waiting)
-            yield Moment(index, phase, (*split, *rest), whole)
-
-
-def _communication(step: TrainingStep, cards: Cards, shard: Shard) -> int:
-    if cards.count == 1:
-        return 0
-    if shard == "fsdp":
-        return Gathered.of(step).most
-    # DDP: one bucket a group of parameters, together as large as the gradients.
-    return sum(p.numel() * p.element_size() for p in step.trainable)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """What a rank holds whole beside its shards, in bytes of weights and of gradients.
-
-    As training shards: every block (`units_of`) is a unit, and all else is one more, the root, whose weights stay whole
-    from the forward pass on, and whose gradients wait for the end of the backward pass to be reduced. Under autocast
-    weights are gathered in half precision; gradients are reduced in their own.
-    """
-
-    root_weights: int
-    root_gradients: int
-    block_weights: int
-    block_gradients: int
-
-    @classmethod
-    def of(cls, step: TrainingStep) -> Gathered:
-        """Count them; of the blocks the largest matters."""
-        amp = step.options.precision == "amp"
-        units, root = units_of(step.model)
-
-        def weights(unit: Sequence[Tensor]) -> int:
-            return sum(p.numel() * (2 if amp else p.element_size()) for p in unit)
-
-        def gradients(unit: Sequence[Tensor]) -> int:
-            return sum(p.numel() * p.element_size() for p in unit if p.requires_grad)
-
-        return cls(
-            weights(root), gradients(root), max(map(weights, units), default=0), max(map(gradients, units), default=0)
-        )
-
-    def forward(self, in_blocks: bool) -> int:
-        """Whole weights in the forward pass: those of a block are dropped behind it, and the loss needs none."""
-        return self.root_weights + (2 * self.block_weights if in_blocks else 0)
-
-    def beside(self, waiting: int) -> int:
-        """Whole weights and buffers in the backward pass, when root gradients of `waiting` bytes are there."""
-        if waiting and waiting == self.root_gradients:  # past the blocks: the last one's buffer, or the root's own
-            return max(self.root_weights + self.block_gradients, self.root_gradients)
-        return self.root_weights + 2 * self.block_weights + 2 * self.block_gradients  # one block is fetched ahead
-
-    @property
-    def most(self) -> int:
-        """The most of it, with the root's gradients where they are all there."""
-        return max(self.beside(0), self.root_gradients + self.beside(self.root_gradients))
+            split = weights / ranks, shards.gradients(gradients), optimiser / ranks
+            yield Moment(index, phase, (*split, *rest), shards.communication(index, phase))
 
 
 @dataclass(frozen=True)

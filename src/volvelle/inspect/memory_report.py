@@ -23,7 +23,7 @@ def text(plan: MemoryPlan) -> str:
         lines += ["", plan.card.verdict]
         if plan.card.communication:
             what = "gradient buckets" if plan.card.shard == "ddp" else "gathered blocks"
-            lines.append(f"  of it {gigabytes(plan.card.communication)} are {what}")
+            lines.append(f"  {what} take up to {gigabytes(plan.card.communication)} of it")
     if plan.largest_batch is not None:
         lines.append(_batch(plan))
     if plan.cheaper:

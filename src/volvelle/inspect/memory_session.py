@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ from volvelle.inspect.memory_values import Assumption, KnownValues
 class Trace:
     """One traced stretch: the ledger's entries [start, stop), its peak in bytes, and the entry where it is reached.
 
-    `root_gradients` are the ledger's blocks that hold gradients of parameters outside the model's repeated blocks, and
-    `in_blocks` the entries between which the forward pass runs through these.
+    `gradient_units` has the ledger's blocks that hold gradients, and of which of the model's repeated blocks (None: of
+    parameters outside these); `in_blocks` are the entries between which the forward pass runs through these.
     """
 
     ledger: Ledger
@@ -37,7 +37,7 @@ class Trace:
     stop: int
     peak: int
     at: int
-    root_gradients: frozenset[int] = frozenset()
+    gradient_units: Mapping[int, int | None] = field(default_factory=dict)
     in_blocks: range = range(0)
 
     @property
@@ -186,11 +186,15 @@ class StepSession(Session):
         for category, tensors in self.step.named_tensors().items():
             self.name(category, tensors)
         trace = self.trace_since(start)
-        gradients = [p.grad for p in units_of(self.step.model)[1] if p.grad is not None]
-        found = {self.tracker.block_of(gradient) for gradient in gradients}
-        trace.root_gradients = frozenset(index for index in found if index is not None)
+        trace.gradient_units = self._gradient_units()
         trace.in_blocks = self._in_blocks(start)
         return trace
+
+    def _gradient_units(self) -> dict[int, int | None]:
+        units, root = units_of(self.step.model)
+        owners = [*((p, number) for number, unit in enumerate(units) for p in unit), *((p, None) for p in root)]
+        found = ((self.tracker.block_of(p.grad), unit) for p, unit in owners if p.grad is not None)
+        return {block: unit for block, unit in found if block is not None}
 
     def _in_blocks(self, start: int) -> range:
         wanted = {id(block) for block in sharded_blocks(self.step.model)}
