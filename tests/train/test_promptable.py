@@ -77,15 +77,14 @@ def run_of(tmp_path, name, options):
 
 
 def loop_losses(logits, cover, known):
-    """20 focal + dice and IoU of one mask, cell by cell."""
+    """Focal loss, dice loss and IoU of one mask, cell by cell."""
     focal = both = seen = there = weight = meets = found = 0.0
     for z, t, w in zip(logits.flatten().tolist(), cover.flatten().tolist(), known.flatten().tolist(), strict=True):
         p = 1 / (1 + np.exp(-z))
         focal += w * abs(t - p) ** 2 * -(t * np.log(p) + (1 - t) * np.log(1 - p))
         both, seen, there, weight = both + w * p * t, seen + w * p, there + w * t, weight + w
         meets, found = meets + w * t * (z > 0), found + w * (z > 0)
-    loss = 20 * focal / max(1, weight) + 1 - (2 * both + 1) / (seen + there + 1)
-    return loss, meets / max(1e-6, found + there - meets)
+    return focal / max(1, weight), 1 - (2 * both + 1) / (seen + there + 1), meets / max(1e-6, found + there - meets)
 
 
 def test_losses_and_overlaps_equal_loops():
@@ -93,9 +92,11 @@ def test_losses_and_overlaps_equal_loops():
     logits = torch.randn(2, 3, 2, 5, 4) * 3
     cover, known = torch.rand(2, 3, 5, 4).round(decimals=1), torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (2, 5, 4))]
     losses, ious = mask_losses(logits, cover, known), overlaps(logits, cover, known)
+    bolder = mask_losses(logits, cover, known, 3.0)
     for b, k, m in np.ndindex(2, 3, 2):
-        loss, iou = loop_losses(logits[b, k, m].double(), cover[b, k].double(), known[b].double())
-        assert losses[b, k, m].item() == pytest.approx(loss, rel=1e-4)
+        focal, dice, iou = loop_losses(logits[b, k, m].double(), cover[b, k].double(), known[b].double())
+        assert losses[b, k, m].item() == pytest.approx(20 * focal + dice, rel=1e-4)
+        assert bolder[b, k, m].item() == pytest.approx(3 * focal + dice, rel=1e-4)
         assert ious[b, k, m].item() == pytest.approx(iou, rel=1e-4, abs=1e-6)
     nothing = mask_losses(logits, cover, torch.zeros_like(known))
     assert torch.isfinite(nothing).all()
@@ -344,6 +345,7 @@ def test_boxes_as_prompts(data, model, tmp_path):
         ({"scale": (2.0, 1.0)}, "least,largest"),
         ({"boxes": 1.5}, "between 0 and 1"),
         ({"others": 1.5}, "others: must lie between 0 and 1"),
+        ({"focal": -1.0}, "focal, classes_weight, encoder_rate, samples: from 0 on"),
     ],
 )
 def test_options_that_make_no_sense(data, more, message):

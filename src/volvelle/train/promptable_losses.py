@@ -19,8 +19,11 @@ from torch.nn import functional as F
 FOCAL, GAMMA = 20.0, 2.0
 
 
-def mask_losses(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
+def mask_losses(logits: Tensor, cover: Tensor, known: Tensor, weight_of_focal: float = FOCAL) -> Tensor:
     """20 focal + dice of each mask: logits (b, k, m, y, x), cover (b, k, y, x), known (b, y, x) -> (b, k, m).
+
+    `weight_of_focal` is the 20. Focal loss wants probabilities to be right and dice wants masks to overlap: where a
+    model is unsure of half of an object, the first leaves it out, and the second takes it in.
 
     >>> right = torch.tensor([[[[0.0, 1.0]]]])
     >>> sure = torch.tensor([[[[[-9.0, 9.0]], [[9.0, -9.0]]]]])
@@ -34,7 +37,7 @@ def mask_losses(logits: Tensor, cover: Tensor, known: Tensor) -> Tensor:
     focal = (weight * (target - p).abs().pow(GAMMA) * entropy).sum((-2, -1)) / count
     both = (weight * p * target).sum((-2, -1))
     either = (weight * p).sum((-2, -1)) + (weight * target).sum((-2, -1))
-    return FOCAL * focal + 1 - (2 * both + 1) / (either + 1)
+    return weight_of_focal * focal + 1 - (2 * both + 1) / (either + 1)
 
 
 @torch.no_grad()

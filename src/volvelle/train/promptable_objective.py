@@ -200,7 +200,7 @@ class PromptObjective(BestMoment):
 
     def _judged(self, logits: Tensor, iou: Tensor, target: Target) -> Tensor:
         """The loss of each prompt's masks, the best of them above all, and the error of all estimated IoUs."""
-        losses = mask_losses(logits, target.cover, target.known)
+        losses = mask_losses(logits, target.cover, target.known, self.options.focal)
         wrong = (iou.float() - overlaps(logits, target.cover, target.known)).square().mean(-1)
         return target.mean(best_of(losses, self.options.others) + wrong)
 

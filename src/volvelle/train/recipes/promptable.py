@@ -54,6 +54,8 @@ class TrainPromptable(FitOptions):
     """Of these objects, how many get further clicks, where the answer was wrong; 0: none."""
     rounds: int = 4
     """The most further clicks; each step draws how many, from 1 on."""
+    focal: float = 20.0
+    """Weight of the focal loss beside dice; less of it makes bolder masks of what the model is unsure of."""
     others: float = 0.0
     """Of the loss of three masks, the share that all bear; the best one bears the rest, and all of it in the paper."""
     classes_weight: float = 0.0
@@ -107,8 +109,9 @@ class TrainPromptable(FitOptions):
                 raise UsageError(f"{name}: must lie between 0 and {high}, got {getattr(self, name)}")
         if min(self.prompts, self.least, self.rounds) < 1 or not 0 <= self.refined <= self.prompts:
             raise UsageError("prompts, least and rounds: at least 1 is wanted, and refined from 0 to prompts")
-        if not self.clicks or min(self.clicks) < 1 or min(self.encoder_rate, self.samples, self.classes_weight) < 0:
-            raise UsageError("clicks: 1 or more are wanted; encoder_rate, samples, classes_weight: from 0 on")
+        weights = self.focal, self.classes_weight, self.encoder_rate
+        if not self.clicks or min(self.clicks) < 1 or min(*weights, self.samples) < 0:
+            raise UsageError("clicks: 1 or more are wanted; focal, classes_weight, encoder_rate, samples: from 0 on")
 
     @property
     def crop_size(self) -> tuple[int, int]:
