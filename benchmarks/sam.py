@@ -155,7 +155,7 @@ def decoder(model: Sam, rounds: int) -> dict[str, Any]:
     hf, meta = _transformers(model), their_sam(model)
     halves = Promptable(copy.deepcopy(model).bfloat16())
     halved = copy.copy(embedding)
-    halved.features, halved.image = embedding.features.bfloat16(), None
+    halved.features, halved.weights = embedding.features.bfloat16(), halves.weights()
     found: dict[str, Any] = {}
     for count in (1, CLICKS):
         draw = torch.Generator().manual_seed(count)

@@ -13,6 +13,7 @@ colour.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -43,7 +44,7 @@ def figures(path: Path, kind: str) -> dict[str, Any]:
     manifest, config = run.manifest, run.config()
     if manifest["kind"] != kind or manifest["status"] != "finished":
         raise VolvelleError(f"{path} is a {manifest['status']} run of train {manifest['kind']}, not a finished {kind}")
-    trained = sum(record["seconds"] for record in run.metrics() if record["event"] == "train")
+    steps = [record["seconds"] for record in run.metrics() if record["event"] == "train"]
     taken = datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["created"])
     return {
         "run": manifest["name"],
@@ -53,7 +54,8 @@ def figures(path: Path, kind: str) -> dict[str, Any]:
         "seed": config["seed"],
         "batch": config["batch"],
         "precision": config["precision"],
-        "training_seconds": trained,
+        "training_seconds": sum(steps),
+        "step_seconds": statistics.median(steps),
         "seconds": taken.total_seconds(),
         "after": manifest["after"],
     }

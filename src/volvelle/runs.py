@@ -30,6 +30,7 @@ from typing import Any
 from volvelle import __version__
 from volvelle.errors import UsageError, VolvelleError, did_you_mean
 from volvelle.files import write_atomic
+from volvelle.processes import birth
 
 STATUSES = ("running", "finished", "interrupted", "failed")
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "peft")
@@ -79,7 +80,6 @@ class RunFolder:
             created=_now(),
             volvelle=__version__,
             pid=os.getpid(),
-            host=socket.gethostname(),
         )
         return run
 
@@ -107,7 +107,12 @@ class RunFolder:
         return "interrupted" if status == "running" and self._is_dead() else status
 
     def update_manifest(self, **fields: Any) -> None:
-        """Add or change manifest fields in one step on disk (`status` must be one of STATUSES)."""
+        """Add or change manifest fields in one step on disk (`status` must be one of STATUSES).
+
+        Beside a `pid` go this machine's name and when the process started, which name it for good.
+        """
+        if "pid" in fields:
+            fields = {"host": socket.gethostname(), "born": birth(fields["pid"])} | fields
         status = fields.get("status", "running")
         if status not in STATUSES:
             raise ValueError(f"update_manifest: status must be one of {', '.join(STATUSES)}, got {status!r}")
@@ -162,6 +167,9 @@ class RunFolder:
         pid = self.manifest.get("pid")
         if not isinstance(pid, int) or self.manifest.get("host") != socket.gethostname():
             return False
+        born = self.manifest.get("born")
+        if born and birth(pid) != born:  # gone, or its number is another process's by now
+            return True
         try:
             os.kill(pid, 0)
         except ProcessLookupError:

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from tests.systems.segmentation.sam import small
 
 from volvelle.cli.main import main
 from volvelle.cli.pointing import read_prompts
 from volvelle.data.coco_masks import read_coco_masks
 from volvelle.errors import UsageError
-from volvelle.systems.segmentation.sam import Promptable, load_sam, sam, write_sam
+from volvelle.systems.segmentation.sam import EverythingOptions, Promptable, holds_sam, load_sam, sam, write_sam
+from volvelle.systems.segmentation.sam.crops import crops
 
 
 @pytest.fixture
@@ -84,6 +87,58 @@ def test_pictures_of_odd_kinds(here, capsys):
     assert sizes == [(80, 48), (80, 48), (80, 48), (48, 80)]
 
 
+def checkpoints(folder):
+    """The same kind of model as each format that there is."""
+    net = small.model()
+    write_sam(net, folder / "meta.pth", "meta")
+    write_sam(net, folder / "theirs", "hf")
+    torch.save({"model": net.state_dict()}, folder / "wrapped.pth")
+    torch.save(net.state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(net.state_dict(), folder / "meta.safetensors")
+    return ["net", "meta.pth", "theirs", "theirs/model.safetensors", "wrapped.pth", "old.pth", "meta.safetensors"]
+
+
+def test_every_checkpoint_is_known_for_what_it_is(here, capsys):
+    for model in checkpoints(here):
+        assert holds_sam(model)
+        code, out = run(capsys, model, "a.png")
+        assert code == 2
+        assert "a promptable model wants to be asked" in out.err
+        assert f"volvelle predict {model} a.png points=120,80" in out.err
+        assert run(capsys, model, "a.png", "points=20,10")[0] == 0
+    save_file({"conv_stem.weight": torch.zeros(1)}, here / "other.safetensors")
+    (here / "empty.pth").touch()
+    assert not any(map(holds_sam, ("other.safetensors", "empty.pth", "nowhere.pth", "a.png", ".")))
+
+
+def test_numbers_and_segmentations_that_were_asked_for(here, capsys):
+    words = ("net", "a.png", "boxes=1,2,60,40")
+    assert run(capsys, *words, "out=rle")[0] == 0
+    assert run(capsys, *words, "out=polygons", "segmentation=polygons")[0] == 0
+    kinds = {}
+    for name in ("rle", "polygons"):
+        file = here / name / "a-masks.json"
+        kinds[name] = type(json.loads(file.read_text())["annotations"][0]["segmentation"])
+    assert kinds == {"rle": dict, "polygons": list}
+    found = [read_coco_masks(here / name / "a-masks.json")[0][2][0].mask for name in kinds]
+    assert found[0] == found[1]
+    code, out = run(capsys, *words, "precision=bf16", "--json")
+    assert code == 0
+    half = json.loads(out.out)["images"][0]["objects"][0]["predicted_iou"]
+    whole = json.loads(run(capsys, *words, "--json")[1].out)["images"][0]["objects"][0]["predicted_iou"]
+    assert half != whole
+    assert half == pytest.approx(whole, abs=0.05)
+
+
+def test_points_are_counted_for_the_picture_at_hand(here, capsys):
+    Image.new("RGB", (40, 1)).save("flat.png")
+    words = ("everything=true", "grid.points=2", "grid.crop_layers=1")
+    code, out = run(capsys, "net", "flat.png", *words)
+    assert code == 0
+    count = sum(crop.points**2 for crop in crops((1, 40), EverythingOptions(points=2, crop_layers=1)))
+    assert f"{count} points in" in out.out
+
+
 @pytest.mark.slow
 def test_an_enormous_picture(here, capsys):
     Image.new("L", (20_000, 20_000), 90).save("large.jpg", quality=30)
@@ -110,6 +165,17 @@ def test_an_enormous_picture(here, capsys):
         (["net", "a.png", "everything=true", "memory=-1"], "above 0 GB"),
         (["net", "a.png", "grid.pionts=3"], "grid.points"),
         (["efficientnet-lite9", "a.png", "points=1,2"], "efficientnet-lite9"),
+        (["net", "a.png", "b.jpg", "points=60,30"], "b.jpg: predict: point 0 of prompt 0 at (60, 30) is outside"),
+        (["net", "a.png", "b.jpg", "boxes=1,1,60,30"], "b.jpg: predict: box 0 (1, 1, 60, 30) leaves"),
+        (["net", "a.png", "points=nan,3"], "points: numbers are wanted, got 'nan,3'"),
+        (["net", "a.png", "points=3,inf"], "points: numbers are wanted"),
+        (["net", "a.png", "points=1,2", "labels=nan"], "labels: numbers are wanted"),
+        (["net", "a.png", "points=1,2", "labels=0.5"], "labels: 1 or 0 is wanted for each point, got 0.5"),
+        (["net", "a.png", "points=1,2", "grid.points=3"], "grid: only of use with everything=true"),
+        (["net", "a.png", "points=1,2", "memory=3", "grid.points=3"], "grid and memory: only of use"),
+        (["net", "a.png", "points=1,2", "device=toaster"], "device=toaster: no such kind of device"),
+        (["efficientnet-lite0", "a.png", "precision=bf16"], "precision: for promptable models"),
+        (["net", "a.png"], "a promptable model wants to be asked"),
     ],
 )
 def test_what_is_wrong_is_said(here, capsys, words, told):

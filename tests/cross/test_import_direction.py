@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # From the bottom. Within a row of `VERBS` an import may only point to the right.
-ROOT = ("export", "errors", "files", "hub", "lazy", "processor", "runs")
+ROOT = ("export", "errors", "files", "hub", "lazy", "processes", "processor", "runs")
 VERBS = ("train", "decode", "inspect", "adapt")
 LAYERS = (ROOT, ("parts",), ("data",), ("systems",), VERBS, ("claims",), ("cli", "serve", "__main__"))
 FACADES = ("functional", "nn")

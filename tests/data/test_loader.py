@@ -78,6 +78,16 @@ def test_a_cursor_of_other_data_is_refused(field):
         loader.load_state_dict(loader.state_dict() | {field: 999})
 
 
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"drop_last": True}, {"lengths": list(range(23))}])
+def test_a_cursor_of_another_order_is_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} was"):
+        make().load_state_dict(make(**options).state_dict())
+    same = make(**options)
+    same.load_state_dict(make(**options).state_dict())
+    older = {k: v for k, v in make().state_dict().items() if k not in ("shuffle", "drop_last", "lengths")}
+    make().load_state_dict(older)  # saved before these were kept
+
+
 def test_describe_names_sources():
     class Named(list):
         def source(self, i):

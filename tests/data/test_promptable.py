@@ -77,6 +77,8 @@ def test_class_maps(maps):
     assert [int(mask.sum()) for mask in masks_of(objects)] == [100, 320]
     assert objects.void().sum() == 36
     assert len(splits["val"].part([1])) == 1
+    assert (list(splits["train"].counts), list(splits["val"].part([1]).counts)) == ([2, 2, 2], [2])
+    assert "3 pictures with masks of 6 objects of 3 classes" in str(splits["train"])
     assert holds_masks(maps)
 
 
@@ -100,6 +102,50 @@ def test_numbers_of_objects(tmp_path):
     assert read_objects(tmp_path, numbers="objects")[""][0][1].void().all()
 
 
+def test_black_and_white_masks_are_of_one_object(tmp_path):
+    """As editors write them, in each mode that they write; 255 is no void there."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    white = np.zeros((20, 30), dtype=np.uint8)
+    white[2:8, 2:8] = 255
+    for name, mode in (("a", "L"), ("b", "LA"), ("c", "RGBA"), ("d", "1"), ("e", "P")):
+        Image.fromarray(white).convert(mode).save(tmp_path / "masks" / f"{name}.png")
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / f"{name}.png")
+    found = read_objects(tmp_path, numbers="objects")[""]
+    assert list(found.counts) == [1] * 5
+    for _, objects in found:
+        assert objects.mask(0).sum() == 36
+        assert not objects.void().any()
+    grey = np.where(white, 255, 0).astype(np.uint8)
+    grey[10:14, 10:14] = 7
+    Image.fromarray(grey).convert("LA").save(tmp_path / "masks" / "b.png")
+    _, objects = read_objects(tmp_path, numbers="objects")[""][1]
+    assert [int(mask.sum()) for mask in masks_of(objects)] == [16]
+    assert objects.void().sum() == 36
+
+
+@pytest.mark.parametrize("empty", ["[]", "[ [ ] ]", "{}", "null", '""'])
+def test_annotations_without_a_mask_are_boxes(tmp_path, empty):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    note = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "segmentation": "HERE"}
+    lists = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "cat"}]}
+    text = json.dumps({**lists, "annotations": [note]}, indent=1)
+    file = tmp_path / "train.json"
+    file.write_text(text.replace('"HERE"', empty))
+    assert not holds_masks(file)
+    assert not holds_masks(tmp_path)
+    for filled in ("[[0, 0, 4, 0, 4, 4]]", "[ -1, 0, 4, 0, 4, 4]", '{ "size": [6, 8], "counts": [48]}'):
+        file.write_text(text.replace('"HERE"', filled))
+        assert holds_masks(file)
+        assert holds_masks(tmp_path)
+
+
+def test_a_split_without_an_object_is_an_error(maps):
+    with pytest.raises(VolvelleError, match=r"not one object of 400 pixels or more in 3 pictures") as caught:
+        read_objects(maps, least=400)
+    assert all(word in caught.value.tip for word in ("least=1", "255", "numbers=objects"))
+
+
 def test_coco_and_crowds(tmp_path):
     draw = np.random.default_rng(0)
     image, classes = scene(draw)
@@ -112,7 +158,8 @@ def test_coco_and_crowds(tmp_path):
         np.testing.assert_array_equal(found.mask(0), classes == 1)
         np.testing.assert_array_equal(found.void(), classes == 2)
         assert len(found) == 1
-    assert len(read_objects(tmp_path, least=square.area + 1)["train"][0][1]) == 0
+    with pytest.raises(VolvelleError, match=rf"\(train\): not one object of {square.area + 1} pixels or more in 1 pic"):
+        read_objects(tmp_path, least=square.area + 1)
     document = json.loads((tmp_path / "train.json").read_text())
     document["annotations"][0]["segmentation"]["counts"] = "99"
     (tmp_path / "train.json").write_text(json.dumps(document))
@@ -139,6 +186,21 @@ def test_files_of_sa_1b(tmp_path):
     with pytest.raises(VolvelleError, match="sa_1"):
         read_objects(tmp_path)
     assert len(read_objects(tmp_path, on_bad="skip")[""]) == 1
+
+
+def test_files_of_sa_1b_in_parts(tmp_path):
+    for part in ("sa_000000", "sa_000001"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (8, 6)).save(tmp_path / part / f"{part}.jpg")
+        note = {"segmentation": RunLengths.of(np.eye(6, 8, dtype=bool)).to_coco()}
+        content = {"image": {"width": 8, "height": 6}, "annotations": [note]}
+        (tmp_path / part / f"{part}.json").write_text(json.dumps(content))
+    assert holds_masks(tmp_path)
+    assert [file.name for file in read_objects(tmp_path)[""].files] == ["sa_000000.jpg", "sa_000001.jpg"]
+    (tmp_path / "train").mkdir()
+    for part in ("sa_000000", "sa_000001"):
+        (tmp_path / part).rename(tmp_path / "train" / part)
+    assert len(read_objects(tmp_path)["train"]) == 2
 
 
 def test_what_is_wrong_is_named(maps, tmp_path_factory):

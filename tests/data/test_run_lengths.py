@@ -130,3 +130,22 @@ def test_a_tolerance_takes_points_and_few_pixels():
 def test_what_is_no_polygon_is_named(polygon):
     with pytest.raises(VolvelleError, match="polygon: wants"):
         fill_polygons([polygon], (4, 4))
+
+
+def test_equal_masks_hash_alike():
+    mask = np.eye(6, 8, dtype=bool)
+    one, other = RunLengths.of(mask), RunLengths((6, 8), RunLengths.of(mask).counts.astype(np.int32))
+    assert one == other
+    assert {one, other, RunLengths.of(~mask)} == {one, RunLengths.of(~mask)}
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (6,), ()])
+def test_only_a_mask_of_two_dimensions_is_one(shape):
+    with pytest.raises(VolvelleError, match=r"a mask is \(y, x\), got \("):
+        RunLengths.of(np.ones(shape, dtype=bool))
+
+
+def test_run_lengths_are_traced_as_their_masks_are():
+    for mask in masks(seed=2):
+        assert trace_polygons(RunLengths.of(mask)) == trace_polygons(mask)
+        assert trace_polygons(RunLengths.of(mask), tolerance=1.0) == trace_polygons(mask, tolerance=1.0)

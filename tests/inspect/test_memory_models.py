@@ -104,19 +104,19 @@ def test_prefix_trains_keys_and_values_of_every_layer():
     assert plan.trainable == 2 * SMALL.depth * SMALL.kv_heads * 20 * SMALL.head_width
 
 
-def test_sharding_under_autocast_gathers_instead_of_keeping_casts():
+def test_sharding_under_autocast_gathers_whole_weights():
     config = dataclasses.replace(DEEP, width=288, embedding_width=288, head_width=32, vocabulary=100)
     options = {"size": 1, "precision": "amp", "gpus": "8x1"}
     ddp, fsdp = (plan_language(config, whole_windows(8), shard=shard, **options).card for shard in ("ddp", "fsdp"))
     assert ddp is not None
     assert fsdp is not None
     parameters = plan_language(config, whole_windows(8)(1)).parameters
-    # ddp: weights, gradients, Adam and buckets, 20 bytes a parameter; fsdp: an eighth of the first three, and what is
-    # whole: weights of the root and of two blocks in bf16, gradients of one block in fp32, and the buffer of another's.
+    # ddp: weights, gradients, Adam and buckets, 20 bytes a parameter; fsdp: an eighth of the first three, autocast's
+    # casts, and what is whole in fp32: weights of the root and of two blocks, and a buffer of one block's gradients.
     assert ddp.peak > 20 * parameters
     embedding, norm = config.vocabulary * config.width, config.width
     block = (parameters - embedding - norm) // config.depth
-    gathered = 2 * (embedding + norm) + 2 * 2 * block + 4 * block
+    gathered = 4 * (embedding + norm) + 2 * 4 * block + 4 * block
     assert fsdp.communication == gathered
     growing = ddp.peak - 20 * parameters
-    assert fsdp.peak < 16 * parameters / 8 + gathered + 4 * block + 4 * embedding + growing
+    assert fsdp.peak < 16 * parameters / 8 + 2 * parameters + gathered + 4 * block + 4 * embedding + growing

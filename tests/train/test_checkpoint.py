@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,59 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     for step in (5, 10, 15, 20, 25):
         checkpoints.save(step, {"step": step}, best=10)
     assert checkpoints.steps() == [10, 20, 25]
+
+
+def test_what_was_written_last_is_kept_and_an_abandoned_future_is_not(tmp_path):
+    checkpoints, said = Checkpoints(tmp_path, keep_last=1), []
+    for step in (50, 100):
+        checkpoints.save(step, {"step": step}, best=50)
+    damage(checkpoints.path(100) / "state.json", "truncated")
+    assert checkpoints.newest(said.append)[0] == 50
+    checkpoints.save(60, {"step": 60}, best=50)
+    assert checkpoints.steps() == [50, 60]
+    assert checkpoints.load(60) == {"step": 60}
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_replaced_checkpoint_is_there_whenever_the_writer_dies(tmp_path, monkeypatch, killed):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(5, {"made": 1})
+    rename, calls = Path.rename, []
+
+    def dies(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt if killed else OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt if killed else VolvelleError):
+        checkpoints.save(5, {"made": 2})
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path).newest(print) == (5, {"made": 1})
+    checkpoints.save(6, {"made": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew(tmp_path):
+    options, run = FitOptions(steps=4), Folder(tmp_path)
+    fit(Regression(), loader(), options=options, run=run, observer=Quiet(), until=2)
+    with pytest.raises(VolvelleError, match="holds checkpoints already, the newest of step 2") as caught:
+        fit(Regression(), loader(), options=options, run=run, observer=Quiet())
+    assert "resume=True" in caught.value.tip
+    assert fit(Regression(), loader(), options=options, run=run, observer=Quiet(), resume=True).resumed_from == 2
+
+
+def test_an_evaluation_that_is_no_number_is_not_the_best_for_ever(tmp_path):
+    class Late(Regression):
+        def evaluate(self):
+            self.evaluations += 1
+            return {"loss": [math.nan, 0.5, math.nan, 0.1, 0.3][self.evaluations - 1]}
+
+    run, options = Folder(tmp_path), FitOptions(steps=4, evaluate_every=1, keep_last=1)
+    result = fit(Late(), loader(), options=options, run=run, observer=Quiet())
+    assert result.best == {"step": 3, "loss": 0.1}
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3, 4]
 
 
 def test_best_checkpoint_of_a_run_is_kept(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -355,6 +356,36 @@ def test_resume_refuses_another_base_model(tmp_path):
     fit(Adapter(0), loader(), options=FitOptions(steps=3), run=run, observer=Quiet(), resume=True)
     with pytest.raises(VolvelleError, match=r"not trained differ.*net\.0\.weight"):
         fit(Adapter(1), loader(), options=FitOptions(steps=4), run=run, observer=Quiet(), resume=True)
+
+
+def test_a_frozen_weight_that_is_no_number_does_not_stop_a_resume(tmp_path):
+    class Half(Regression):
+        def __init__(self):
+            super().__init__()
+            self.extra = torch.nn.Linear(2, 2)
+            self.extra.weight.data[0, 0] = math.nan
+
+        def modules(self):
+            return {"net": self.net, "extra": self.extra}
+
+    options, run = FitOptions(steps=4), Folder(tmp_path)
+    fit(Half(), loader(), options=options, run=run, observer=Quiet(), until=2)
+    assert fit(Half(), loader(), options=options, run=run, observer=Quiet(), resume=True).resumed_from == 2
+
+
+def test_data_without_a_batch_end_the_run_with_a_word():
+    class Nothing:
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            return iter(())
+
+        def describe(self, ids):
+            return ""
+
+    with pytest.raises(VolvelleError, match="gave no batch"):
+        fit(Regression(), Nothing(), options=FitOptions(steps=2), observer=Quiet())
 
 
 def test_second_ctrl_c_stops_at_once_and_handlers_return(tmp_path):

@@ -12,6 +12,7 @@ from tests.train.toys import Folder, Regression, points, stack
 from torch import nn
 
 from volvelle.data.loader import Loader
+from volvelle.inspect.gradients import trace_gradients
 from volvelle.train.loop import fit
 from volvelle.train.nonfinite import IN_A_ROW, NonFinite
 from volvelle.train.observer import Quiet
@@ -133,6 +134,31 @@ def test_skip_drops_the_update_counts_and_goes_on(precision, tmp_path):
     assert traced[0].startswith("step 3, phase 'fit': the loss is nan; samples 4, 5; NaN")
     assert traced[1].startswith("step 7, phase 'fit': the loss is nan; samples 12, 13; this")
     assert ear.said[-1] == "phase 'fit': 2 of 11 updates were left out as NaN or infinite (on_nan)"
+
+
+def test_a_skipped_update_leaves_no_trace_in_buffers_that_modules_replace():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+            return self.linear(x - self.mean)
+
+    class Replacing(Regression):
+        def __init__(self):
+            super().__init__()
+            self.net = Centred()
+
+    objective = Replacing()
+    result = train(objective, poisoned_loader(at=(5,)), steps=8, on_nan="skip")
+    assert result.skipped == {"fit": 1}
+    assert torch.isfinite(objective.net.mean)
+    before = objective.net.mean
+    trace_gradients(objective.net, lambda: objective.net(torch.ones(2, 3)).sum())
+    assert objective.net.mean is before
 
 
 def test_skipping_is_resumed_bit_for_bit(tmp_path):

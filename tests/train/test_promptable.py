@@ -1,4 +1,4 @@
-"""`train promptable`: losses against loops, the objective's rounds, the recipe from end to end, measuring, boxes."""
+"""`train promptable`: losses against loops, the objective's rounds, the recipe from end to end, boxes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from volvelle.data.promptable_clicks import Click
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.sam.load import sam, write_sam
-from volvelle.train import promptable_measure
 from volvelle.train.observer import Quiet
 from volvelle.train.options import from_dict, to_dict
-from volvelle.train.promptable import build_model, read_sets, train_promptable, training_loader
+from volvelle.train.promptable import _predict_command, build_model, read_sets, train_promptable, training_loader
 from volvelle.train.promptable_boxes import Boxed, measure_boxes, neighbours, one_box
 from volvelle.train.promptable_losses import best_of, mask_losses, overlaps
-from volvelle.train.promptable_measure import Measured, Seen, measure, replay
+from volvelle.train.promptable_measure import Measured, Seen
 from volvelle.train.promptable_objective import PromptObjective, Target
 from volvelle.train.recipes.promptable import TrainPromptable
 from volvelle.train.resume import resume_run
@@ -232,77 +231,28 @@ def test_the_sets_share_no_picture(data):
         assert where in sets.where
 
 
-class Oracle:
-    """A model that answers the first click with a share of what is there, and each further click with more of it."""
-
-    def __init__(self, truth, ranked):
-        self.truth, self.ranked, self.asked = truth, ranked, []
-
-    def embed(self, image):
-        return image
-
-    def predict(self, embedding, *, points=None, labels=None, boxes=None, masks=None, multimask=True):
-        count = 1 if points is None else points.shape[1]
-        self.asked.append((points, labels, boxes, masks, multimask))
-        k = len(boxes if points is None else points)
-        shares = (0.5, 0.25, 1.0) if multimask else (min(1.0, 0.25 + 0.25 * count),)
-        found = torch.zeros(k, len(shares), *self.truth[0].shape, dtype=torch.bool)
-        for i, truth in enumerate(self.truth[:k]):
-            at = np.argwhere(truth)
-            for m, share in enumerate(shares):
-                for y, x in at[: round(share * len(at))]:
-                    found[i, m, y, x] = True
-        iou = torch.full((k, len(shares)), 0.1)
-        iou[:, self.ranked if multimask else 0] = 0.9
-        return type("Masks", (), {"masks": found, "iou": iou, "logits": torch.zeros(k, len(shares), 4, 4)})
+def test_pictures_without_objects_are_no_set(tmp_path):
+    write(tmp_path, "train", 8, 0)
+    (tmp_path / "classes.txt").write_text("background\nred\nblue\n")
+    sets = read_sets(recipe(tmp_path), tmp_path, Quiet())
+    for part, what in ((sets.test, "to measure on"), (sets.selection, "to choose by"), (sets.train, "to train on")):
+        for image in part.files:
+            mask = tmp_path / "masks" / "train" / image.name
+            mask.rename(mask.with_suffix(".kept"))
+            Image.new("L", (64, 48)).save(mask)
+        with pytest.raises(VolvelleError, match=f"no object in the {len(part)} pictures {what}"):
+            read_sets(recipe(tmp_path), tmp_path, Quiet())
+        for image in part.files:
+            mask = tmp_path / "masks" / "train" / image.name
+            mask.with_suffix(".kept").rename(mask)
 
 
-def test_measuring_takes_what_the_model_ranks_first(data, model, monkeypatch):
-    folder = read_objects(data, least=60)["val"].part([0])
-    truths = [folder[0][1].mask(i) for i in range(2)]
-    for ranked, first in ((0, 0.5), (1, 0.25), (2, 1.0)):
-        oracle = Oracle(truths, ranked)
-        monkeypatch.setattr(promptable_measure, "Promptable", lambda _, oracle=oracle: oracle)
-        found = measure(model, folder, clicks=(1, 2, 3), more=True)
-        assert found.metrics["iou_1"] == pytest.approx(first, abs=0.01)
-        assert found.metrics["best_of_three"] == pytest.approx(1.0)
-        assert found.metrics["single"] == pytest.approx(0.5, abs=0.01)
-        assert found.metrics["iou_2"] == pytest.approx(0.75, abs=0.01)
-        assert found.metrics["iou_3"] == pytest.approx(1.0)
-        multimask = [asked[4] for asked in oracle.asked]
-        assert multimask == [True, False, False, False, False]  # one click, the single mask, boxes, two more clicks
-        points, labels, _, before, _ = oracle.asked[-1]
-        assert points.shape == (2, 3, 2)
-        assert labels.all()
-        assert before is not None
-    assert [name for name, *_ in found.rows(folder.classes)] == ["red", "blue"]
-
-
-def test_void_pixels_count_neither_way(data, model, monkeypatch):
-    folder = read_objects(data, least=60)["val"].part([0])
-    _, objects = folder[0]
-    truths = [objects.mask(i) | objects.void() for i in range(2)]  # answers that spill over what is void
-    monkeypatch.setattr(promptable_measure, "Promptable", lambda _: Oracle(truths, 2))
-    assert measure(model, folder, clicks=(1,)).metrics == {"iou_1": 1.0}
-
-
-def test_the_worst_are_of_different_pictures():
-    def seen(picture, iou):
-        return Seen(picture, 0, 0, 9, [Click(0, 0, 1)], [iou])
-
-    found = Measured([seen(0, 0.3), seen(0, 0.1), seen(1, 0.2), seen(2, 0.9)], {})
-    assert [(one.picture, one.ious[0]) for one in found.worst(2)] == [(0, 0.1), (1, 0.2)]
-
-
-def test_replayed_answers_are_those_that_were_measured(data, model):
-    folder = read_objects(data, least=60)["val"].part([1])
-    found = measure(model, folder, clicks=(1, 3))
-    image, objects = folder[0]
-    for one in found.objects:
-        masks = replay(model, image, one.clicks)
-        truth, known = objects.mask(one.index), ~objects.void()
-        ious = [(m & truth & known).sum() / max(1, ((m | truth) & known).sum()) for m in masks]
-        assert ious == pytest.approx(one.ious)
+def test_the_next_command_asks_for_something(data, tmp_path):
+    test = read_objects(data, least=60)["val"]
+    run = run_of(tmp_path, "n", recipe(data))
+    some = Measured([Seen(1, 0, 0, 9, [Click(7, 5, 1)], [0.5])], {})
+    assert _predict_command(run, test, some) == f"volvelle predict {run.path} {test.files[1]} points=7,5"
+    assert _predict_command(run, test, Measured([], {})).endswith(f"{test.files[0]} everything=true")
 
 
 def test_boxes_as_prompts(data, model, tmp_path):

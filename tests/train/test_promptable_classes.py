@@ -101,7 +101,7 @@ def test_where_there_is_nothing_to_name_nothing_changes(data):
     assert values[0] == values[1]
     assert values[2] == pytest.approx(values[0] + found.metrics["classes_loss"].item(), rel=1e-5)
     assert set(objective.phases(2)[0].parameters) >= {"classes.layer.weight", "classes.layer.bias"}
-    with pytest.raises(UsageError, match="classes_weight: from 0 on"):
+    with pytest.raises(UsageError, match=r"classes_weight, .*: from 0 on"):
         recipe(data, classes_weight=-1.0)
 
 

@@ -6,13 +6,18 @@ import errno
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.train.many import Many, run
 from tests.train.programs import train, train_language
 from tests.train.toys import Folder
+from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from volvelle.errors import UsageError
 from volvelle.train.checkpoint import Checkpoints
 from volvelle.train.options import FitOptions
+from volvelle.train.sharded import ShardedGroup
 
 BASE = {"steps": 6, "batch": 3, "accumulate": 2, "checkpoint_every": 2, "evaluate_every": 3, "keep_last": 3}
 
@@ -134,3 +139,38 @@ def train_on_a_full_disk(ranks, out, options):
 
     FileSystemWriter.write_data = write_data
     return train_language(ranks, out, options)
+
+
+class Nested(nn.Module):
+    """A model whose forward pass is a method of its own, as a segmenter's is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2)
+
+    def scores(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+    def forward(self, x):
+        return self.scores(x)
+
+
+def test_rank_0_evaluates_alone_and_waits_for_nobody(monkeypatch):
+    gathered = []
+    gather = _fsdp_param_group.foreach_all_gather
+    monkeypatch.setattr(_fsdp_param_group, "foreach_all_gather", lambda *a, **k: gathered.append(1) or gather(*a, **k))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model, group = Nested(), ShardedGroup()
+        group.prepare({"model": model}, methods=("scores",))
+        with group.whole({"model": model}), torch.no_grad():
+            gathered.clear()
+            for _ in range(3):
+                model(torch.ones(1, 4))
+        assert not gathered
+        model.scores(torch.ones(1, 4)).sum().backward()  # and training gathers again
+        assert gathered
+    finally:
+        dist.destroy_process_group()

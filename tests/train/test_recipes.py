@@ -19,6 +19,7 @@ from volvelle.train.observer import Quiet
 from volvelle.train.options import to_dict
 from volvelle.train.recipes.adapt import AdaptLanguage
 from volvelle.train.recipes.language import ModelShape, TrainLanguage
+from volvelle.train.resume import give_up, recipe_of_run
 from volvelle.train.text_run import split
 
 FACTS = [("Ada", "London", "poet"), ("Bo", "Oslo", "cook"), ("Cy", "Rome", "smith"), ("Di", "Bern", "judge")]
@@ -278,6 +279,27 @@ def test_a_run_of_another_kind_or_one_still_running_is_not_resumed(tmp_path):
         with pytest.raises(VolvelleError, match="still running"):
             resume_run(run.path)
         other.kill()
+    assert RunFolder.open(run.path).status == "interrupted"
+
+
+def test_a_run_of_a_lost_machine_can_be_taken_over(tmp_path):
+    run = RunFolder.create("far", root=tmp_path, kind="adapt", config={})
+    run.update_manifest(pid=1, host="another-machine", born="")
+    with pytest.raises(VolvelleError, match="process 1 of another-machine") as caught:
+        recipe_of_run(run.path)
+    assert f"volvelle resume {run.path} lost=true" in caught.value.tip
+    give_up(run.path)
+    assert RunFolder.open(run.path).status == "interrupted"
+    run.update_manifest(pid=os.getpid(), status="running")
+    with pytest.raises(UsageError, match="ran on this machine"):
+        give_up(run.path)
+
+
+def test_a_pid_that_is_another_process_by_now_is_not_the_runs(tmp_path):
+    run = RunFolder.create("reborn", root=tmp_path, kind="adapt", config={})
+    assert RunFolder.open(run.path).status == "running"
+    run.update_manifest(pid=os.getpid(), born="an earlier boot/17")
+    assert RunFolder.open(run.path).status == "interrupted"
 
 
 def test_answers_before_and_after_are_kept_and_shown(tmp_path, base):

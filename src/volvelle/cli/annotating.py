@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from volvelle.errors import UsageError, VolvelleError
 if TYPE_CHECKING:
     import numpy as np
 
+    from volvelle.data.coco_masks import MaskedObject
     from volvelle.data.promptable_clicks import Click
     from volvelle.systems.segmentation.sam.options import EverythingOptions
-    from volvelle.train.promptable_engine import Session
+    from volvelle.systems.segmentation.sam.promptable import Promptable
+    from volvelle.train.promptable_engine import Collection, Session
 
 Step = Literal["assisted", "semi-automatic", "automatic"]
 WORDS = """  120,80            a click for the object: x,y in pixels, from the upper left corner
@@ -37,47 +40,70 @@ class _Stop(Exception):
 
 
 def annotate(model: str, data: Path, *, step: Step, out: Path | None, name: str, grid: EverythingOptions) -> int:
-    """Go through the pictures of `data` that the file `out` does not hold yet."""
-    from volvelle.data.images import list_images, read_image
+    """Go through the pictures of `data` that the file `out` does not hold yet; those that cannot be read are named."""
+    from volvelle.data.images import list_images
     from volvelle.systems.segmentation.sam.load import load_sam
     from volvelle.systems.segmentation.sam.promptable import Promptable
-    from volvelle.train.promptable_engine import Collection, Session, propose
+    from volvelle.train.promptable_engine import Collection
 
     files = [data] if data.is_file() else [file for file in list_images(data) if file.name != PREVIEW]
     file = out or (data.parent if data.is_file() else data) / "objects.json"
     collection, prompted = Collection(file), Promptable(load_sam(model))
     left = [image for image in files if image not in collection]
     say(f"{len(left)} of {len(files)} pictures to do; {len(collection)} objects in {file}")
-    automatic, done = step == "automatic", 0
-    progress = Progress("pictures", len(left)) if automatic else None
+    done, bad = 0, list[Path]()
+    progress = Progress("pictures", len(left)) if step == "automatic" else None
     try:
         for image in left:
-            picture = read_image(image)
-            proposals = [] if step == "assisted" else propose(prompted, picture, grid)
-            if automatic:
-                collection.add(image, picture.size, proposals)
-                say(f"{image}: {len(proposals)} objects")
-            else:
-                session = Session(prompted, picture, kept=proposals)
-                if not _go_through(session, image, file.parent / PREVIEW, name):
-                    continue
-                collection.add(image, picture.size, session.kept)
-            done += 1
+            try:
+                found = _objects(prompted, image, step, file.parent / PREVIEW, name, grid)
+            except VolvelleError as error:
+                say(f"passed over: {error}", *_tip(error))
+                bad.append(image)
+                found = None
+            if found is not None:
+                collection.add(image, *found)
+                done += 1
             if progress:
                 progress.advance()
     except _Stop:
         say("stopped; the same command goes on")
+    return _finish(collection, done, bad)
+
+
+def _finish(collection: Collection, done: int, bad: Sequence[Path]) -> int:
+    """Say what is in the file; 1 where pictures could not be read and none was done."""
+    file = collection.file
+    if bad:
+        say("", f"{len(bad)} pictures could not be read: {', '.join(map(str, bad[:5]))}{', …' if bad[5:] else ''}")
+    facts = {"pictures": len(collection.entries), "objects": len(collection), "passed_over": [str(one) for one in bad]}
     if not collection.entries:
         say("nothing was kept, so nothing is written")
-        result({"file": None, "pictures": 0, "objects": 0})
-        return 0
-    say(
-        "",
-        f"{done} pictures done, {len(collection)} objects in {file}",
-        f"next     volvelle train promptable data={file}",
-    )
-    result({"file": str(file), "pictures": len(collection.entries), "objects": len(collection)})
+        result({"file": None, **facts})
+        return int(bool(bad))
+    say("", f"{done} pictures done, {len(collection)} objects in {file}")
+    if len(collection):
+        say(f"next     volvelle train promptable data={file}")
+    result({"file": str(file), **facts})
     return 0
+
+
+def _objects(
+    prompted: Promptable, image: Path, step: Step, preview: Path, name: str, grid: EverythingOptions
+) -> tuple[tuple[int, int], list[MaskedObject]] | None:
+    """A picture's (width, height) and objects; None where the human leaves it out. VolvelleError for a bad file."""
+    from volvelle.systems.segmentation.sam.pictures import open_picture, upright
+    from volvelle.train.promptable_engine import Session, propose
+
+    picture = upright(open_picture(image))
+    if step == "automatic":
+        proposals = propose(prompted, picture, grid)
+        say(f"{image}: {len(proposals)} objects")
+        return picture.size, proposals
+    session = Session(prompted, picture)
+    if step == "semi-automatic":
+        session.kept = propose(prompted, session.embedding, grid)
+    return (picture.size, session.kept) if _go_through(session, image, preview, name) else None
 
 
 def _go_through(session: Session, image: Path, preview: Path, name: str) -> bool:
@@ -97,7 +123,7 @@ def _go_through(session: Session, image: Path, preview: Path, name: str) -> bool
                 raise _Stop
             _obey(session, word, rest.strip(), line, name)
         except VolvelleError as error:
-            say(f"{error}", *([f"tip: {error.tip}"] if error.tip else []))
+            say(f"{error}", *_tip(error))
             continue
         _show(session, preview)
     raise _Stop
@@ -167,11 +193,15 @@ def _typed() -> Iterator[str]:
             yield line.strip()
 
 
+def _tip(error: VolvelleError) -> list[str]:
+    return [f"tip: {error.tip}"] if error.tip else []
+
+
 def _numbers(text: str, count: int, line: str) -> list[float]:
     try:
         found = [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
         found = []
-    if len(found) != count:
+    if len(found) != count or not all(map(math.isfinite, found)):
         raise UsageError(f"{line!r}: not understood", tip="help lists the words")
     return found

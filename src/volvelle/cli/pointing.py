@@ -7,17 +7,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from volvelle.cli.console import duration, progress, say
-from volvelle.errors import UsageError
+from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.segmentation.sam.options import EverythingOptions
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from volvelle.data.coco_masks import MaskedObject
+    from volvelle.data.coco_masks import MaskedObject, Segmentation
     from volvelle.systems.segmentation.sam.promptable import Promptable
 
 SHOWN = 1 << 24
@@ -43,7 +43,7 @@ def read_prompts(points: str, labels: str, boxes: str) -> Asked:
     [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]
     """
     at = [_groups(row, 2, "points", "x,y in turn") for row in _rows(points, "points")]
-    what = [[int(one) for one in row] for row in _rows(labels, "labels")] if labels else [[1] * len(row) for row in at]
+    what = [_labels(row) for row in _rows(labels, "labels")] if labels else [[1] * len(row) for row in at]
     around = [box for row in _rows(boxes, "boxes") for box in _groups(row, 4, "boxes", "x1,y1,x2,y2 in turn")]
     if [len(row) for row in what] != [len(row) for row in at]:
         told = f"{_counted(at)} points, {_counted(what)} labels"
@@ -53,51 +53,82 @@ def read_prompts(points: str, labels: str, boxes: str) -> Asked:
     return Asked(at, what, around)
 
 
+@dataclass(frozen=True)
+class How:
+    """In what it is computed, and what is written: `memory` in GB, of the search for everything; None: as it comes."""
+
+    memory: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "cpu"
+    segmentation: Segmentation = "rle"
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and not self.memory > 0:
+            raise UsageError(f"memory: must be above 0 GB, got {self.memory}")
+
+
 def predict(
-    model: str,
-    images: Sequence[Path],
-    out: Path,
-    asked: Asked,
-    grid: EverythingOptions | None,
-    *,
-    memory: float | None = None,
+    model: str, images: Sequence[Path], out: Path, asked: Asked, grid: EverythingOptions | None, how: How
 ) -> list[dict[str, Any]]:
     """Write STEM-overlay.png and STEM-masks.json (COCO's) into `out` for every picture, and say what was found.
 
-    With `grid` everything is looked for, else what was `asked`. `memory` is in GB.
+    With `grid` everything is looked for, else what was `asked`.
     """
-    from volvelle.cli.prompting import is_promptable, open_promptable
     from volvelle.cli.segmenting import free_name
     from volvelle.data.coco_masks import write_coco_masks
-    from volvelle.systems.segmentation.sam.load import load_sam
     from volvelle.systems.segmentation.sam.pictures import open_picture
-    from volvelle.systems.segmentation.sam.promptable import Promptable
     from volvelle.train.segment_pictures import png
 
     if grid is None and not asked.points and not asked.boxes:
         tip = f"volvelle predict {model} {images[0]} points=120,80, boxes=10,20,90,80 or everything=true"
         raise UsageError("predict: a promptable model wants to be asked", tip=tip)
-    if memory is not None and not memory > 0:
-        raise UsageError(f"memory: must be above 0 GB, got {memory}")
-    promptable = Promptable(open_promptable(Path(model)) if is_promptable(model) else load_sam(model))
-    pictures = [(path, open_picture(path, promptable.model.config.size)) for path in images]  # before any is written
+    promptable = _opened(model, how)
+    pictures = [(path, open_picture(path)) for path in images]  # before any is written
+    if grid is None:
+        for path, picture in pictures:
+            _check_asked(path, picture, asked)
     out.mkdir(parents=True, exist_ok=True)
     records = list[dict[str, Any]]()
     for path, picture in pictures:
         if grid is None:
             objects, size = _answers(promptable, picture, asked)
         else:
-            objects, size = _everything(promptable, picture, grid, memory)
+            objects, size = _everything(promptable, picture, grid, how.memory)
         file = free_name(out, path, "overlay", records)
         notes = file.with_name(file.name.removesuffix("overlay.png") + "masks.json")
         file.write_bytes(png(_overlay(picture, size, objects, asked if grid is None else None)))
         name = Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()
-        write_coco_masks(notes, [(name, (size[1], size[0]))], [objects])
+        write_coco_masks(notes, [(name, (size[1], size[0]))], [objects], segmentation=how.segmentation)
         say(f"{path}: {len(objects):,} masks", *_told(objects), f"  overlay  {file}", f"  masks    {notes}")
         if not objects:
             say("  none was sure and stable enough; lower grid.iou or grid.stability")
         records.append({"image": str(path), "overlay": str(file), "masks": str(notes), "objects": _facts(objects)})
     return records
+
+
+def _opened(model: str, how: How) -> Promptable:
+    """The model, where and in what it is to compute."""
+    import torch
+
+    from volvelle.cli.prompting import is_promptable, open_promptable
+    from volvelle.systems.segmentation.sam.load import load_sam
+    from volvelle.systems.segmentation.sam.promptable import Promptable
+    from volvelle.train.text_run import choose_device
+
+    device, _ = choose_device(how.device)
+    net = open_promptable(Path(model)) if is_promptable(model) else load_sam(model)
+    return Promptable(net.to(device), dtype=torch.bfloat16 if how.precision == "bf16" else None)
+
+
+def _check_asked(path: Path, picture: Image.Image, asked: Asked) -> None:
+    """VolvelleError for a prompt that lies outside this picture, before any is embedded."""
+    from volvelle.systems.segmentation.sam.pictures import upright_size
+    from volvelle.systems.segmentation.sam.prompts import check
+
+    try:
+        check(upright_size(picture), asked.points or None, asked.labels or None, asked.boxes or None)
+    except VolvelleError as error:
+        raise VolvelleError(f"{path}: {error}", tip=error.tip) from error
 
 
 def _answers(promptable: Promptable, picture: Image.Image, asked: Asked) -> tuple[list[MaskedObject], tuple[int, int]]:
@@ -116,8 +147,9 @@ def _everything(
 ) -> tuple[list[MaskedObject], tuple[int, int]]:
     """All masks, and the picture's (height, width)."""
     from volvelle.systems.segmentation.sam.crops import crops
+    from volvelle.systems.segmentation.sam.pictures import upright_size
 
-    total = sum(crop.points**2 for crop in crops((64, 64), grid))
+    total = sum(crop.points**2 for crop in crops(upright_size(picture), grid))
     with progress("everything", total, unit="points") as bar:
         found = promptable.everything(
             picture,
@@ -193,17 +225,31 @@ def _told(objects: Sequence[MaskedObject]) -> list[str]:
     return lines
 
 
+def _labels(row: list[float]) -> list[int]:
+    if not all(one in (0, 1) for one in row):
+        wrong = next(one for one in row if one not in (0, 1))
+        raise UsageError(f"labels: 1 or 0 is wanted for each point, got {wrong:g}", tip="1 is the object, 0 is not")
+    return [int(one) for one in row]
+
+
 def _rows(text: str, name: str) -> list[list[float]]:
     """The numbers of each object."""
     rows = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         try:
-            rows.append([float(number) for number in part.split(",") if number.strip()])
+            rows.append([_finite(number) for number in part.split(",") if number.strip()])
         except ValueError:
             raise UsageError(
                 f"{name}: numbers are wanted, got {part!r}", tip='points=120,80 or points="1,2;3,4"'
             ) from None
     return rows
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def _groups(numbers: list[float], size: int, name: str, wanted: str) -> list[list[float]]:

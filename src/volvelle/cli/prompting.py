@@ -1,13 +1,15 @@
-"""What `eval` does with a run that trained a promptable model."""
+"""What `eval` does with a promptable model, a run's or a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from volvelle.cli.console import result, say
 from volvelle.cli.measured import by_class, chosen_part, percent
-from volvelle.errors import VolvelleError
+from volvelle.cli.models import Precision, choose_dtype
+from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -17,36 +19,71 @@ if TYPE_CHECKING:
 
 KIND = "promptable"
 """The kind of runs that this file knows."""
+PAGES = Path("predictions")
+"""Where the page of a checkpoint goes, which has no folder of a run."""
 SHOWN = 6
 """Pictures on the page of an evaluation by boxes."""
 
 
-def is_promptable(path: str | Path) -> bool:
+def is_run(path: str | Path) -> bool:
     """Whether the path is a run folder of `train promptable`."""
     folder = Path(path)
     return (folder / "manifest.json").is_file() and RunFolder.open(folder).manifest.get("kind") == KIND
 
 
-def open_promptable(run: Path) -> Sam:
-    """The run's model. VolvelleError where it has no weights yet."""
+def is_promptable(path: str | Path) -> bool:
+    """Whether the path is a run folder of `train promptable`, or a checkpoint of Segment Anything's."""
+    from volvelle.systems.segmentation.sam.load import holds_sam
+
+    return is_run(path) or holds_sam(path)
+
+
+def open_promptable(path: Path) -> Sam:
+    """The model of a run or a checkpoint. VolvelleError where a run has no weights yet."""
     from volvelle.systems.segmentation.sam.load import is_sam, load_sam
 
-    folder = RunFolder.open(run)
+    if not is_run(path):
+        return load_sam(path)
+    folder = RunFolder.open(path)
     if not is_sam(folder.path / "weights"):
-        raise VolvelleError(f"{run}: has no weights yet ({folder.status})", tip=f"volvelle resume {run}")
+        raise VolvelleError(f"{path}: has no weights yet ({folder.status})", tip=f"volvelle resume {path}")
     return load_sam(folder.path / "weights")
 
 
-def evaluate(run: Path, data: str, *, split: str | None = None, on_bad: Literal["stop", "skip"] = "stop") -> int:
-    """Measure a run's model on pictures with masks of objects, by clicks; on pictures with boxes alone, by these."""
+def evaluate(
+    path: Path,
+    data: str,
+    *,
+    split: str | None = None,
+    on_bad: Literal["stop", "skip"] = "stop",
+    precision: Precision = "auto",
+) -> int:
+    """Measure a model on pictures with masks of objects, by clicks; on pictures with boxes alone, by these.
+
+    `auto` is what a run was trained in; for a checkpoint bf16 where the hardware multiplies it, else fp32.
+    """
     from volvelle.cli.training import console
     from volvelle.data.promptable import holds_masks
 
-    model, config = open_promptable(run), RunFolder.open(run).config()
+    model, config = open_promptable(path), RunFolder.open(path).config() if is_run(path) else {}
+    kind = _kind(precision, config)
     with console() as observer:
         if holds_masks(data):
-            return _by_clicks(run, model, data, config, split, on_bad, observer)
-        return _by_boxes(run, model, data, config.get("precision", "fp32"), split, on_bad, observer)
+            return _by_clicks(path, model, data, config, kind, split=split, on_bad=on_bad, observer=observer)
+        return _by_boxes(path, model, data, kind, split=split, on_bad=on_bad, observer=observer)
+
+
+def _kind(precision: Precision, config: Mapping[str, Any]) -> Kind:
+    """The number format to measure in. UsageError for the bits of language models' weights."""
+    if precision == "int8" or precision == "int4":
+        raise UsageError(f"precision={precision}: is for language models", tip="precision=fp32, bf16 or fp16")
+    if precision != "auto":
+        return precision
+    if "precision" in config:
+        return config["precision"]
+    import torch
+
+    return "bf16" if choose_dtype("auto")[0] == torch.bfloat16 else "fp32"
 
 
 def _by_clicks(
@@ -54,6 +91,8 @@ def _by_clicks(
     model: Sam,
     data: str,
     config: dict[str, Any],
+    precision: Kind,
+    *,
     split: str | None,
     on_bad: Literal["stop", "skip"],
     observer: Observer,
@@ -75,7 +114,7 @@ def _by_clicks(
         pictures,
         clicks=config.get("clicks", (1, 2, 3, 5)),
         more=True,
-        precision=config.get("precision", "fp32"),
+        precision=precision,
         progress=lambda done, total: observer.work("pictures", done, total),
     )
     worst = [f"{pictures.source(one.picture)} at {one.clicks[0].x},{one.clicks[0].y}" for one in found.worst(3)]
@@ -90,6 +129,7 @@ def _by_boxes(
     model: Sam,
     data: str,
     precision: Kind,
+    *,
     split: str | None,
     on_bad: Literal["stop", "skip"],
     observer: Observer,
@@ -125,7 +165,7 @@ def _by_boxes(
     ) + ".")  # fmt: skip
     for index in spread(range(len(pictures)), SHOWN):
         page.figure(picture_of_boxes(model, pictures, index), Path(pictures.source(index)).name)
-    file = page.write(run / f"eval-{Path(data).stem}.html")
+    file = page.write((run if is_run(run) else PAGES) / f"eval-{Path(data).stem}.html")
     say(f"page     {file}")
     counts = {"boxes": len(found.boxes) + found.empty, "neighbours": len(found.pairs)}
     result({"run": str(run), "data": data, **found.metrics, **counts, "page": str(file)})

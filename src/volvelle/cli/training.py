@@ -101,13 +101,18 @@ def start(kind: str, recipe: FitOptions, name: str | None) -> int:
         return _launch(run, recipe.ranks) if recipe.ranks > 1 else closing_lines(_train(kind, recipe, run))
 
 
-def resume(path: Path) -> int:
-    """Continue the run in that folder, with as many ranks as it had, and print the result."""
+def resume(path: Path, *, lost: bool = False) -> int:
+    """Continue the run in that folder, with as many ranks as it had, and print the result.
+
+    `lost`: the machine that it was running on is gone.
+    """
     from volvelle.train.launch import hush, launched
 
     hush()
-    from volvelle.train.resume import recipe_of_run, resume_run
+    from volvelle.train.resume import give_up, recipe_of_run, resume_run
 
+    if lost:
+        give_up(path)
     recipe = recipe_of_run(path)
     if launched():
         return _as_worker(lambda ranks: path, recipe)

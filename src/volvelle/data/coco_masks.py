@@ -2,8 +2,8 @@
 
     annotation = {..., "bbox": [x, y, width, height], "area", "segmentation": polygons | {"size", "counts"}}
 
-Written are compressed run lengths, which hold any mask exactly; `trace_polygons` makes polygons for tools that want
-them. SA-1B's files have one picture each, {"image": {...}, "annotations": [...]}, with annotations of the same form.
+Written are compressed run lengths, which hold any mask exactly, or polygons for tools that want them. SA-1B's files
+have one picture each, {"image": {...}, "annotations": [...]}, with annotations of the same form.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from volvelle.data.boxes_coco import coco_document, read_coco
 from volvelle.data.boxes_notes import Note, Object
-from volvelle.data.polygons import fill_polygons
+from volvelle.data.polygons import fill_polygons, trace_polygons
 from volvelle.data.run_lengths import RunLengths
 from volvelle.errors import VolvelleError
 from volvelle.files import write_atomic
+
+Segmentation = Literal["rle", "polygons"]
+"""What a mask is written as."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def coco_masks_document(
     images: Iterable[tuple[str, tuple[int, int]]],
     objects: Iterable[Sequence[MaskedObject]],
     classes: Sequence[str] = ("object",),
+    segmentation: Segmentation = "rle",
 ) -> dict[str, Any]:
     """COCO's three lists: `images` are (file name, (width, height)), `objects` those of each, categories count from 1.
 
@@ -85,7 +89,7 @@ def coco_masks_document(
     boxes = [[Object(one.name, one.mask.box, "", one.ignored, one.mask.area) for one in some] for some in inside]
     document = coco_document(images, boxes, classes)
     for note, one in zip(document["annotations"], (one for some in inside for one in some), strict=True):
-        note["segmentation"] = one.mask.to_coco()
+        note["segmentation"] = one.mask.to_coco() if segmentation == "rle" else trace_polygons(one.mask)
         note.update(one.facts)
     return document
 
@@ -95,9 +99,10 @@ def write_coco_masks(
     images: Iterable[tuple[str, tuple[int, int]]],
     objects: Iterable[Sequence[MaskedObject]],
     classes: Sequence[str] = ("object",),
+    segmentation: Segmentation = "rle",
 ) -> None:
     """Write such a document as a file."""
-    write_atomic(path, json.dumps(coco_masks_document(images, objects, classes)))
+    write_atomic(path, json.dumps(coco_masks_document(images, objects, classes, segmentation)))
 
 
 def read_coco_masks(path: Path) -> list[tuple[Path, tuple[int, int], list[MaskedObject]]]:

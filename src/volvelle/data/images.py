@@ -52,7 +52,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises VolvelleError that names the file and the reason: missing, not an image, truncated, too large.
     """
-    with _named(path), Image.open(path) as image:
+    with naming(path), Image.open(path) as image:
         _refuse_bomb(image, path)
         image.load()
         return ImageOps.exif_transpose(image)
@@ -64,7 +64,7 @@ def decode_image(content: bytes, *, source: str = "image", largest: int = MAX_PI
     Raises VolvelleError that names `source` and the reason: not an image, truncated, more than `largest` pixels (which
     its header says, before anything is decoded).
     """
-    with _named(source), Image.open(io.BytesIO(content)) as image:
+    with naming(source), Image.open(io.BytesIO(content)) as image:
         _refuse_bomb(image, source, largest)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image), source=source)
@@ -72,7 +72,7 @@ def decode_image(content: bytes, *, source: str = "image", largest: int = MAX_PI
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(width, height) as shown, from the header alone. Raises VolvelleError as `open_image`, except for truncation."""
-    with _named(path), Image.open(path) as image:
+    with naming(path), Image.open(path) as image:
         _refuse_bomb(image, path)
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
@@ -103,7 +103,7 @@ def to_rgb(image: Image.Image, *, source: str = "image") -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    with _named(source):
+    with naming(source):
         return image.convert("RGB")
 
 
@@ -181,7 +181,7 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 @contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever a decoder raises into an error that names the file."""
     try:
         yield

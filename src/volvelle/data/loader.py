@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -222,7 +223,7 @@ class Loader:
         source = getattr(self.dataset, "source", str)
         return ", ".join(source(i) for i in ids)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The cursor, and what must be equal for it to mean the same."""
         return {
             "epoch": self.epoch,
@@ -230,12 +231,19 @@ class Loader:
             "seed": self.seed,
             "samples": len(self.dataset),
             "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "lengths": _digest(self.lengths),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken. Another seed, dataset size or batch size raises ValueError."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. ValueError where other batches would follow (another seed or order)."""
         ours = self.state_dict()
-        for name in ("seed", "samples", "batch_size"):
-            if ours[name] != state[name]:
+        for name in ours:
+            if name not in ("epoch", "position") and name in state and ours[name] != state[name]:
                 raise ValueError(f"Loader.load_state_dict: {name} was {state[name]}, this loader has {ours[name]}")
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+def _digest(lengths: Sequence[int] | None) -> str | None:
+    return None if lengths is None else hashlib.sha256(",".join(map(str, lengths)).encode()).hexdigest()

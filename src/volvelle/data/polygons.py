@@ -33,7 +33,7 @@ def fill_polygons(polygons: Sequence[Sequence[float]], size: tuple[int, int]) ->
     return union([RunLengths.between(_crossings(_points(one), size), size) for one in polygons] or [_nothing(size)])
 
 
-def trace_polygons(mask: np.ndarray, *, tolerance: float = 0.0) -> list[list[float]]:
+def trace_polygons(mask: np.ndarray | RunLengths, *, tolerance: float = 0.0) -> list[list[float]]:
     """The outlines of a mask (y, x) as polygons x1 y1 x2 y2 …, one for each connected piece (by sides, not corners).
 
     `fill_polygons` of them gives the mask again, holes too. With a `tolerance` above 0 points are left out that lie no
@@ -45,6 +45,10 @@ def trace_polygons(mask: np.ndarray, *, tolerance: float = 0.0) -> list[list[flo
     """
     from scipy import ndimage
 
+    if isinstance(mask, RunLengths):  # of which only the box is looked through
+        x1, y1, x2, y2 = mask.box
+        inside = trace_polygons(mask.mask()[y1:y2, x1:x2], tolerance=tolerance)
+        return [np.add(np.reshape(one, (-1, 2)), (x1, y1)).ravel().tolist() for one in inside]
     filled = np.ascontiguousarray(mask, dtype=bool)
     pieces = np.zeros(filled.shape, dtype=np.int32)
     count = int(ndimage.label(filled, output=pieces))  # pyright: ignore[reportArgumentType]

@@ -5,16 +5,20 @@
 | images and masks of class numbers (docs/segmentation.md: layouts) | connected pieces of each class |
 | the same, with numbers=objects | one a number; 0 is the ground, 255 of an 8-bit mask is void |
 | COCO's JSON with polygons or run lengths; FILE.json | one an annotation; crowds are void |
-| sa_1.jpg + sa_1.json, … | SA-1B's files, one a picture, perhaps in train/, val/, test/ |
+| sa_1.jpg + sa_1.json, … | SA-1B's files, one a picture, perhaps in train/, val/, test/, or in parts sa_000000/, … |
 
-Pieces and annotations of less than `least` pixels are no objects, nor is a class that is called background.
+Pieces and annotations of less than `least` pixels are no objects, nor is a class that is called background. A mask of
+nothing but 0 and 255 has one object, 255.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,6 +40,8 @@ from volvelle.errors import UsageError, VolvelleError, did_you_mean
 
 Numbers = Literal["classes", "objects"]
 GROUND = "background"
+_OUTLINE = re.compile(r'"segmentation"\s*:\s*(\{\s*"|\[\s*(\[\s*)?[-.\d])')
+"""A segmentation with something in it: run lengths, polygons, or one polygon alone."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -67,6 +73,8 @@ class ObjectFolder:
     files: Sequence[Path]
     marks: Sequence[Marks]
     classes: tuple[str, ...]
+    counts: Sequence[int]
+    """How many objects each picture has."""
     skipped: Sequence[str] = ()
 
     def __len__(self) -> int:
@@ -77,7 +85,8 @@ class ObjectFolder:
 
     def __str__(self) -> str:
         more = f", {len(self.skipped)} left out" if self.skipped else ""
-        return f"{self.folder}: {len(self):,} pictures with masks of objects ({len(self.classes)} classes){more}"
+        objects = f"{sum(self.counts):,} objects of {len(self.classes)} classes"
+        return f"{self.folder}: {len(self):,} pictures with masks of {objects}{more}"
 
     def source(self, index: int) -> str:
         """The picture's path."""
@@ -91,7 +100,7 @@ class ObjectFolder:
     def part(self, indices: Sequence[int]) -> ObjectFolder:
         """Some of the pictures."""
         files, marks = ([values[i] for i in indices] for values in (self.files, self.marks))
-        return replace(self, files=files, marks=marks, skipped=())
+        return replace(self, files=files, marks=marks, counts=[self.counts[i] for i in indices], skipped=())
 
 
 def read_objects(
@@ -104,11 +113,23 @@ def read_objects(
 ) -> dict[str, ObjectFolder]:
     """Find and check all pictures with masks of objects, by split ("train", "val", "test", or "").
 
-    Raises UsageError for a path that is none, VolvelleError for one without masks and for bad files; `on_bad="skip"`
-    leaves pictures with bad files out.
+    Raises UsageError for a path that is none, VolvelleError for one without masks, for a split without a single object,
+    and for bad files; `on_bad="skip"` leaves pictures with bad files out.
     """
-    root = Path(path)
-    told = progress or (lambda label, done, total: None)
+    splits = _read(Path(path), least, numbers, on_bad, progress or (lambda label, done, total: None))
+    for split, found in splits.items():
+        if not sum(found.counts):
+            raise VolvelleError(
+                f"{path}{f' ({split})' if split else ''}: not one object of {least} pixels or more in "
+                f"{len(found):,} pictures with numbers={numbers}",
+                tip="least=1 counts small ones too; 0 and a class called background are the ground, 255 is void; "
+                "numbers=objects reads masks of object numbers, numbers=classes those of classes",
+            )
+    return splits
+
+
+def _read(root: Path, least: int, numbers: Numbers, on_bad: OnBad, told: Progress) -> dict[str, ObjectFolder]:
+    """The splits, with objects or without."""
     if root.is_file():
         if root.suffix.lower() != ".json":
             raise UsageError(f"{root}: a folder, or a JSON file of COCO's, is wanted")
@@ -136,7 +157,7 @@ def holds_masks(path: str | Path) -> bool:
     """Whether `read_objects` would find masks there, right or wrong ones."""
     root = Path(path)
     if root.is_file():
-        return '"segmentation"' in _text(root)
+        return _has_outlines(root)
     if not root.is_dir():
         return False
     try:
@@ -161,7 +182,10 @@ class ClassMap:
 
 @dataclass(frozen=True)
 class NumberMap:
-    """A mask of object numbers: 8 or 16 bits, a palette, or a colour an object; 0 and black are the ground."""
+    """A mask of object numbers: 8 or 16 bits, a palette, or a colour an object; 0 and black are the ground.
+
+    255 of 8 bits is void, except where there is nothing but 0 and 255.
+    """
 
     path: Path
     least: int
@@ -169,13 +193,17 @@ class NumberMap:
     def objects(self) -> Listed:
         """One object a number."""
         values = np.asarray(open_image(self.path))
+        if values.ndim == 3 and values.shape[2] == 2:  # grey with transparency, which says nothing of objects
+            values = values[..., 0]
         narrow = values.ndim == 2 and values.dtype == np.uint8
         if values.ndim == 3:
             values = (values[..., :3].astype(np.int32) << np.array([16, 8, 0])).sum(-1)
-        nothing = values == VOID if narrow else np.zeros(values.shape, dtype=bool)
         present, counts = np.unique(values, return_counts=True)
+        # Editors write a mask of one object as black and white.
+        void = narrow and present.tolist() != [0, VOID]
+        nothing = values == VOID if void else np.zeros(values.shape, dtype=bool)
         kept = [v for v, n in zip(present.tolist(), counts.tolist(), strict=True) if v and n >= self.least]
-        masks = [RunLengths.of(values == v) for v in kept if not (narrow and v == VOID)]
+        masks = [RunLengths.of(values == v) for v in kept if not (void and v == VOID)]
         return Listed(masks, [0] * len(masks), nothing)
 
 
@@ -235,7 +263,12 @@ def _class_maps(root: Path, split: str, least: int, on_bad: OnBad, told: Progres
         root, split=split or None, on_bad=on_bad, progress=lambda done, total: told(f"checking {root}", done, total)
     )
     marks = [ClassMap(mask, found.labels, least) for _, mask in found.pairs]
-    return ObjectFolder(root, [image for image, _ in found.pairs], marks, found.labels.names, found.skipped)
+    counts, label = list[int](), f"counting objects of {root}"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for count in pool.map(lambda mark: len(mark.objects()), marks):
+            counts.append(count)
+            told(label, len(counts), len(marks))
+    return ObjectFolder(root, [image for image, _ in found.pairs], marks, found.labels.names, counts, found.skipped)
 
 
 def _number_maps(root: Path, split: str, least: int, on_bad: OnBad, told: Progress) -> ObjectFolder:
@@ -267,13 +300,12 @@ def _checked(
     lonely: Sequence[Path] = (),
     problems: Sequence[tuple[str, str]] = (),
 ) -> ObjectFolder:
-    """Every picture and its marks read once; bad ones are named or left out."""
-    lock, done = threading.Lock(), 0
+    """Every picture and its marks read once, its objects counted; bad ones are named or left out."""
+    lock, counts = threading.Lock(), dict[Path, int]()
     if problems and on_bad == "stop":
         raise VolvelleError(f"{problems[0][0]}: {problems[0][1]}", tip="on_bad=skip leaves such objects out")
 
     def look(image: Path) -> None:
-        nonlocal done
         if image not in marks:
             raise VolvelleError(f"{image}: has no mask")
         objects = marks[image].objects()
@@ -282,30 +314,46 @@ def _checked(
             shown = [f"{wide} x {high}" for wide, high in (shape[::-1], size)]
             raise VolvelleError(f"{image}: its masks are {shown[0]} pixels, and it is {shown[1]}")
         with lock:
-            done += 1
-            told(f"checking {root}", done, len(marks))
+            counts[image] = len(objects)
+            told(f"checking {root}", len(counts), len(marks))
 
     good, skipped = check_images([*marks, *lonely], on_bad=on_bad, source=root, look=look)
     lost = [f"{where}: {problem}" for where, problem in problems]
-    return ObjectFolder(root, good, [marks[image] for image in good], classes, [*lost, *skipped])
+    kept = [marks[image] for image in good]
+    return ObjectFolder(root, good, kept, classes, [counts[image] for image in good], [*lost, *skipped])
 
 
 def _outlined(root: Path) -> dict[str, Path]:
     """COCO's files that hold masks, by split."""
-    return {split: file for split, file in coco_files(root).items() if '"segmentation"' in _text(file)}
+    return {split: file for split, file in coco_files(root).items() if _has_outlines(file)}
+
+
+def _has_outlines(file: Path) -> bool:
+    """Whether a JSON file has a segmentation that is not empty; files of boxes often have `[]`. It is not parsed."""
+    return _OUTLINE.search(_text(file)) is not None
 
 
 def _single_files(root: Path) -> dict[str, list[tuple[Path, Path]]]:
     """Pictures with a JSON file of their own, by split."""
-    found = {}
-    parts = [(split, root / word) for split, words in SPLITS.items() for word in words] + [("", root)]
-    for split, folder in parts:
-        files = sorted(folder.glob("*.json")) if folder.is_dir() else []
-        pictures = {p.stem: p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES} if files else {}
-        pairs = [(pictures[file.stem], file) for file in files if file.stem in pictures]
-        if pairs and '"image"' in _text(pairs[0][1]) and (split or not found):
-            found[split] = pairs
-    return found
+    folders = {split: root / word for split, words in SPLITS.items() for word in words if (root / word).is_dir()}
+    found = {split: pairs for split, folder in folders.items() if (pairs := _singles_in(folder))}
+    return found or {split: pairs for split, pairs in (("", _singles_in(root)),) if pairs}
+
+
+def _singles_in(folder: Path) -> list[tuple[Path, Path]]:
+    """Those of a folder; where it has none itself, of the folders in it, which is how SA-1B comes in parts."""
+    parts = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for places in ([folder], parts):
+        pairs = [pair for place in places for pair in _beside(place)]
+        if pairs and '"image"' in _text(pairs[0][1]):
+            return pairs
+    return []
+
+
+def _beside(folder: Path) -> list[tuple[Path, Path]]:
+    files = sorted(folder.glob("*.json"))
+    pictures = {p.stem: p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES} if files else {}
+    return [(pictures[file.stem], file) for file in files if file.stem in pictures]
 
 
 def _text(path: Path) -> str:

@@ -40,9 +40,16 @@ class RunLengths:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RunLengths) and self.size == other.size and np.array_equal(self.counts, other.counts)
 
+    def __hash__(self) -> int:
+        return hash((self.size, self.counts.astype(np.int64, copy=False).tobytes()))
+
     @classmethod
     def of(cls, mask: np.ndarray) -> RunLengths:
-        """Encode a mask (y, x), bool or integers that are 0 or not."""
+        """Encode a mask (y, x), bool or integers that are 0 or not. Raises VolvelleError for other dimensions."""
+        if mask.ndim != 2:
+            raise VolvelleError(
+                f"run lengths: a mask is (y, x), got {tuple(mask.shape)}", tip="one mask at a time: masks[0]"
+            )
         return cls.placed(np.ascontiguousarray(mask.T, dtype=bool), (0, 0), (mask.shape[0], mask.shape[1]))
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from volvelle.inspect.gradients_graph import Graph, build_graph
 from volvelle.inspect.gradients_record import OUTSIDE, Call, Recorder, bad
+from volvelle.systems.buffers import buffers_of
 
 State = Literal["ok", "frozen", "unused", "detached", "zero", "non-finite"]
 
@@ -73,7 +74,8 @@ def trace_gradients(
     `loss` is best a callable that runs the forward pass and returns the scalar loss: then module names, source lines,
     detached places and the first non-finite operation are known. Of a loss that was computed before, only the
     graph is left. `depth` folds modules below that level of the drawing; left out, it is chosen to stay readable.
-    Parameters, .grad, buffers and random generators are as before afterwards. TypeError when the loss is no scalar.
+    Parameters, .grad, buffers and torch's random generators are as before afterwards. TypeError when the loss is no
+    scalar.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> report = trace_gradients(net, lambda: net[0](torch.ones(1, 2)).sum())
@@ -103,7 +105,7 @@ def nonfinite_origin(module: nn.Module, run: Callable[[], Tensor]) -> Origin | N
     """Run the forward pass, and the backward pass when that was clean; return where the first NaN or Inf began.
 
     `run` returns the loss. An infinity that was asked for, such as a mask of -inf, does not count while the loss and
-    the gradients are finite. The module and the random generators are as before afterwards.
+    the gradients are finite. The module and torch's random generators are as before afterwards.
     """
     with _unchanged(module):
         calls, value = _forward(module, run)
@@ -132,14 +134,13 @@ def first_nonfinite(module: nn.Module, run: Callable[[], Tensor]) -> str | None:
 
 @contextlib.contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in module.named_buffers()}
+    buffers = buffers_of(module)
     try:
         with torch.random.fork_rng(), torch.enable_grad():
             yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers.values():
-                buffer.copy_(before)
+        for buffer in buffers:
+            buffer.restore()
 
 
 def _forward(module: nn.Module, loss: Tensor | Callable[[], Tensor]) -> tuple[list[Call], Tensor]:

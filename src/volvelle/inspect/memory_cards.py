@@ -7,8 +7,8 @@ weights, gradients and optimiser by the number of cards N and gathers one block 
 
 `whole` is what a card does not share with others (see `Shards`): weights that stay whole through the step, two blocks'
 weights (the current and the prefetched one) while blocks run, and in the backward pass gradients until they are shards.
-Under autocast the gathered weights are half precision already (FSDP's mixed-precision policy), so no casts of all
-weights are kept, which DDP does. The batch is the one card's own: N cards train N times as many samples a step.
+Under autocast weights are gathered in fp32, and every rank keeps autocast's casts of all of them for the backward pass,
+as training does here. The batch is the one card's own: N cards train N times as many samples a step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from volvelle.inspect.memory_ledger import CATEGORIES, Entry, Point, thinned
+from volvelle.inspect.memory_ledger import CATEGORIES, Point, thinned
 from volvelle.inspect.memory_options import Cards, Shard
 from volvelle.inspect.memory_session import Trace
 from volvelle.inspect.memory_shards import Shards
@@ -123,23 +123,16 @@ def card_moments(trace: Trace, step: TrainingStep, cards: Cards, shard: Shard) -
 
 def _sharded(trace: Trace, step: TrainingStep, ranks: int) -> Iterator[Moment]:
     shards = Shards(trace, step, ranks)
-    # Autocast's copies of weights are gathered instead of kept.
-    amp = step.options.precision == "amp"
-    blocks, entries = trace.ledger.blocks, trace.ledger.entries
-    casts = {i for i, block in enumerate(blocks) if amp and block.is_cast_weight(blocks)}
-    kept = dict.fromkeys(CATEGORIES, 0)  # bytes of casts by category
-
-    def follow(entry: Entry) -> None:
-        block = blocks[entry.block]
-        if entry.block in casts:
-            kept[block.category or "temporaries"] += entry.sign * block.size
-        shards.follow(entry)
-
+    entries = trace.ledger.entries
     for entry in entries[: trace.start]:
-        follow(entry)
+        shards.follow(entry)
+    passes, before = 0, ""
     for index, phase, sums in trace.ledger.rows(trace.start, trace.stop):
-        follow(entries[index])
-        weights, gradients, optimiser, *rest = (sums[name] - kept[name] for name in CATEGORIES)
+        shards.follow(entries[index])
+        passes, before = passes + (phase == "forward" != before), phase
+        if passes > 1 and phase != "optimiser":  # a further micro-batch: as the first, beside what `Shards` adds
+            continue
+        weights, gradients, optimiser, *rest = (sums[name] for name in CATEGORIES)
         if phase == "optimiser":  # it works on shards alone, and needs no block gathered
             sizes = (weights, gradients, optimiser, *rest)
             yield Moment(index, phase, tuple(size / ranks for size in sizes), 0, constant=True)

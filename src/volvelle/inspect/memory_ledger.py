@@ -20,8 +20,7 @@ class Block:
     """One storage: its size and where it came from. `category` is empty until the ledger is settled.
 
     `phase` is setup, forward, backward, recompute (a checkpointed forward inside backward) or optimiser; `workspace`
-    marks memory that a kernel takes and gives back inside one operation; `cast_of` is the block of which this one is a
-    copy in another type.
+    marks memory that a kernel takes and gives back inside one operation.
     """
 
     size: int
@@ -32,11 +31,6 @@ class Block:
     dtype: str = ""
     category: str = ""
     workspace: bool = False
-    cast_of: int | None = None
-
-    def is_cast_weight(self, blocks: list[Block]) -> bool:
-        """Whether this is a weight in another type, as autocast keeps one of every weight."""
-        return self.cast_of is not None and blocks[self.cast_of].category == "weights"
 
 
 @dataclass(slots=True)

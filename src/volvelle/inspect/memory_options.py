@@ -42,6 +42,8 @@ class StepOptions:
     checkpointing: bool = False
     optimizer: Optimizer = "adamw"
     device: Device = "cpu"
+    accumulated: bool = False
+    """Whether an update sums up the gradients of several micro-batches: those of earlier ones lie beside the last."""
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):

@@ -4,8 +4,7 @@ As training shards: every block (`units_of`) is a unit, and all else is one more
 gathered before it runs and dropped behind it; in the backward pass those of the next one are fetched ahead. When a
 unit's gradients are all there, they move into one buffer, of which each rank gets the sum of its share; the buffer
 stays until the next unit's is filled. The root's weights stay whole from the forward pass on, and its gradients wait
-for the end of the backward pass. Under autocast weights are gathered in half precision already; gradients are reduced
-in their own.
+for the end of the backward pass.
 
 Zhao et al. 2023, "PyTorch FSDP", sections 3.2 and 3.3; torch.distributed.fsdp.fully_shard of torch 2.13.
 """
@@ -25,18 +24,10 @@ class Shards:
     """Follow a trace's entries in order; `gradients` and `communication` are of the moment reached."""
 
     def __init__(self, trace: Trace, step: TrainingStep, ranks: int):
-        amp = step.options.precision == "amp"
-
-        def weights(unit: Sequence[Tensor]) -> int:
-            return sum(p.numel() * (2 if amp else p.element_size()) for p in unit)
-
-        def gradients(unit: Sequence[Tensor]) -> int:
-            return sum(p.numel() * p.element_size() for p in unit if p.requires_grad)
-
         units, root = units_of(step.model)
         self._trace, self._ranks = trace, ranks
-        self._root, self._units = weights(root), [weights(unit) for unit in units]
-        self._buffers = [gradients(unit) for unit in units]
+        self._root, self._units = _bytes(root), [_bytes(unit) for unit in units]
+        self._buffers = [_bytes([p for p in unit if p.requires_grad]) for unit in units]
         self._wanted = [0] * len(units)
         self._root_wanted = 0
         for block, unit in trace.gradient_units.items():
@@ -49,6 +40,9 @@ class Shards:
         self._current = len(units) - 1  # the unit whose backward pass runs, or the next one's that will
         self._reduced, self._buffer = 0, 0
         self._full: int | None = None
+        # Of earlier micro-batches a share of all gradients is there; what is followed is the first one.
+        earlier = self._root_wanted + sum(self._wanted) if step.options.accumulated else 0
+        self._earlier = earlier / ranks
 
     def follow(self, entry: Entry) -> None:
         """Go on by one entry."""
@@ -66,8 +60,8 @@ class Shards:
                 self._full = unit
 
     def gradients(self, whole: float) -> float:
-        """What is left of `whole` bytes of gradients: of units that are through, a share."""
-        return whole - self._reduced + self._reduced / self._ranks
+        """What is left of `whole` bytes of gradients: of units that are through, a share; and of earlier ones."""
+        return whole - self._reduced + self._reduced / self._ranks + self._earlier
 
     def communication(self, index: int, phase: str) -> int:
         """Bytes of whole weights and of the buffer that gradients travel in, at entry `index`."""
@@ -78,3 +72,7 @@ class Shards:
         if self._root_wanted and not self._root_found and not self._reduced:  # the loss, whose end fetches one block
             return self._root + sum(self._units[-1:])
         return self._root + sum(self._units[max(0, self._current - 1) : self._current + 1]) + self._buffer
+
+
+def _bytes(unit: Sequence[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in unit)

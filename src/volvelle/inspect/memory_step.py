@@ -87,11 +87,12 @@ class TrainingStep:
     def run(self, inputs: Any, during: During = contextlib.nullcontext) -> None:
         """Forward, backward, update; the gradients stay until the next step begins."""
         self.clear()
-        with during("forward"):
-            loss = self._forward(inputs)
-        with during("backward"):
-            loss.backward()
-        del loss
+        for _ in range(2 if self.options.accumulated else 1):
+            with during("forward"):
+                loss = self._forward(inputs)
+            with during("backward"):
+                loss.backward()
+            del loss
         with during("optimiser"):
             self._update()
 
@@ -178,9 +179,38 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def sharded_blocks(model: nn.Module) -> list[nn.Module]:
-    """The elements of every ModuleList, or of the largest Sequential where there is no ModuleList."""
-    lists = [list(part) for part in model.modules() if isinstance(part, nn.ModuleList)] or [blocks_of(model)]
-    return [block for blocks in lists for block in blocks]
+    """What training shards: the members of every ModuleList, or of the largest Sequential where there is none.
+
+    Once each, the outermost, and of those that are never called (containers, plain holders) what is called in them.
+    Blocks without parameters are left out.
+
+    >>> [type(block).__name__ for block in sharded_blocks(nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)]), nn.ReLU()]))]
+    ['Linear']
+    """
+    found: dict[int, nn.Module] = {}
+
+    def called(module: nn.Module) -> bool:
+        return type(module).forward is not nn.Module.forward
+
+    def take(module: nn.Module) -> None:
+        if not called(module):
+            for child in module.children():
+                take(child)
+        elif any(True for _ in module.parameters()):
+            found.setdefault(id(module), module)
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(module, nn.ModuleList):
+                take(child)
+            else:
+                visit(child)
+
+    visit(model)
+    if not found:
+        for block in blocks_of(model):
+            take(block)
+    return list(found.values())
 
 
 def units_of(model: nn.Module) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:

@@ -27,7 +27,7 @@ _random_state = torch.get_rng_state
 _DEVICE = torch.ops.prim.device.default
 _ATEN = torch.ops.aten
 _WRAPPERS = ("torch/_compile.py", "_dynamo/eval_frame.py")  # torch puts them around every dispatch function
-_CAST, _ADD = _ATEN._to_copy.default, _ATEN.add.Tensor
+_ADD = _ATEN.add.Tensor
 # Autograd's own formulas branch on tensor subclasses, to which fake tensors belong: there they scatter a gradient into
 # a copy of fresh zeros, for plain tensors into the zeros themselves. The plan is about plain tensors.
 _IN_PLACE: dict[Any, Any] = {
@@ -95,10 +95,6 @@ class StorageTracker(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, FakeTensor):  # a real one is a known value beside the program
                 self._see(tensor)
-        if func is _CAST:
-            made = self.block_of(result)
-            if made is not None:
-                self.ledger.blocks[made].cast_of = self.block_of(args[0])
         extra = self._workspace(func, args, kwargs, result) if self._workspace is not None else 0
         if extra > 0:
             block = Block(extra, self._op, self.phase, self.module, workspace=True)

@@ -106,7 +106,9 @@ class Checkpoints:
     def save(self, step: int, state: Tree, *, best: int | None = None) -> Path:
         """Write the state under `step`, then drop checkpoints beyond the newest `keep_last` and the step `best`.
 
-        A failure (a full disk) leaves earlier checkpoints as they were and raises VolvelleError.
+        Those of later steps are dropped too: this one was written after a corrupt one of theirs was passed over, and
+        they belong to a future that will not come. A failure (a full disk) leaves earlier checkpoints as they were and
+        raises VolvelleError.
         """
         temporary = self._temporary(step)
         try:
@@ -117,7 +119,7 @@ class Checkpoints:
             self._publish(step)
         except (OSError, SafetensorError) as error:
             raise self._failed(step, error) from error
-        self._prune(best)
+        self._prune(step, best)
         return self.path(step)
 
     def load(self, step: int) -> Tree:
@@ -147,6 +149,7 @@ class Checkpoints:
         Each corrupt one on the way is named through `say`. When all are corrupt, raises VolvelleError: starting over
         in silence would throw away a run.
         """
+        self._recover()
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -163,13 +166,23 @@ class Checkpoints:
     def _temporary(self, step: int) -> Path:
         return self.folder / f".{self.path(step).name}.part"
 
+    def _replaced(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.old"
+
+    def _recover(self) -> None:
+        """Give a checkpoint its name back that was to be replaced when the process was killed between two renames."""
+        for old in self.folder.glob(".step-*.old"):
+            target = old.with_name(old.stem[1:])
+            if not target.exists():
+                old.rename(target)
+
     def _publish(self, step: int) -> None:
         """Seal the temporary folder and give it its name."""
         target, temporary = self.path(step), self._temporary(step)
         seal(temporary)
         if target.exists():
-            # Reaching a step again after a corrupt checkpoint: rename cannot replace a folder that has files.
-            target.rename(self.folder / f".{target.name}.old.part")
+            # A step that is reached, or measured, again: rename cannot replace a folder that has files.
+            target.rename(self._replaced(step))
         temporary.rename(target)
         sync(self.folder)
         self._sweep()
@@ -177,16 +190,20 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> VolvelleError:
         """Clear away a save that failed, and say what is left."""
         shutil.rmtree(self._temporary(step), ignore_errors=True)
+        self._recover()
         return _save_error(self.path(step), error, self.steps())
 
     def _sweep(self) -> None:
         """Remove what a killed save left behind."""
-        for leftover in self.folder.glob(".step-*.part"):
+        self._recover()
+        for leftover in (*self.folder.glob(".step-*.part"), *self.folder.glob(".step-*.old")):
             shutil.rmtree(leftover)
 
-    def _prune(self, best: int | None) -> None:
-        for step in self.steps()[: -self.keep_last]:
-            if step != best:
+    def _prune(self, newest: int, best: int | None) -> None:
+        steps = self.steps()
+        kept = [step for step in steps if step <= newest][-self.keep_last :]
+        for step in steps:
+            if step not in kept and step != best:
                 shutil.rmtree(self.path(step))
 
 

@@ -134,19 +134,21 @@ def estimate_memory(
     mtp: MTP | None = None,
     ranks: int = 1,
     shard: Shard = "ddp",
+    accumulate: int = 1,
 ) -> MemoryEstimate:
     """What a step on `batch` takes at its peak on one rank, by category.
 
     `method` is "full" or a method of volvelle.adapt; `autocast` runs the forward pass in half precision; `average`
     keeps a moving average of what is trained, counted with the optimiser; `mtp` are modules that are trained too. Of
-    many `ranks` each takes such a batch; `shard` says whether it holds everything (ddp) or its share (fsdp).
+    many `ranks` each takes such a batch; `shard` says whether it holds everything (ddp) or its share (fsdp). With
+    `accumulate` micro-batches to an update the gradients of earlier ones are there too.
     """
     options: dict[str, Any] = {
         "method": method,
         "checkpointing": checkpointing,
         "stored": stored,
         "mtp": mtp,
-        **_planning(autocast, device, ranks, shard),
+        **_planning(autocast, device, ranks, shard, accumulate),
     }
     # A method that names blocks by index means blocks of the whole model; and an encoder-decoder has two depths.
     whole = not isinstance(config, LanguageConfig) or getattr(method, "layers", None) is not None
@@ -168,7 +170,7 @@ def estimate_step(
 
     `build` makes it; it runs on fake tensors.
     """
-    planning = _planning(options.precision != "fp32", device, options.ranks, options.shard)
+    planning = _planning(options.precision != "fp32", device, options.ranks, options.shard, options.accumulate)
     return _at_peak(plan_memory(build, batch, loss=loss, **planning), options.average is not None)
 
 
@@ -181,13 +183,14 @@ def deeper(first: MemoryPlan, second: MemoryPlan, depths: tuple[int, int], depth
     return max(lines, key=sum)
 
 
-def _planning(autocast: bool, device: str, ranks: int, shard: Shard) -> dict[str, Any]:
+def _planning(autocast: bool, device: str, ranks: int, shard: Shard, accumulate: int) -> dict[str, Any]:
     """Arguments of `plan_memory`."""
     return {
         "precision": "amp" if autocast else "fp32",
         "device": "cuda" if device == "cuda" else "cpu",
         "gpus": Cards(ranks, UNLIMITED) if ranks > 1 else None,
         "shard": shard,
+        "accumulated": accumulate > 1,
     }
 
 

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from volvelle.systems.buffers import Buffer
 from volvelle.train.phase import Phase
 
 
-class _Buffer(NamedTuple):
+class _Place(NamedTuple):
     module: nn.Module
     name: str
 
@@ -35,7 +35,7 @@ class Isolation:
                     raise ValueError(f"Phase {phase.name!r}: parameter {name} is in none of the objective's modules")
         self.parameters = list(held.values())
         self.trained = set().union(*self._ids.values())
-        self._foreign: dict[str, list[_Buffer]] = {phase.name: [] for phase in phases}
+        self._foreign: dict[str, list[_Place]] = {phase.name: [] for phase in phases}
         for module in modules.values():
             self._assign(module)
 
@@ -52,7 +52,7 @@ class Isolation:
                     break
                 path = path.rpartition(".")[0]
             for name in set(self._ids) - owners:
-                self._foreign[name].extend(_Buffer(part, key) for key in part._buffers)
+                self._foreign[name].extend(_Place(part, key) for key in part._buffers)
 
     @contextlib.contextmanager
     def turn(self, phase: Phase) -> Iterator[None]:
@@ -64,22 +64,22 @@ class Isolation:
         flags = [p.requires_grad for p in self.parameters]
         for p in self.parameters:
             p.requires_grad_(id(p) in own)
-        saved = [(b, b.module._buffers[b.name]) for b in self._foreign[phase.name]]
-        copies = [(b, buffer, buffer.clone()) for b, buffer in saved if buffer is not None]
+        found = [(place, place.module._buffers[place.name]) for place in self._foreign[phase.name]]
+        saved = [Buffer(*place, tensor, tensor.clone()) for place, tensor in found if tensor is not None]
         try:
             yield
         finally:
             for p, flag in zip(self.parameters, flags, strict=True):
                 p.grad = None
                 p.requires_grad_(flag)
-            with torch.no_grad():
-                # Always copied: batch norm moves its statistics without raising their version counter.
-                for b, buffer, copy in copies:
-                    b.module._buffers[b.name] = buffer
-                    buffer.copy_(copy)
+            for buffer in saved:
+                buffer.restore()
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes, by name: every phase's parameters and every persistent buffer."""
+        """What training changes, by name: every phase's parameters and every persistent buffer.
+
+        A buffer that is not persistent is what its module can make again, and is left to it.
+        """
         found: dict[str, Tensor] = {}
         for name, module in self.modules.items():
             kept = {

@@ -77,13 +77,16 @@ def fit(
 ) -> FitResult:
     """Train the objective for `options.steps` steps (or `options.epochs` passes over the loader).
 
+    A phase that repeats its update in a step draws further batches for it, which these passes do not count.
+
     `until` is a step to pause at: the run is saved there, and goes on with `resume=True` as if it had not paused.
 
     With a `run`, metrics go to its metrics.jsonl and checkpoints to its folder `checkpoints`; `resume=True` continues
-    from the newest sound one (or starts when there is none). SIGINT and SIGTERM finish the step, save, and return a
-    result with `interrupted` set. A NaN or infinite loss or gradient raises `NonFinite`, with the step, the phase, the
-    samples and where it began, or is left out (`options.on_nan`). With `options.average` the averaged weights are
-    evaluated, and are in the modules when a run has finished; an interrupted run leaves its own.
+    from the newest sound one (or starts when there is none), without it a folder that has some is refused. SIGINT and
+    SIGTERM finish the step, save, and return a result with `interrupted` set. A NaN or infinite loss or gradient raises
+    `NonFinite`, with the step, the phase, the samples and where it began, or is left out (`options.on_nan`). With
+    `options.average` the averaged weights are evaluated, and are in the modules when a run has finished; an
+    interrupted run leaves its own.
     """
     return _Fit(objective, loader, options, run, observer or Observer(), ranks or Ranks()).run_all(resume, until)
 
@@ -130,7 +133,7 @@ class _Fit:
 
     def _run_all(self, resume: bool, until: int) -> FitResult:
         began = time.monotonic()
-        resumed = self._resume() if resume else None
+        resumed = self._resume() if resume else self._begin()
         training = [(part, part.training) for module in self.isolation.modules.values() for part in module.modules()]
         try:
             with Interrupt() as interrupt:
@@ -191,8 +194,13 @@ class _Fit:
 
     def _stream(self) -> Generator[Batch, None, None]:
         """Batches for ever, epoch after epoch."""
-        while True:
-            yield from self.loader
+        empty = 0  # passes in a row; that in which a resumed cursor lies may be over
+        while empty < 2:
+            empty += 1
+            for batch in self.loader:
+                empty = 0
+                yield batch
+        raise VolvelleError("fit: a pass over the data gave no batch", tip="is it empty, or read only once?")
 
     def _draw(self) -> list[Batch]:
         batches = [next(self.stream) for _ in range(self.options.accumulate)]
@@ -265,9 +273,8 @@ class _Fit:
         name, direction = self.objective.best
         if name not in found:
             return False
-        better = cursor.best is None or (
-            found[name] < cursor.best[name] if direction == "min" else found[name] > cursor.best[name]
-        )
+        before = math.nan if cursor.best is None else cursor.best[name]
+        better = math.isnan(before) or (found[name] < before if direction == "min" else found[name] > before)
         if better:
             cursor.best = {"step": cursor.step, **found}
         return better and cursor.step > 0
@@ -310,6 +317,13 @@ class _Fit:
             "frozen": self.frozen,
         }
 
+    def _begin(self) -> None:
+        if self.checkpoints is not None and (steps := self.checkpoints.steps()):
+            raise VolvelleError(
+                f"fit: {self.checkpoints.folder} holds checkpoints already, the newest of step {steps[-1]}",
+                tip="give resume=True to go on from it, or another run folder",
+            )
+
     def _resume(self) -> int | None:
         if self.checkpoints is None:
             raise ValueError("fit: resume=True needs a run folder")
@@ -334,7 +348,8 @@ class _Fit:
                 f"resume: {len(state['random'])} ranks wrote the checkpoint, and this run has {self.ranks.world}",
                 tip=f"resume with ranks={len(state['random'])}",
             )
-        changed = [name for name, values in state["frozen"].items() if self.frozen.get(name) != values]
+        # As text: what is not a number is equal to itself here.
+        changed = [name for name, values in state["frozen"].items() if str(self.frozen.get(name)) != str(values)]
         if changed or len(self.frozen) != len(state["frozen"]):
             named = changed[0] if changed else "their number"
             raise VolvelleError(

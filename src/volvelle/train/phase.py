@@ -72,7 +72,10 @@ class Objective:
     """What `fit` trains. Subclasses give `modules` and `phases`, and may give `evaluate`, `units` and `after_step`."""
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Every module with weights or buffers, by name. Trained weights and all buffers go into checkpoints."""
+        """Every module with weights or buffers, by name. Trained weights and buffers go into checkpoints.
+
+        Buffers that are not persistent do not: a resumed run has them as their modules make them.
+        """
         raise NotImplementedError
 
     def phases(self, steps: int) -> Sequence[Phase]:

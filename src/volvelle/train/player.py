@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from volvelle.data.loader import Batch
 from volvelle.parts.precision.master_weights import MasterWeights
+from volvelle.systems.buffers import Buffer, buffers_of
 from volvelle.train.average import WeightAverage
 from volvelle.train.isolation import Isolation
 from volvelle.train.nonfinite import IN_A_ROW, NonFinite, Skipped, where_it_began
@@ -169,7 +170,7 @@ class Player:
         if self.average is not None:
             self.average.update()
 
-    def _leave_out(self, attempt: _Attempt, describe: Describe, buffers: Sequence[tuple[Tensor, Tensor]]) -> dict:
+    def _leave_out(self, attempt: _Attempt, describe: Describe, buffers: Sequence[Buffer]) -> dict:
         """Count an update that was not applied, or raise NonFinite. Gives the metrics that are still true."""
         anywhere = self.ranks.any(bool(attempt.lost))
         overflow = self.scaler is not None and not anywhere
@@ -185,9 +186,8 @@ class Player:
         # Tracing costs a second pass, and once is enough to find the cause.
         self._say(f"{self._why(attempt, describe, anywhere, trace=not self.skipped.nan)}; this update is left out")
         self.skipped.nan += 1
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for buffer in buffers:
+            buffer.restore()
         return {}
 
     def _why(self, attempt: _Attempt, describe: Describe, anywhere: bool, *, trace: bool) -> str:
@@ -219,9 +219,9 @@ class Player:
 
         return where_it_began(self.isolation.modules, run, moment)
 
-    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Every buffer with a copy: a batch of NaNs spoils running statistics in the forward pass already."""
-        return [(b, b.detach().clone()) for module in self.isolation.modules.values() for b in module.buffers()]
+    def _buffers(self) -> list[Buffer]:
+        """Every buffer as it is: a batch of NaNs spoils running statistics in the forward pass already."""
+        return [buffer for module in self.isolation.modules.values() for buffer in buffers_of(module)]
 
     def _state_metrics(self) -> dict[str, float]:
         metrics = {"learning_rate": float(self.optimizer.param_groups[0]["lr"])}

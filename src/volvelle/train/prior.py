@@ -76,6 +76,7 @@ def _first_line(recipe: TrainPrior, prior: Prior, where: str, loader: Loader) ->
     memory = estimate_memory(
         model.config, largest_batch(loader), autocast=recipe.precision != "fp32", average=recipe.average is not None,
         checkpointing=recipe.checkpointing, device=model.device.type, ranks=recipe.ranks, shard=recipe.shard,
+        accumulate=recipe.accumulate,
     )  # fmt: skip
     ear = "captions" if layout.words else f"{len(layout.classes)} classes" if layout.classes else "nothing"
     what = f"{layout.rows} x {layout.columns} codes of {layout.codes}, told {ear}"

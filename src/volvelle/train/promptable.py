@@ -8,7 +8,8 @@ from volvelle.data.loader import Loader
 from volvelle.data.masks_augment import Augmentation
 from volvelle.data.promptable import ObjectFolder, read_objects
 from volvelle.data.promptable_views import ObjectViews, collate_objects
-from volvelle.errors import UsageError
+from volvelle.errors import UsageError, VolvelleError
+from volvelle.runs import RunFolder
 from volvelle.systems.segmentation.sam.config import Light, find_config
 from volvelle.systems.segmentation.sam.load import load_sam, sam, write_sam
 from volvelle.systems.segmentation.sam.model import Sam
@@ -44,13 +45,20 @@ def train_promptable(recipe: TrainPromptable, stage: Stage) -> Ready:
 
 
 def read_sets(recipe: TrainPromptable, path: Path, observer: Observer) -> Sets[ObjectFolder]:
-    """Find and check all pictures. Raises VolvelleError for bad files, and where there are too few."""
+    """Find and check all pictures. Raises VolvelleError for bad files, and where pictures or objects are too few."""
     splits = read_parts(recipe, path, observer)
     train = splits.get("train") or next(iter(splits.values()))
     test = own_test(splits, path)
     if recipe.held_out is not None:
         test = held_part(read_parts(recipe, Path(recipe.held_out), observer)), recipe.held_out
-    return part_into_sets(train, test, share=recipe.selection_share, seed=recipe.seed)
+    sets = part_into_sets(train, test, share=recipe.selection_share, seed=recipe.seed)
+    for part, what in ((sets.train, "to train on"), (sets.selection, "to choose by"), (sets.test, "to measure on")):
+        if len(part) and not sum(part.counts):
+            raise VolvelleError(
+                f"{part.folder}: no object in the {len(part):,} pictures {what}",
+                tip="another seed= parts the pictures in another way; held_out=FOLDER has others to measure on",
+            )
+    return sets
 
 
 def read_parts(recipe: TrainPromptable, path: Path, observer: Observer) -> dict[str, ObjectFolder]:
@@ -113,6 +121,14 @@ def _first_line(recipe: TrainPromptable, model: Sam, where: str) -> str:
     )
 
 
+def _predict_command(run: RunFolder, test: ObjectFolder, found: Measured) -> str:
+    """A click on the first object that was measured; everything, where all objects turned out to be void."""
+    if not found.objects:
+        return f"volvelle predict {run.path} {test.files[0]} everything=true"
+    first = found.objects[0]
+    return f"volvelle predict {run.path} {test.files[first.picture]} points={first.clicks[0].x},{first.clicks[0].y}"
+
+
 def _close(
     recipe: TrainPromptable,
     stage: Stage,
@@ -138,10 +154,7 @@ def _close(
             precision=recipe.precision,
             progress=lambda done, total: observer.work("pictures", done, total),
         )
-        first = found.objects[0].clicks[0] if found.objects else None
-        point = f" points={first.x},{first.y}" if first else ""
-        picture = sets.test.files[found.objects[0].picture if found.objects else 0]
-        commands = (f"volvelle predict {run.path} {picture}{point}", eval_command(run, recipe))
+        commands = (_predict_command(run, sets.test, found), eval_command(run, recipe))
     report = write_report(
         run, result, objective.model, sets, found=found, samples=recipe.samples, subtitle=subtitle, commands=commands
     )

@@ -3,30 +3,39 @@
 Three steps, after Kirillov et al. 2023, section 4. Assisted: a human clicks, the model answers, the human keeps what is
 right. Semi-automatic: the model proposes what it is sure of, the human drops what is wrong and adds what is missing.
 Automatic: the model alone, by a grid of points; what is sure and stable stays. Each leaves one JSON file of COCO's,
-which `train promptable data=FILE.json` reads; a file that is there already is added to, picture by picture.
+which `train promptable data=FILE.json` reads; a file that is there already is added to, picture by picture, and keeps
+all else that it holds.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from volvelle.data.coco_masks import MaskedObject, read_coco_masks, write_coco_masks
+from volvelle.data.boxes_coco import read_coco
+from volvelle.data.coco_masks import MaskedObject, coco_masks_document
 from volvelle.data.masks_labels import voc_colour
 from volvelle.data.promptable_clicks import Click
 from volvelle.data.run_lengths import RunLengths
 from volvelle.errors import UsageError
+from volvelle.files import write_atomic
+from volvelle.systems.segmentation.sam.embedding import Embedding
 from volvelle.systems.segmentation.sam.everything import everything
 from volvelle.systems.segmentation.sam.options import EverythingOptions
 from volvelle.systems.segmentation.sam.promptable import Promptable
 from volvelle.train.promptable_pictures import veiled, with_clicks
 
+SHOWN = 1 << 22
+"""Pixels of the largest preview; of larger pictures every second, third … pixel is drawn."""
 Box = tuple[float, float, float, float]
 
 
@@ -93,7 +102,12 @@ class Session:
         """Keep the answer as an object of that name and begin a new one. UsageError where there is none."""
         if self.answer is None or not self.answer.mask.any():
             raise UsageError("keep: there is no mask yet", tip="click first: 120,80")
-        facts = {"predicted_iou": round(self.answer.iou, 4), "point_coords": [[c.x, c.y] for c in self.clicks]}
+        facts: dict[str, Any] = {"predicted_iou": round(self.answer.iou, 4)}
+        if self.clicks:
+            facts |= {"point_coords": [[c.x, c.y] for c in self.clicks], "point_labels": [c.label for c in self.clicks]}
+        if self.box is not None:
+            x1, y1, x2, y2 = self.box
+            facts["asked_box"] = [x1, y1, x2 - x1, y2 - y1]
         one = MaskedObject(RunLengths.of(self.answer.mask), name, facts=facts)
         self.kept.append(one)
         self.forget()
@@ -106,13 +120,15 @@ class Session:
         del self.kept[number - 1]
 
     def picture(self) -> Image.Image:
-        """The picture with what is kept, in colours, and the newest answer with its clicks."""
-        shown = self.image
+        """The picture with what is kept, in colours, and the newest answer with its clicks; `SHOWN` pixels at most."""
+        step = math.ceil(math.sqrt(self.image.width * self.image.height / SHOWN))
+        shown = self.image.reduce(step)
         for number, one in enumerate(self.kept, 1):
-            shown = veiled(shown, one.mask.mask(), voc_colour(number % 20 + 1), 0.3)
+            shown = veiled(shown, one.mask.thinned(step), voc_colour(number % 20 + 1), 0.3)
         if self.answer is not None:
-            shown = veiled(shown, self.answer.mask)
-        return with_clicks(shown, self.clicks)
+            mask = self.answer.mask
+            shown = veiled(shown, mask if step == 1 else RunLengths.of(mask).thinned(step))
+        return with_clicks(shown, [Click(c.x // step, c.y // step, c.label) for c in self.clicks])
 
     def _ask(self) -> Answer:
         single = len(self.clicks) == 1 and self.box is None
@@ -130,32 +146,80 @@ class Session:
 
 
 class Collection:
-    """The objects of many pictures, written to a JSON file of COCO's after each picture."""
+    """The objects of many pictures, in a JSON file of COCO's that is written after each picture.
+
+    Of a file that is there only the annotations of the picture at hand are replaced. All else stays as it stands:
+    other pictures' annotations with their facts, boxes without masks, categories, numbers, and lists that we do not
+    know. `entries` are the file's records of its pictures.
+    """
 
     def __init__(self, file: Path):
         self.file = file
-        self.entries: dict[Path, tuple[tuple[int, int], list[MaskedObject]]] = {}
+        self.document: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+        self.root: Path | None = file.parent
+        places = list[Path]()
         if file.exists():
-            for image, size, objects in read_coco_masks(file):
-                self.entries[image.resolve()] = (size, objects)
+            places = [note.image for note in read_coco(file).notes]
+            self.document = json.loads(file.read_text(encoding="utf-8"))
+            self.root = _root(file, places, self.document["images"])
+        self.entries = {place.resolve(): entry for place, entry in zip(places, self.document["images"], strict=True)}
 
     def __contains__(self, image: Path) -> bool:
         return image.resolve() in self.entries
 
     def __len__(self) -> int:
-        return sum(len(objects) for _, objects in self.entries.values())
+        return len(self.document["annotations"])
 
     def add(self, image: Path, size: tuple[int, int], objects: Sequence[MaskedObject]) -> None:
         """Put a picture's objects in, in place of those it had, and write the file."""
-        self.entries[image.resolve()] = (size, list(objects))
-        base = self.file.parent.resolve()
-        base.mkdir(parents=True, exist_ok=True)
-        images = [(Path(os.path.relpath(path, base)).as_posix(), size) for path, (size, _) in self.entries.items()]
-        kept = [objects for _, objects in self.entries.values()]
-        names = tuple(dict.fromkeys(one.name for some in kept for one in some)) or ("object",)
-        write_coco_masks(self.file, images, kept, names)
+        entry = self._entry(image.resolve(), size)
+        kept = [note for note in self.document["annotations"] if _of(note, "image_id") != entry["id"]]
+        names = tuple(dict.fromkeys(one.name for one in objects))
+        numbers = self._categories(names)
+        made = coco_masks_document([("", size)], [objects], names)["annotations"]
+        first = _unused(kept)
+        for note, one in zip(made, objects, strict=True):
+            note |= {"id": first + note["id"] - 1, "image_id": entry["id"], "category_id": numbers[one.name]}
+        self.document["annotations"] = kept + made
+        write_atomic(self.file, json.dumps(self.document))
+
+    def _entry(self, image: Path, size: tuple[int, int]) -> dict[str, Any]:
+        """The file's record of a picture, a new one where it has none."""
+        if image not in self.entries:
+            # Readers look for all pictures of a file from one folder, so a new one is named from there too.
+            name = image if self.root is None else Path(os.path.relpath(image, self.root.resolve()))
+            self.entries[image] = {"id": _unused(self.document["images"]), "file_name": name.as_posix()}
+            self.document["images"].append(self.entries[image])
+        self.entries[image] |= {"width": size[0], "height": size[1]}
+        return self.entries[image]
+
+    def _categories(self, names: Sequence[str]) -> dict[str, Any]:
+        """The numbers of these classes, of new ones behind those of the file."""
+        listed = self.document["categories"]
+        for name in names or (() if listed else ("object",)):
+            if not any(one["name"] == name for one in listed):
+                listed.append({"id": _unused(listed), "name": name})
+        return {one["name"]: one["id"] for one in reversed(listed)}
 
 
-def propose(prompted: Promptable, image: Image.Image, options: EverythingOptions) -> list[MaskedObject]:
+def _root(file: Path, places: Sequence[Path], entries: Sequence[dict[str, Any]]) -> Path | None:
+    """The folder that a file's names of pictures begin in; None where they are whole paths."""
+    if not places:
+        return file.parent
+    name = Path(entries[0]["file_name"])
+    return None if name.is_absolute() else places[0].parents[len(name.parts) - 1]
+
+
+def _of(entry: Any, name: str) -> Any:
+    return entry.get(name) if isinstance(entry, dict) else None
+
+
+def _unused(entries: Sequence[Any]) -> int:
+    """A number above all that are taken."""
+    taken = [number for entry in entries if isinstance(number := _of(entry, "id"), int)]
+    return max(taken, default=0) + 1
+
+
+def propose(prompted: Promptable, image: Image.Image | Embedding, options: EverythingOptions) -> list[MaskedObject]:
     """What the model finds by itself, as far as it is sure of it and it is stable."""
     return [one.annotated() for one in everything(prompted, image, options=options).masks]

@@ -2,7 +2,8 @@
 
 The first click is the middle of the object; the mask is the one of three that the model itself ranks first. Each
 further click is the middle of the largest error, with the logits before as a prompt too, and there is one answer. The
-IoU of a mask is that in the picture's own pixels, void ones left out; means are over objects.
+IoU of a mask is that in the picture's own pixels, void ones left out of both; objects that are void altogether are not
+asked for; means are over objects.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def measure(
                 known = ~objects.void()
                 for some in _parts(len(objects)):
                     asked = _Asking(prompted, embedding, objects, known, some, numbers)
-                    found += asked.run(picture, max(clicks), more)
+                    if asked.chosen:
+                        found += asked.run(picture, max(clicks), more)
             if progress:
                 progress(picture + 1, len(folder))
     metrics = {f"iou_{n}": _mean([one.ious[n - 1] for one in found]) for n in sorted(set(clicks))}
@@ -125,8 +127,9 @@ class _Asking:
         numbers: Precision,
     ):
         self.prompted, self.embedding, self.known, self.numbers = prompted, embedding, known, numbers
-        self.objects, self.chosen = objects, chosen
-        self.truths = [objects.mask(i) for i in chosen]
+        self.objects = objects
+        seen = {i: truth for i in chosen if (truth := objects.mask(i) & known).any()}
+        self.chosen, self.truths = list(seen), list(seen.values())
 
     def run(self, picture: int, most: int, more: bool) -> list[Seen]:
         """Click up to `most` times."""

@@ -31,7 +31,7 @@ def veiled(image: Image.Image, mask: np.ndarray, colour: Colour = VEIL, share: f
 
 
 def with_clicks(image: Image.Image, clicks: Sequence[Click], radius: int = 4) -> Image.Image:
-    """The picture with its clicks, green for the object and red against it, numbered by their order of size."""
+    """The picture with its clicks as discs of `radius` pixels, green for the object and red against it."""
     picture = image.convert("RGB")
     draw = ImageDraw.Draw(picture)
     for click in clicks:

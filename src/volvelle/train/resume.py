@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from volvelle.errors import VolvelleError
+from volvelle.errors import UsageError, VolvelleError
 from volvelle.runs import RunFolder
 from volvelle.train.observer import Observer
 from volvelle.train.options import FitOptions, from_dict
@@ -131,11 +132,25 @@ def recipe_of_run(path: str | os.PathLike[str]) -> FitOptions:
         )
     # The process that made the folder may have started this one to do the work.
     if run.status == "running" and run.manifest.get("pid") not in (os.getpid(), os.getppid()):
-        raise VolvelleError(f"{path}: still running, as process {run.manifest.get('pid')}")
+        host = str(run.manifest.get("host"))
+        elsewhere = host != socket.gethostname()
+        raise VolvelleError(
+            f"{path}: still running, as process {run.manifest.get('pid')}" + (f" of {host}" if elsewhere else ""),
+            tip=f"if {host} is gone: volvelle resume {path} lost=true" if elsewhere else None,
+        )
     if run.status == "finished":
         raise VolvelleError(f"{path}: already finished", tip=f"volvelle eval {path} data=…")
     recipe, _ = KINDS[kind]()
     return _recipe(recipe, run.config())
+
+
+def give_up(path: str | os.PathLike[str]) -> None:
+    """Say that the machine on which the run was going on is lost. Raises UsageError when it went on on this one."""
+    run = RunFolder.open(path)
+    if run.manifest.get("host") == socket.gethostname():
+        raise UsageError(f"lost: {path} ran on this machine", tip=f"volvelle resume {path}")
+    if run.status == "running":
+        run.update_manifest(status="interrupted")
 
 
 def resume_run(

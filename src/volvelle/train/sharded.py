@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Shard, zeros
 
 from volvelle.errors import VolvelleError
+from volvelle.inspect.memory_step import sharded_blocks
 from volvelle.train.checkpoint import CorruptCheckpoint, pack, read, unpack, write
 from volvelle.train.distributed import Group, SharedCheckpoints
 from volvelle.train.options import FitOptions
@@ -42,14 +44,11 @@ class ShardedGroup(Group):
         self._methods: Sequence[str] = ()
 
     def prepare(self, modules: Mapping[str, nn.Module], methods: Sequence[str] = ()) -> None:
-        """Shard every element of a ModuleList (a block of a deep model) on its own, and the rest with the module."""
+        """Shard every block of a deep model on its own (`sharded_blocks`), and the rest with the module."""
         device = next(p.device for module in modules.values() for p in module.parameters())
         self.mesh, self._methods = init_device_mesh(device.type, (self.world,)), methods
         for module in modules.values():
-            blocks = [b for part in module.modules() if isinstance(part, nn.ModuleList) for b in part]
-            for block in blocks:
-                if any(True for _ in block.parameters()):
-                    self._units.append(fully_shard(block, mesh=self.mesh))
+            self._units += [fully_shard(block, mesh=self.mesh) for block in sharded_blocks(module)]
             # The root's weights (embeddings, head) are used beside its forward, so they stay whole until the backward.
             root = fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
             for name in methods:
@@ -64,9 +63,7 @@ class ShardedGroup(Group):
 
     @contextlib.contextmanager
     def accumulating(self, loss: Callable[[Any], Loss], *, last: bool) -> Iterator[None]:
-        """Gradients stay here until the last micro-batch of the update."""
-        for root in self._roots:
-            root.set_requires_gradient_sync(last)
+        """Every micro-batch's gradients are scattered: kept until the last one, they would be whole on every rank."""
         yield
         if last:
             # A player that was run and not trained keeps its weights whole; its next turn changes the shards only.
@@ -79,18 +76,22 @@ class ShardedGroup(Group):
 
     @contextlib.contextmanager
     def whole(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Gather all weights on every rank, and let no forward pass drop or gather them meanwhile."""
-        for unit in self._units:
-            unit.set_reshard_after_forward(False, recurse=False)
-        for unit in (*self._roots, *self._units):
+        """Gather all weights on every rank, and let no forward pass drop or gather them meanwhile.
+
+        A forward pass in the state before a backward pass (when activations are recomputed) leaves weights as they are.
+        Only not to drop them behind it would not do: a method inside another one drops them all the same.
+        """
+        units = (*self._roots, *self._units)
+        for unit in units:
             unit.unshard()
+        for unit in units:
+            unit._get_fsdp_state()._training_state = TrainingState.PRE_BACKWARD
         try:
             yield
         finally:
-            for unit in (*self._units, *self._roots):
+            for unit in units:
+                unit._get_fsdp_state()._training_state = TrainingState.IDLE
                 unit.reshard()
-            for unit in self._units:
-                unit.set_reshard_after_forward(True, recurse=False)
             for root in self._roots:
                 root.reset_iter_state()
 
@@ -166,7 +167,7 @@ class ShardedCheckpoints(SharedCheckpoints):
         def publish() -> None:
             if self.ranks.leads:
                 self._publish(step)
-                self._prune(best)
+                self._prune(step, best)
 
         for action in (begin, lambda: _save_shards(shards, temporary / "shards"), publish):
             self._together(step, action)
@@ -194,6 +195,7 @@ class ShardedCheckpoints(SharedCheckpoints):
         return None if step is None else (step, self.load(step))
 
     def _sound(self, say: Callable[[str], None]) -> int | None:
+        self._recover()
         steps = self.steps()
         for step in reversed(steps):
             try:

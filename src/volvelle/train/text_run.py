@@ -205,6 +205,7 @@ def step_memory(
         mtp=mtp,
         ranks=recipe.ranks,
         shard=recipe.shard,
+        accumulate=recipe.accumulate,
     )
 
 

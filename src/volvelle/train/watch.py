@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from volvelle.errors import VolvelleError
+from volvelle.processes import birth, stat_fields
 
 GRACE = 10.0
 """Seconds in which a rank may leave its collective by itself once another is known to be lost."""
@@ -63,7 +64,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="volvelle-heartbeat", daemon=True)
         self._others = [r for r in range(world) if r != rank]
         self._who: dict[int, dict[str, Any]] = {}
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _birth(os.getpid())}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "born": birth(os.getpid())}
         store.set(f"who/{rank}", json.dumps(me))
         store.set(f"word/{rank}", "")
         store.set(f"beat/{rank}", "0")
@@ -188,19 +189,5 @@ class Watch:
 
 def _state(who: dict[str, Any]) -> str | None:
     """The letter of the process's state in /proc, None when it is gone (or its number is another process's now)."""
-    fields = _fields(who["pid"])
-    return fields[0] if fields and fields[19] == who["born"] else None
-
-
-def _birth(pid: int) -> str:
-    """When the process started, in clock ticks since boot: with the pid it names a process for good."""
-    fields = _fields(pid)
-    return fields[19] if fields else ""
-
-
-def _fields(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on: the second, the name, may hold anything."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+    fields = stat_fields(who["pid"])
+    return fields[0] if fields and birth(who["pid"]) == who["born"] else None

@@ -22,6 +22,7 @@ EXAMPLES = (
     "volvelle eval runs/segment-1 data=camvid scales=0.75,1,1.5 mirror=true",
     "volvelle eval runs/detect-1 data=bccd",
     "volvelle eval runs/promptable-1 data=camvid",
+    "volvelle eval sam_vit_b.pth data=camvid precision=fp32",
     "volvelle eval runs/vqgan-1 data=fashion-mnist",
     "volvelle eval runs/prior-1 data=fashion-mnist judge=runs/classify-1",
 )
@@ -32,7 +33,7 @@ class Options:
     """What to measure, and on what."""
 
     model: Positional[str]
-    """A known model, a Hugging Face repo id, a folder, or a run."""
+    """A known model, a Hugging Face repo id, a folder, a run, or a checkpoint of Segment Anything's."""
     data: str
     """A .txt or .jsonl file, as for adapt; for a run on pictures a folder as for its training."""
     prompt: str | None = None
@@ -48,7 +49,7 @@ class Options:
     batch: int = 16
     """Samples measured at once."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware multiplies it, else fp32."""
+    """auto: bf16 where the hardware multiplies it, else fp32; a promptable run's own."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What to do with lines that are broken, or longer than the context."""
     show: int = 3
@@ -103,7 +104,13 @@ def main(options: Options) -> int:
     if detecting.is_detection(options.model):
         return detecting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
     if prompting.is_promptable(options.model):
-        return prompting.evaluate(Path(options.model), options.data, split=options.split, on_bad=options.on_bad)
+        return prompting.evaluate(
+            Path(options.model),
+            options.data,
+            split=options.split,
+            on_bad=options.on_bad,
+            precision=options.precision,
+        )
     if classifying.is_classification(options.model):
         return classifying.evaluate(options.model, options.data, batch=options.batch, on_bad=options.on_bad)
     return _evaluate_text(options)

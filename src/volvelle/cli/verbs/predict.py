@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -18,6 +19,7 @@ EXAMPLES = (
     "volvelle predict runs/vqgan-1 photo.jpg",
     "volvelle predict runs/promptable-1 photo.jpg points=120,80",
     "volvelle predict sam_vit_b.pth photo.jpg everything=true grid.points=16",
+    "volvelle predict sam_vit_b.pth photo.jpg boxes=10,20,90,80 precision=bf16 segmentation=polygons",
 )
 
 
@@ -46,6 +48,12 @@ class Options:
     grid: EverythingOptions = field(default_factory=EverythingOptions)
     memory: float | None = None
     """Everything: the most memory, in GB, beside the model and the picture; None: 16 points at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Promptable models: what the image encoder computes in; bf16 is faster where the hardware has it."""
+    device: str = "cpu"
+    """Promptable models: cpu, cuda, or cuda:1."""
+    segmentation: Literal["rle", "polygons"] = "rle"
+    """Promptable models: masks as run lengths, or as polygons, which more tools read; both hold them exactly."""
 
 
 def main(options: Options) -> int:
@@ -63,9 +71,12 @@ def main(options: Options) -> int:
     asked = pointing.read_prompts(options.points, options.labels, options.boxes)
     if options.everything and (asked.points or asked.boxes):
         raise UsageError("predict: everything=true asks by itself", tip="leave out points and boxes, or everything")
-    if options.everything or asked.points or asked.boxes or prompting.is_promptable(options.model):
+    promptable = bool(options.everything or asked.points or asked.boxes or prompting.is_promptable(options.model))
+    _check(options, promptable)
+    if promptable:
         grid = options.grid if options.everything else None
-        images = pointing.predict(options.model, files, out, asked, grid, memory=options.memory)
+        how = pointing.How(options.memory, options.precision, options.device, options.segmentation)
+        images = pointing.predict(options.model, files, out, asked, grid, how)
     elif coding.is_codec(options.model):
         images = coding.predict(options.model, files, out)
     elif detecting.is_detection(options.model):
@@ -76,3 +87,15 @@ def main(options: Options) -> int:
         return classifying.predict(options.model, options.images, top=options.top)
     result({"model": options.model, "images": images})
     return 0
+
+
+def _check(options: Options, promptable: bool) -> None:
+    """UsageError for words that would have no effect."""
+    usual = Options(options.model, options.images)
+    if not options.everything:
+        told = [name for name in ("grid", "memory") if getattr(options, name) != getattr(usual, name)]
+        if told:
+            raise UsageError(f"{' and '.join(told)}: only of use with everything=true", tip="everything=true")
+    told = [name for name in ("precision", "device", "segmentation") if getattr(options, name) != getattr(usual, name)]
+    if told and not promptable:
+        raise UsageError(f"{' and '.join(told)}: for promptable models, which {options.model} is not")

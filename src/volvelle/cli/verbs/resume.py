@@ -19,10 +19,12 @@ class Options:
 
     run: Positional[Path]
     """A run folder; `volvelle ls runs` shows which were interrupted."""
+    lost: bool = False
+    """The run was going on on another machine, and that is gone."""
 
 
 def main(options: Options) -> int:
     """Continue from the newest sound checkpoint with the options of the run's config.yaml."""
     from volvelle.cli.training import resume
 
-    return resume(options.run)
+    return resume(options.run, lost=options.lost)

@@ -88,7 +88,7 @@ class TrainGAN(ViewOptions):
     """Updates of the critic for each of the generator; None: 5 for the Wasserstein loss, else 1."""
 
     epochs: float = 10.0
-    """Passes over the data, used when `steps` is absent."""
+    """Passes of the first update of each step over the data, used when `steps` is absent; further ones draw anew."""
     batch: int = 64
     """Pictures in one micro-batch."""
     learning_rate: float = 5e-4

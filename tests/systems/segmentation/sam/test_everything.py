@@ -17,6 +17,7 @@ from volvelle.data.run_lengths import RunLengths
 from volvelle.errors import VolvelleError
 from volvelle.functional import stability_score
 from volvelle.systems.segmentation.sam import EverythingOptions, Promptable, sam
+from volvelle.systems.segmentation.sam.crops import crops
 from volvelle.systems.segmentation.sam.upsample import Upsampler
 
 NAMES = {
@@ -290,3 +291,41 @@ def test_kinds_of_pictures_are_one(model, picture):
     for image in (pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1), turned):
         found = promptable.everything(image, options=options).masks
         assert [one.mask for one in found] == [one.mask for one in wanted]
+
+
+def test_crops_of_a_file_that_is_not_decoded_yet(model, picture, tmp_path, monkeypatch):
+    picture.resize((560, 360)).save(tmp_path / "photo.jpg", quality=95)
+    monkeypatch.setattr("volvelle.systems.segmentation.sam.pictures.LARGE", 1000)
+    promptable, options = Promptable(model), EverythingOptions(points=2, crop_layers=1)
+    seen, embed = [], promptable.embed
+    promptable.embed = lambda image: (embed(image), seen.append(image))[0]
+    found = promptable.everything(Image.open(tmp_path / "photo.jpg"), options=options)
+    assert found.size == (360, 560)
+    whole, *rest = map(np.asarray, seen)
+    assert whole.shape == (360, 560, 3)
+    assert len(rest) == 4
+    assert all(crop.mean() > 50 for crop in rest), "none of them is black"
+    assert np.array_equal(rest[0], whole[: len(rest[0]), : rest[0].shape[1]])
+
+
+def test_an_embedding_is_enough_where_there_are_no_crops(model, picture):
+    promptable, options = Promptable(model), EverythingOptions(points=3, iou=0.0, stability=0.0)
+    embedding = promptable.embed(picture)
+    wanted = promptable.everything(picture, options=options).masks
+    assert promptable.everything(embedding, options=options).masks == wanted
+    with pytest.raises(VolvelleError, match=r"crop_layers=1 looks at crops of the picture, got its embedding"):
+        promptable.everything(embedding, options=EverythingOptions(points=3, crop_layers=1))
+    embedding.weights = "of another"
+    with pytest.raises(VolvelleError, match="other weights"):
+        promptable.everything(embedding, options=options)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 40), (3, 500)])
+def test_crops_of_tiny_and_flat_pictures_are_not_empty(model, size):
+    options = EverythingOptions(points=4, crop_layers=2, crop_shrink=2)
+    found = list(crops(size, options))
+    assert all(0 <= x1 < x2 <= size[1] and 0 <= y1 < y2 <= size[0] for x1, y1, x2, y2 in (one.box for one in found))
+    heard = []
+    picture = np.zeros((*size, 3), dtype=np.uint8)
+    Promptable(model).everything(picture, options=options, progress=lambda done, total: heard.append((done, total)))
+    assert heard[-1] == (sum(one.points**2 for one in found),) * 2

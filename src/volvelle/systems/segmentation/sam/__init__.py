@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from volvelle.systems.segmentation.sam.embedding import Embedding as Embedding
     from volvelle.systems.segmentation.sam.everything import Everything as Everything
     from volvelle.systems.segmentation.sam.everything import FoundMask as FoundMask
+    from volvelle.systems.segmentation.sam.load import holds_sam as holds_sam
     from volvelle.systems.segmentation.sam.load import is_sam as is_sam
     from volvelle.systems.segmentation.sam.load import load_sam as load_sam
     from volvelle.systems.segmentation.sam.load import sam as sam
@@ -35,6 +36,7 @@ _HOMES = {
     "Sam": "model",
     "SamConfig": "config",
     "ViT": "config",
+    "holds_sam": "load",
     "is_sam": "load",
     "load_sam": "load",
     "sam": "load",

@@ -35,7 +35,7 @@ class Crop:
 
 
 def crops(size: tuple[int, int], options: EverythingOptions) -> Iterator[Crop]:
-    """The whole picture (height, width), then the crops of each layer, column by column.
+    """The whole picture (height, width), then the crops of each layer, column by column, none of them empty.
 
     >>> some = crops((60, 90), EverythingOptions(points=8, crop_layers=1, crop_overlap=0.2, crop_shrink=2))
     >>> [(crop.box, crop.points) for crop in some][:3]
@@ -50,4 +50,5 @@ def crops(size: tuple[int, int], options: EverythingOptions) -> Iterator[Crop]:
         for column, row in itertools.product(range(count), repeat=2):
             x, y = (wide - overlap) * column, (high - overlap) * row
             box = (x, y, min(x + wide, width), min(y + high, height))
-            yield Crop(box, int(options.points / options.crop_shrink**layer))
+            if x < box[2] and y < box[3]:  # of a tiny or flat picture some crops would begin behind its end
+                yield Crop(box, int(options.points / options.crop_shrink**layer))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,18 +13,15 @@ from torch import Tensor
 from volvelle.errors import VolvelleError
 from volvelle.files import atomic_path
 
-if TYPE_CHECKING:
-    from volvelle.systems.segmentation.sam.mask_decoder import ImageSide
-
 _MARK = "volvelle.sam.embedding"
 
 
-@dataclass
+@dataclass(eq=False)
 class Embedding:
     """Features (1, c, g, g) of a picture of `original` (height, width), resized to `scaled` in an input of `size`.
 
-    `model` is the name of the model that computed them: no other can read them. `fine` are the finer maps of an encoder
-    that gives some.
+    `model` is the name of the model that computed them: no other can read them, nor one with other weights. `fine` are
+    the finer maps of an encoder that gives some.
     """
 
     features: Tensor
@@ -34,14 +30,14 @@ class Embedding:
     size: int
     model: str
     fine: tuple[Tensor, ...] = ()
-    image: ImageSide | None = field(default=None, repr=False, compare=False)
-    """What all prompts without a mask share, computed with the first of them; not saved."""
+    weights: str = ""
+    """The `fingerprint` of the image encoder's weights; empty in files that were written before there was one."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file: the features as they are, and the sizes."""
         from safetensors.torch import save_file
 
-        facts = {"original": self.original, "scaled": self.scaled, "size": self.size, "model": self.model}
+        facts = {name: getattr(self, name) for name in ("original", "scaled", "size", "model", "weights")}
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:
@@ -67,4 +63,6 @@ class Embedding:
             raise VolvelleError(f"{path}: not an embedding that Promptable saved")
         (height, width), (y, x) = facts["original"], facts["scaled"]
         features, *fine = (one.to(device or "cpu") for one in (features, *fine))
-        return cls(features, (height, width), (y, x), facts["size"], facts["model"], tuple(fine))
+        return cls(
+            features, (height, width), (y, x), facts["size"], facts["model"], tuple(fine), facts.get("weights", "")
+        )

@@ -30,6 +30,7 @@ from volvelle.hub.progress import megabytes
 from volvelle.parts.regions.nms import batched_nms
 from volvelle.systems.modes import evaluating
 from volvelle.systems.segmentation.sam.crops import Crop, crops
+from volvelle.systems.segmentation.sam.embedding import Embedding
 from volvelle.systems.segmentation.sam.mask_decoder import AT_ONCE
 from volvelle.systems.segmentation.sam.options import EverythingOptions
 from volvelle.systems.segmentation.sam.pictures import upright
@@ -41,7 +42,6 @@ from volvelle.systems.segmentation.sam.upsample import Upsampler
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from volvelle.systems.segmentation.sam.embedding import Embedding
     from volvelle.systems.segmentation.sam.promptable import Promptable
 
 EDGE = 20
@@ -86,7 +86,7 @@ class Everything:
 
 def everything(
     promptable: Promptable,
-    image: Image | np.ndarray | Tensor,
+    image: Image | np.ndarray | Tensor | Embedding,
     *,
     options: EverythingOptions | None = None,
     max_memory: int | None = None,
@@ -94,9 +94,10 @@ def everything(
 ) -> Everything:
     """Find all masks of a picture, without being told where.
 
-    `image` is what `Promptable.embed` takes. `max_memory`, in bytes, bounds what is held besides the model, the
-    picture, the image encoder's own pass and the run lengths found; None: 16 points at once. `progress` is called with
-    the points that are done and their number. Raises VolvelleError where `max_memory` is too little for one point.
+    `image` is what `Promptable.embed` takes, or what it gave where no crops are looked at. `max_memory`, in bytes,
+    bounds what is held besides the model, the picture, the image encoder's own pass and the run lengths found; None: 16
+    points at once. `progress` is called with the points that are done and their number. Raises VolvelleError where
+    `max_memory` is too little for one point.
     """
     run = _Run(promptable, options or EverythingOptions(), max_memory, progress)
     with torch.no_grad(), evaluating(promptable.model.prompt_encoder, promptable.model.mask_decoder):
@@ -119,14 +120,20 @@ class _Run:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.done = self.total = 0
 
-    def over(self, image: Image | np.ndarray | Tensor) -> Everything:
+    def over(self, image: Image | np.ndarray | Tensor | Embedding) -> Everything:
         """All crops, one after the other."""
-        embedding = self.embed(image)
+        if isinstance(image, Embedding) and self.options.crop_layers:
+            raise VolvelleError(
+                f"everything: crop_layers={self.options.crop_layers} looks at crops of the picture, got its embedding",
+                tip="give the picture itself, or crop_layers=0",
+            )
+        # Crops are cut of the picture in its full size, so it is made upright once, and not decoded twice.
+        picture = upright(image) if self.options.crop_layers and not isinstance(image, Embedding) else None
+        embedding = self.embed(image if picture is None else picture)
         size = embedding.original
         windows = list(crops(size, self.options))
         self.total = sum(crop.points**2 for crop in windows)
         found = self.of_crop(embedding, windows[0], size)
-        picture = upright(image) if len(windows) > 1 else None
         for crop in windows[1:]:
             assert picture is not None
             found += self.of_crop(self.embed(picture.crop(crop.box)), crop, size)
@@ -137,7 +144,9 @@ class _Run:
             found = self.clean(found)
         return Everything(found, size, self.seconds)
 
-    def embed(self, image: Image | np.ndarray | Tensor) -> Embedding:
+    def embed(self, image: Image | np.ndarray | Tensor | Embedding) -> Embedding:
+        if isinstance(image, Embedding):
+            return self.promptable.checked(image)
         with self.stage("embedding"):
             return self.promptable.embed(image)
 
@@ -170,9 +179,8 @@ class _Run:
     def answer(self, embedding: Embedding, prompts: Prompts) -> tuple[Tensor, list[float], list[int]]:
         """Logits (n, low, low) of the masks that think well enough of themselves, how well, and of which prompt."""
         sparse, dense = self.encoder(*prompts)
-        if embedding.image is None:
-            embedding.image = self.decoder.look(embedding.features, self.position, dense)
-        keys, hyper, iou = self.decoder.attend(embedding.features, self.position, sparse, dense, True, embedding.image)
+        image = self.promptable.side(embedding, self.position, dense)
+        keys, hyper, iou = self.decoder.attend(embedding.features, self.position, sparse, dense, True, image)
         iou = iou[0].float()
         good = iou > self.options.iou if self.options.iou > 0 else torch.ones_like(iou, dtype=torch.bool)
         asked = good.any(1)

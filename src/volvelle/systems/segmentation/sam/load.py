@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,10 @@ from volvelle.systems.segmentation.sam.looks_like import looks_like
 from volvelle.systems.segmentation.sam.model import Sam
 
 Format = Literal["volvelle", "hf", "meta"]
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+"""Ends of the names of files of weights."""
+LISTING = 1 << 23
+"""Bytes at the beginning of a file within which its tensors are named."""
 PREPROCESSOR = "preprocessor_config.json"
 _META_MARK, _HF_MARK = "image_encoder.blocks.0.attn.rel_pos_h", "vision_encoder.layers.0.attn.rel_pos_h"
 _DECODER = "mask_decoder.mask_tokens.weight"
@@ -109,6 +114,36 @@ def write_sam(model: Sam, path: str | os.PathLike[str], to: Format = "volvelle")
 def is_sam(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds what `write_sam` wrote in our own format."""
     return is_model(path, KIND)
+
+
+def holds_sam(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like Segment Anything's checkpoint: our folder, transformers', or a file of its tensors.
+
+    No tensor is read for that, and nothing is downloaded; what is wrong with the checkpoint `load_sam` says.
+    """
+    found = Path(path)
+    if found.is_dir():
+        return is_sam(found) or _type_of(found) == "sam"
+    return found.suffix in SUFFIXES and found.is_file() and _DECODER.encode() in _listing(found)
+
+
+def _type_of(folder: Path) -> str | None:
+    try:
+        return read_json(folder / CONFIG).get("model_type")
+    except VolvelleError:
+        return None
+
+
+def _listing(file: Path) -> bytes:
+    """The part of a file of weights that names its tensors."""
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+        with file.open("rb") as opened:  # safetensors and older pickles begin with it
+            return opened.read(LISTING)
+    except (OSError, zipfile.BadZipFile):
+        return b""
 
 
 def _from_folder(folder: Path) -> Sam:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from volvelle.data.images import to_rgb, to_tensor
+from volvelle.data.images import naming, to_rgb, to_tensor
 from volvelle.errors import VolvelleError
 from volvelle.systems.segmentation.sam.config import SamConfig
 
@@ -37,8 +38,8 @@ def scaled(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def open_picture(path: str | os.PathLike[str], size: int) -> Image.Image:
-    """A file opened for an input of `size`: a JPEG is decoded no larger than needed where it is enormous.
+def open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """A file opened; an enormous one is not decoded yet, so that a JPEG can be decoded no larger than needed.
 
     Unlike `volvelle.data.images.open_image` it takes pictures up to `LARGEST` pixels. Raises VolvelleError that names
     the file: missing, not an image, larger.
@@ -72,8 +73,8 @@ def _unchecked(path: Path) -> Image.Image | None:
 def as_pixels(image: Image.Image | np.ndarray | Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
     """The picture resized, uint8 (3, y, x) with the longer side `size`, and its own (height, width), upright.
 
-    `image` is a Pillow image of any mode, or uint8 (y, x), (y, x, 1 to 4) or a tensor (1, 3 or 4, y, x). Raises
-    VolvelleError for anything else, and for pictures without pixels.
+    `image` is a Pillow image of any mode, or uint8 (y, x), (y, x, 1 to 4) or a tensor (1, 3 or 4, y, x); it stays as it
+    is. Raises VolvelleError for anything else, for pictures without pixels, and for files that cannot be decoded.
     """
     picture = image if isinstance(image, Image.Image) else _from_array(image)
     if min(picture.size) < 1:
@@ -81,7 +82,7 @@ def as_pixels(image: Image.Image | np.ndarray | Tensor, size: int) -> tuple[Tens
     if picture.width * picture.height > LARGE:
         picture, original = _reduced(picture, size)
     else:
-        picture = to_rgb(ImageOps.exif_transpose(picture))
+        picture = upright(picture)
         original = picture.height, picture.width
     height, width = scaled(*original, size)
     return to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR)), original
@@ -89,7 +90,16 @@ def as_pixels(image: Image.Image | np.ndarray | Tensor, size: int) -> tuple[Tens
 
 def upright(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
     """A picture as `as_pixels` takes it, as upright RGB in its own size."""
-    return to_rgb(ImageOps.exif_transpose(image if isinstance(image, Image.Image) else _from_array(image)))
+    picture = image if isinstance(image, Image.Image) else _from_array(image)
+    with naming(_source(picture)):
+        picture.load()
+    return to_rgb(ImageOps.exif_transpose(picture), source=_source(picture))
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """(height, width) of a picture as it is shown; it is not decoded for that."""
+    turned = picture.getexif().get(_TURNED, 1) in (5, 6, 7, 8)
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def shrunk(picture: Image.Image, size: tuple[int, int], step: int) -> Image.Image:
@@ -101,13 +111,9 @@ def shrunk(picture: Image.Image, size: tuple[int, int], step: int) -> Image.Imag
 
 def _reduced(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
     """An enormous picture, upright RGB at about twice the input's side, and its (height, width) before."""
-    width, height = picture.size
-    turned = picture.getexif().get(_TURNED, 1) in (5, 6, 7, 8)
-    original = (width, height) if turned else (height, width)
-    exif = picture.getexif()
+    (width, height), original, exif = picture.size, upright_size(picture), picture.getexif()
     wanted = max(1, max(width, height) // (2 * size))
-    if hasattr(picture, "draft"):
-        picture.draft(None, (width // wanted, height // wanted))  # only what the decoder can skip; sizes stay larger
+    picture = _decoded(picture, (width // wanted, height // wanted))
     left = max(1, max(picture.size) // (2 * size))
     if picture.mode in ("1", "P") or picture.mode.startswith("I;"):  # numbers of which Pillow makes no mean
         small = picture.resize(
@@ -116,7 +122,29 @@ def _reduced(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, i
     else:
         small = picture.reduce(left)
     small.getexif()[_TURNED] = exif.get(_TURNED, 1)
-    return to_rgb(ImageOps.exif_transpose(small)), original
+    return to_rgb(ImageOps.exif_transpose(small), source=_source(picture)), original
+
+
+def _decoded(picture: Image.Image, least: tuple[int, int]) -> Image.Image:
+    """The picture with its pixels; of a JPEG file that is not decoded yet fewer of them, but no fewer than `least`.
+
+    The decoder skips what it is told to for good, so it is told in a second look at the file: the picture that was
+    given keeps its size.
+    """
+    file = Path(getattr(picture, "filename", "") or os.devnull)
+    with naming(_source(picture)):
+        if isinstance(picture, JpegImageFile) and picture.tile and file.is_file():
+            with file.open("rb") as opened, JpegImageFile(opened, str(file)) as again:
+                if (again.size, again.mode) == (picture.size, picture.mode):  # and nobody has told the first one
+                    again.draft(None, least)
+                    again.load()
+                    return again
+        picture.load()
+    return picture
+
+
+def _source(picture: Image.Image) -> str:
+    return str(getattr(picture, "filename", "")) or "the picture"
 
 
 def _from_array(image: Any) -> Image.Image:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torch.nn import functional as F
 from volvelle.errors import VolvelleError
 from volvelle.systems.modes import evaluating
 from volvelle.systems.segmentation.sam.embedding import Embedding
+from volvelle.systems.segmentation.sam.fingerprint import fingerprint, mark
+from volvelle.systems.segmentation.sam.mask_decoder import ImageSide, MaskDecoder
 from volvelle.systems.segmentation.sam.model import Sam
 from volvelle.systems.segmentation.sam.pictures import as_pixels, padded, scaled
 from volvelle.systems.segmentation.sam.prompts import Numbers, Prompts, prepare
@@ -37,7 +41,8 @@ class Masks(NamedTuple):
     iou: Tensor
     """What the model thinks of each, (k, m)."""
     logits: Tensor
-    """(k, m, s / 4, s / 4) at low resolution, over the padded input: what a further prompt takes as `masks`."""
+    """(k, m, s / 4, s / 4) at low resolution, over the padded input: one a prompt is what a further one takes as
+    `masks`."""
 
 
 class Promptable:
@@ -56,7 +61,8 @@ class Promptable:
 
     def __init__(self, model: Sam, *, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
-        self._position: Tensor | None = None
+        self._weights: tuple[Hashable, str] | None = None
+        self._sides = WeakKeyDictionary[Embedding, _Side]()
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +89,7 @@ class Promptable:
         kept = self.model.prompt_encoder.no_mask_embed.weight.dtype
         features, *fine = (one.to(kept) for one in (found.embedding, *found.fine))
         shape = scaled(*original, config.size)
-        return Embedding(features, original, shape, config.size, config.name, tuple(fine))
+        return Embedding(features, original, shape, config.size, config.name, tuple(fine), self.weights())
 
     @torch.no_grad()
     def predict(
@@ -95,29 +101,29 @@ class Promptable:
         boxes: Numbers | None = None,
         masks: Numbers | None = None,
         multimask: bool = True,
+        threshold: float = THRESHOLD,
     ) -> Masks:
         """Answer k prompts on one picture.
 
         `points` (k, n, 2), (x, y) in pixels of the picture, with `labels` (k, n): 1 foreground, 0 background, all 1
-        when left out; `boxes` (k, 4); `masks` (k, s / 4, s / 4), logits of an earlier answer. Of two kinds, both belong
-        to the same k prompts. `multimask` asks for three masks a prompt, for prompts that could mean several things;
-        else one. Raises VolvelleError for prompts that make no sense, and for an embedding of another model.
+        when left out; `boxes` (k, 4); `masks` (k, s / 4, s / 4) or (k, 1, s / 4, s / 4), logits of an earlier answer,
+        one a prompt. Of two kinds, both belong to the same k prompts. `multimask` asks for three masks a prompt, for
+        prompts that could mean several things; else one. A pixel whose logit is above `threshold` is of the mask.
+        Raises VolvelleError for prompts that make no sense, and for an embedding of another model.
         """
         prompts = prepare(embedding, points, labels, boxes, masks)
         logits, iou = self.decode(embedding, prompts, multimask=multimask)
-        return Masks(enlarged(logits, embedding), iou, logits)
+        return Masks(enlarged(logits, embedding, threshold=threshold), iou, logits)
 
     @torch.no_grad()
     def decode(self, embedding: Embedding, prompts: Prompts, *, multimask: bool = True) -> tuple[Tensor, Tensor]:
         """Logits (k, m, s / 4, s / 4) and IoU (k, m) of prompts that `prepare` has checked."""
-        self._check(embedding)
+        embedding = self.checked(embedding)
         encoder, decoder = self.model.prompt_encoder, self.model.mask_decoder
         position = encoder.position()
         with evaluating(encoder, decoder):
             sparse, dense = encoder(*prompts)
-            if prompts.masks is None and embedding.image is None:
-                embedding.image = decoder.look(embedding.features, position, dense)
-            image = embedding.image if prompts.masks is None else None
+            image = self.side(embedding, position, dense) if prompts.masks is None else None
             logits, iou = decoder(
                 embedding.features, position, sparse, dense, multimask, image=image, fine=embedding.fine
             )
@@ -125,7 +131,7 @@ class Promptable:
 
     def everything(
         self,
-        image: Image | np.ndarray | Tensor,
+        image: Image | np.ndarray | Tensor | Embedding,
         *,
         options: EverythingOptions | None = None,
         max_memory: int | None = None,
@@ -136,22 +142,60 @@ class Promptable:
 
         return everything(self, image, options=options, max_memory=max_memory, progress=progress)
 
-    def _check(self, embedding: Embedding) -> None:
+    def weights(self) -> str:
+        """The `fingerprint` of the image encoder's weights as they are now."""
+        now = mark(self.model.image_encoder)
+        if self._weights is None or self._weights[0] != now:
+            self._weights = now, fingerprint(self.model.image_encoder)
+        return self._weights[1]
+
+    def side(self, embedding: Embedding, position: Tensor, dense: Tensor) -> ImageSide:
+        """What all prompts without a mask share of a picture: computed with the first, and when the decoder changes."""
+        decoder, device = self.model.mask_decoder, embedding.features.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        now = mark(self.model.prompt_encoder, decoder), embedding.features.data_ptr(), autocast
+        kept = self._sides.get(embedding)
+        if kept is None or kept.decoder is not decoder or kept.mark != now:
+            kept = _Side(decoder, now, decoder.look(embedding.features, position, dense))
+            self._sides[embedding] = kept
+        return kept.image
+
+    def checked(self, embedding: Embedding) -> Embedding:
+        """The embedding, in the decoder's dtype. Raises VolvelleError for one that this model did not compute."""
         config = self.model.config
         wanted = (1, config.width, config.grid, config.grid)
+        tip = "embed the picture with this model"
         if tuple(embedding.features.shape) != wanted or embedding.model != config.name:
             raise VolvelleError(
                 f"predict: an embedding of {embedding.model} {tuple(embedding.features.shape)}, but the model is "
                 f"{config.name} and makes {wanted}",
-                tip="embed the picture with this model",
+                tip=tip,
             )
         fine = tuple((1, *shape) for shape in config.fine)
         if tuple(tuple(one.shape) for one in embedding.fine) != fine:
             raise VolvelleError(
                 f"predict: the embedding has finer maps {[tuple(one.shape) for one in embedding.fine]}, but the model "
                 f"makes {list(fine)}",
-                tip="embed the picture with this model",
+                tip=tip,
             )
+        if embedding.weights and embedding.weights != self.weights():
+            raise VolvelleError(
+                f"predict: an embedding of other weights ({embedding.weights}) than the model's ({self.weights()})",
+                tip=tip,
+            )
+        kept = self.model.prompt_encoder.no_mask_embed.weight.dtype
+        if embedding.features.dtype == kept:
+            return embedding
+        features, *maps = (one.to(kept) for one in (embedding.features, *embedding.fine))
+        return replace(embedding, features=features, fine=tuple(maps))
+
+
+class _Side(NamedTuple):
+    """A picture as a decoder's first block meets it, and the state of the decoder that it was computed in."""
+
+    decoder: MaskDecoder
+    mark: Hashable
+    image: ImageSide
 
 
 def enlarged(logits: Tensor, embedding: Embedding, *, threshold: float = THRESHOLD) -> Tensor:
