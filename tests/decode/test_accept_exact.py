@@ -15,7 +15,7 @@ from volvelle.decode import Rules, Sampling, accept_exact, generate, generate_ba
 from volvelle.decode.accept_exact import EXACT, keep_one
 from volvelle.decode.contract import ALWAYS, Draft
 from volvelle.decode.drafters.draft_model import DraftModel
-from volvelle.decode.sampling import draw_rows, probabilities
+from volvelle.decode.sampling import guess_rows, probabilities
 
 V = 8
 """Tokens of the small language; V stands before the first."""
@@ -116,7 +116,7 @@ def decoded(drafter, sampling, rows, seed=0):
     requests = [Row(sampling, stream) for _ in range(rows)]
 
     def draw(p):
-        return draw_rows(p, torch.rand(len(p), dtype=torch.float64, generator=numbers))
+        return guess_rows(p, torch.rand(len(p), dtype=torch.float64, generator=numbers))
 
     def q(context):
         return probabilities(draft[context[:, 0], context[:, 1]], sampling)

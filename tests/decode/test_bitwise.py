@@ -156,6 +156,14 @@ def test_which_way_is_taken_and_what_it_needs():
     with pytest.raises(VolvelleError, match="may take 144 of the context of 160") as error:
         bitwise(model, [long])
     assert error.value.tip == f"max_tokens={144 - len(PROMPT)}"
+    for prompt, tokens, tip in (
+        (146, 4, "shorten the prompt to 140 tokens"),
+        (144, 16, "shorten the prompt to 128 tokens"),
+        (143, 16, "max_tokens=1"),
+    ):
+        with pytest.raises(VolvelleError) as error:
+            bitwise(model, [Request(model, [1] * prompt, GREEDY, limits(tokens, (), (), Rules()))])
+        assert error.value.tip == tip
     if library() is not None:
         fuse_projections(model)
         assert isinstance(bitwise(model, [long])[0], AnyWidth)

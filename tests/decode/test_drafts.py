@@ -10,13 +10,14 @@ from tests.decode.helpers import Guessing, Sometimes, V, bart, decoder, late
 from volvelle.adapt import LoRA, PrefixTuning, apply, using
 from volvelle.decode import Rules, Sampling, generate, generate_batch, stream
 from volvelle.decode.accept_exact import EXACT
-from volvelle.decode.contract import ALWAYS, Draft
+from volvelle.decode.contract import ALWAYS, Accepted, Draft
 from volvelle.decode.loop import Help, reader, run, step, tree_mask
-from volvelle.decode.near_ties import is_near, known_error, measure_error
+from volvelle.decode.near_ties import is_near, known_error, measure_error, scattered_error
 from volvelle.decode.request import Limits, Request
-from volvelle.decode.speculation import SLACK, cut
+from volvelle.decode.speculation import SLACK, cut, scattered
 from volvelle.errors import UsageError
 from volvelle.systems.language import config as c
+from volvelle.systems.language.native.library import library
 
 PROMPTS = [[5, 17, 3, 28, 41], [9], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60], [2, 2]]
 
@@ -293,6 +294,34 @@ def test_near_ties_are_counted_where_the_choice_was_close():
     assert is_near(torch.tensor([[1.0, 1.0]]), 1e-6).tolist() == [True]
     assert is_near(torch.tensor([[1.0, 1.0]]), 0.0).tolist() == [False]
     assert is_near(torch.tensor([[9.0, 9.0], [9.0, 8.9]], dtype=torch.bfloat16), 1e-4).tolist() == [True, False]
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled step on this machine")
+def test_gaps_in_a_tree_turn_last_bits_where_the_width_of_a_step_does_not():
+    """Every token has a twin that is 1e-7 behind: only a scattered path makes near ties of them, a chain does not."""
+    config = {"width": 64, "heads": 2, "mlp": c.GatedMLP(96), "vocabulary": 64, "context": 96}
+    model = decoder(**config).float()
+    with torch.no_grad():
+        model.lm_head.weight[1::2] = model.lm_head.weight[0::2] * (1 - 1e-7)
+    options = {"max_tokens": 40, "policy": ALWAYS}
+    plain = generate(model, PROMPTS[0], max_tokens=40)
+    for tree in (False, True):
+        drafter = Guessing([plain.tokens], right=1.0, tree=tree)
+        drafter.random.random = lambda: 0.5  # no draft is cut short
+        answer = generate(model, PROMPTS[0], **options, drafter=drafter)
+        assert sum(answer.drafted) > 10
+        assert known_error(model, (model.dtype, "step")) == 0
+        assert bool(answer.near_ties) == tree
+
+
+def test_a_path_is_scattered_where_other_branches_lie_in_it():
+    for path in ([[0, 1, 2], [0, -1, -1]], [[0]]):
+        assert not scattered(Accepted([[1]] * len(path), torch.tensor(path)))
+    for path in ([[0, 1, 3], [0, 1, 2]], [[0, 2]]):
+        assert scattered(Accepted([[1]] * len(path), torch.tensor(path)))
+    assert is_near(torch.tensor([[100.0, 99.9995]]), 0.0, 1e-5).tolist() == [True]
+    assert is_near(torch.tensor([[-100.0, -100.0005]]), 1e-3, 1e-9).tolist() == [True]
+    assert scattered_error(torch.bfloat16) == 2**-7
 
 
 def test_the_width_error_is_measured_once_where_nobody_knows_it():

@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 
-from volvelle.decode import Sampling, generate, generate_batch, stream
+from volvelle.decode import Medusa, Rules, Sampling, generate, generate_batch, stream
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting
 from volvelle.decode.loop import Help, run
 from volvelle.decode.request import Limits, Request
+from volvelle.decode.seats import Seats
 from volvelle.errors import UsageError, VolvelleError
+from volvelle.systems.language.medusa import MedusaHeads
 
 PROMPT = [5, 17, 3, 88, 41]
 PROMPTS = [[5, 17, 3, 88, 41], [9], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [2, 2]]
@@ -170,6 +172,50 @@ def test_lengths_that_do_not_fit_are_said(model):
         generate(model, [1], max_tokens=9, stop=["x"])
     with pytest.raises(UsageError, match="stop: expected a list"):
         stream(model, [1], stop="x")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says", "tip"),
+    [
+        (torch.tensor([[1, 2, 3]]), r"got a tensor of shape \(1, 3\)", "pass ids[0]"),
+        (torch.tensor([[1], [2]]), r"got a tensor of shape \(2, 1\)", "generate_batch takes several prompts"),
+        ("hello", "got the text 'hello'", "model.tokenizer.encode(text) gives them"),
+        ([[1, 2], [3]], r"whole numbers; \[1, 2\] is none", "generate_batch takes several prompts"),
+        ([1, 2.5], "whole numbers; 2.5 is none", None),
+    ],
+)
+def test_what_is_no_row_of_ids_is_refused(model, prompt, says, tip):
+    for call in (generate, stream, Seats(model, 1, context=64).read):
+        with pytest.raises(UsageError, match=says) as error:
+            call(*([] if call not in (generate, stream) else [model]), prompt, max_tokens=3)
+        assert error.value.tip == tip
+
+
+def test_eos_ids_may_be_one_and_must_be_the_models(model, speaking):
+    free = generate(model, PROMPT, max_tokens=30, eos_ids=())
+    end = free.tokens[7]
+    assert generate(model, PROMPT, max_tokens=30, eos_ids=end).tokens == free.tokens[: free.tokens.index(end) + 1]
+    for wrong in (96, -1):
+        with pytest.raises(UsageError, match=f"eos id {wrong} is outside the model's vocabulary of 96"):
+            generate(model, PROMPT, max_tokens=30, eos_ids=[3, wrong])
+    speaking.tokenizer.eos_ids = (0, 4096)  # a tokenizer may know more words than the model
+    assert len(generate(speaking, PROMPT, max_tokens=4, rules=Rules(min_tokens=3)).tokens) >= 3
+
+
+def test_what_cannot_be_is_said_before_the_first_token(model):
+    """By `stream` too, which has not computed anything yet, and leaves the model in the mode it was in."""
+    model = copy.deepcopy(model).double().train()
+    model.model.straight = None
+    with pytest.raises(VolvelleError, match="exact=bitwise pads steps"):
+        stream(model, [1] * 120, max_tokens=3, exact="bitwise")
+    with pytest.raises(VolvelleError, match="heads are of dtype"):
+        stream(model, PROMPT, max_tokens=3, drafter=Medusa(MedusaHeads.of(copy.deepcopy(model).float(), 2)))
+    for wrong in (2.5, "3"):
+        with pytest.raises(UsageError, match="max_tokens must be a whole number, got"):
+            stream(model, PROMPT, max_tokens=wrong)
+    running = stream(model, PROMPT, max_tokens=3)
+    assert model.training
+    assert [token.id for token in running] == slow_greedy(model.eval(), PROMPT, 3)
 
 
 def test_the_model_is_left_as_it_was(model):

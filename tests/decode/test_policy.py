@@ -215,7 +215,7 @@ def stated(policy: Adaptive, curve: Curve, tokens: int, *, scale: float, seed: i
     generator = random.Random(seed)
     pacing, now, done = policy.begin(), 0.0, 0
     while done < tokens:
-        asked, drafted = pacing.choose(12, 50 + done), None
+        asked, drafted = pacing.choose_stated(12, 50 + done), None
         step, k = curve(1) * plain, 0
         if asked > 0:
             a = generator.choice((0.05, 0.3, 0.9))
@@ -250,6 +250,52 @@ def test_each_draft_is_checked_as_far_as_its_own_chances_pay():
     pay = stated(policy, CURVES["int4"], 600, scale=1.0, seed=1)
     right = Machine(CURVES["int4"], 0.0, lambda done, step: chained(told), width=12).decode(mean, 600)
     assert pay < 0.9 * right
+
+
+def mixed(policy: Adaptive, curve: Curve, tokens: int, *, draft: float, share: float, right: float) -> float:
+    """The time over that of plain decoding where every so often a draft states its chances, and costs nothing.
+
+    Else another drafter is asked, which says nothing, takes `draft` plain steps a token, and is `right` or not at all.
+    """
+    generator, plain = random.Random(0), 0.02
+    pacing, now, done = policy.begin(), 0.0, 0
+    while done < tokens:
+        length, drafted, seconds, step = 50 + done, None, 0.0, curve(1) * plain
+        asked = pacing.choose_stated(15, length)
+        if asked > 0 and generator.random() < share:
+            chances = [0.9**place for place in range(1, asked + 1)]
+            k = pacing.worth(chances, length)
+            fate = generator.random()
+            kept = sum(fate < one for one in chances[:k])
+            drafted = Drafted(k, None, [list(range(kept))], chances[:k]) if k else None
+        elif asked > 0 and (k := pacing.choose(asked, length)) > 0:
+            kept, seconds = k if generator.random() < right else 0, draft * k * plain
+            drafted = Drafted(k, None, [list(range(kept))])
+        if drafted is not None:
+            step, done = curve(1 + drafted.k) * plain, done + len(drafted.kept[0])
+        pacing.observe(length, drafted, step_seconds=step, draft_seconds=seconds)
+        now, done = now + step + seconds, done + 1
+    return now / (done * plain * curve(1))
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_drafts_that_state_nothing_are_bounded_beside_those_that_do(curve, share):
+    for draft in (0.0, 0.3, 1.0):
+        policy = Adaptive()
+        for tokens in (100, 300):
+            assert mixed(policy, CURVES[curve], tokens, draft=draft, share=share, right=0.0) <= 1 / 0.97
+
+
+def test_drafts_that_state_nothing_are_used_where_they_pay():
+    policy = Adaptive()
+    mixed(policy, CURVES["bf16"], 400, draft=0.02, share=0.1, right=0.95)
+    assert mixed(policy, CURVES["bf16"], 400, draft=0.02, share=0.1, right=0.95) < 0.25
+
+
+def test_a_draft_of_nothing_is_worth_nothing():
+    policy = Adaptive()
+    assert policy.begin().worth([], 50) == 0
 
 
 def chained(generator: random.Random) -> int:

@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
+from tests.decode.helpers import decoder
 
-from volvelle.decode import Rules, Sampling, generate, generate_batch
+from volvelle.decode import DraftModel, Rules, Sampling, generate, generate_batch
+from volvelle.decode.contract import ALWAYS
 from volvelle.decode.rules import completions, constrain
-from volvelle.errors import UsageError
+from volvelle.errors import UsageError, VolvelleError
 
 
 @pytest.mark.peer
@@ -88,3 +90,18 @@ def test_wrong_rules_are_named(model):
         Rules(min_tokens=-1)
     with pytest.raises(UsageError, match=r"rules.forced_first = 96 is outside the model's vocabulary of 96"):
         generate(model, PROMPTS[0], rules=Rules(forced_first=96))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=0), Sampling(repetition_penalty=1.2)])
+@pytest.mark.parametrize("prompts", [[[5, 17, 3]], [[5, 17, 3], [9]]], ids=len)
+def test_rules_that_leave_no_token_end_with_an_error(sampling, prompts):
+    model, small = decoder(vocabulary=20), decoder(1, vocabulary=20)
+    rules = Rules(no_repeat_ngram_size=1)
+    for help in ({}, {"drafter": DraftModel(small, 3), "policy": ALWAYS}):
+        options = {"sampling": sampling, "rules": rules, "eos_ids": (), **help}
+        answers = generate_batch(model, prompts, max_tokens=17, **options)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert len({*prompt, *answer.tokens}) == len(prompt) + 17
+        with pytest.raises(VolvelleError, match="the rules leave no token") as error:
+            generate_batch(model, prompts, max_tokens=18, **options)
+        assert "no_repeat_ngram_size" in str(error.value.tip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from volvelle.decode import DraftModel, Rules, beam_search, generate, generate_batch
+from volvelle.decode.accept_exact import EXACT
+from volvelle.decode.contract import ALWAYS, Draft
 from volvelle.decode.options import Sampling
+from volvelle.decode.request import Limits, Request
 from volvelle.decode.sampling import (
     choose,
     draw,
@@ -20,7 +25,7 @@ from volvelle.decode.sampling import (
     probabilities,
     process,
 )
-from volvelle.errors import UsageError
+from volvelle.errors import UsageError, VolvelleError
 
 
 @pytest.fixture
@@ -145,7 +150,10 @@ def test_tokens_of_probability_zero_are_never_drawn():
     [
         ({"temperature": -1.0}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
+        ({"seed": 2**64}, "seed must be a whole number of 64 bits"),
+        ({"seed": 1.5}, r"from -2\^63 to 2\^64 - 1, got 1.5"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
@@ -181,3 +189,38 @@ def test_penalties_by_count_token_by_token(logits):
 def test_the_options_file_does_not_import_torch():
     code = "import sys; from volvelle.decode.options import Sampling; from volvelle.decode import Sampling as also"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
+
+
+PROMPT = [5, 17, 3, 88, 41]
+
+
+def broken(model):
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0, seed=0), Sampling(0.9, top_p=0.9, seed=0), Sampling(repetition_penalty=1.2)]
+)
+def test_logits_that_are_no_numbers_are_no_answer(model, sampling):
+    good, bad = copy.deepcopy(model).double(), broken(model)
+    options = {"max_tokens": 6, "sampling": sampling, "eos_ids": ()}
+    for rules in (Rules(), Rules(no_repeat_ngram_size=2)):
+        with pytest.raises(VolvelleError, match="the model gives nan") as error:
+            generate(bad, PROMPT, rules=rules, **options)
+        assert "precision=bf16" in str(error.value.tip)
+        with pytest.raises(VolvelleError, match="the model gives nan"):
+            generate_batch(bad, [PROMPT, [9]], rules=rules, **options)
+    # in a step with a draft; and a broken draft model costs its drafts, not the answer
+    with torch.no_grad():
+        request = Request(good, PROMPT, sampling, Limits(6, (), ()))
+        with pytest.raises(VolvelleError, match="the model gives nan"):
+            EXACT(torch.full((1, 2, 96), float("nan")), Draft(torch.tensor([[3]])), [request])
+    answer = generate(good, PROMPT, drafter=DraftModel(bad, 2), policy=ALWAYS, **options)
+    assert len(answer.tokens) == 6
+    if sampling.greedy:
+        assert answer.tokens == generate(good, PROMPT, **options).tokens
+    with pytest.raises(VolvelleError, match="the model gives nan"):
+        beam_search(bad, [PROMPT], max_tokens=3)

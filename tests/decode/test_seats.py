@@ -10,6 +10,7 @@ import volvelle.adapt as adapt
 from volvelle.adapt.methods import LoRA
 from volvelle.adapt.prefix_methods import PrefixTuning
 from volvelle.decode import generate
+from volvelle.decode.bitwise import is_any_width
 from volvelle.decode.contract import ALWAYS
 from volvelle.decode.drafters.draft_model import DraftModel
 from volvelle.decode.drafters.first_of import FirstOf
@@ -204,6 +205,24 @@ def test_bitwise_answers_do_not_depend_on_the_others(dtype, kind):
         found = serve(seats, wanted)
     for (prompt, options), answer in zip(wanted, found, strict=True):
         assert answer.tokens == generate(model, prompt, exact="bitwise", **options).tokens
+
+
+@pytest.mark.parametrize("count", [16, 17, 32])
+@pytest.mark.parametrize("policy", [ALWAYS, None])
+def test_many_seats_leave_no_room_for_drafts(count, policy):
+    """A compiled step has 32 tokens: 16 seats may draft one each, more of them none."""
+    model = native(torch.float32)
+    with Seats(model, count, context=CONTEXT, drafter=NGram(n=3), policy=policy, exact="bitwise") as seats:
+        if not is_any_width(model):
+            pytest.skip("the compiled step is not to be had here")
+        reading = seats.read([1, 2, 3, 1, 2, 3, 1, 2], max_tokens=30, eos_ids=())
+        assert reading.advance()
+        seats.sit(reading)
+        while seats.taken:
+            seats.step()
+    answer = reading.generation()
+    assert answer.tokens == generate(model, [1, 2, 3, 1, 2, 3, 1, 2], max_tokens=30, eos_ids=()).tokens
+    assert len(answer.proposed) <= (1 if count == 16 else 0)
 
 
 def test_bitwise_without_compiled_code_is_the_same_in_company_and_alone():

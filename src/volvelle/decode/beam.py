@@ -9,6 +9,7 @@ Shapes: b prompts, k beams each, c candidates a prompt, v vocabulary; the step's
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from volvelle.decode.generation import GREEDY, finished, limits
 from volvelle.decode.loop import Accepted, Draft, run
 from volvelle.decode.options import Beams, Rules
 from volvelle.decode.request import NO_RULES, Generation, Request
+from volvelle.decode.sampling import no_numbers
 from volvelle.errors import UsageError
 from volvelle.systems.modes import evaluating
 
@@ -36,7 +38,7 @@ def beam_search(
     *,
     beams: Beams = FOUR,
     max_tokens: int | None = 256,
-    eos_ids: Sequence[int] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
     rules: Rules = NO_RULES,
 ) -> list[Generation]:
     """Return the best answer that a beam search finds to each prompt, all searched in one batch.
@@ -124,6 +126,8 @@ class BeamSearch:
             raise UsageError(f"beams.width={k}: needs {count} continuations, a vocabulary of {v} has {k * v}")
         total = scores.view(b, per, v).expand(b, k, v) + self.open.to(scores.device)[..., None]
         found, index = (x.cpu() for x in total.reshape(b, k * v).topk(count))
+        if bool(found.isnan().any()):
+            raise no_numbers(math.nan)
         beam = (index // v).clamp(max=per - 1)  # before they part, all beams are one row
         return found, beam + per * torch.arange(b)[:, None], index % v
 

@@ -57,9 +57,18 @@ def bitwise(
         raise VolvelleError(
             f"exact=bitwise pads steps to {width} tokens: prompt and answer may take {model.room - width} of the "
             f"context of {model.room}, they take {reach - width}",
-            tip=f"max_tokens={max(1, request.max_tokens - reach + model.room)}",
+            tip=_what_fits(model.room - width, len(request.prompt), request.max_tokens),
         )
     return FixedWidth(width, reach + model.ahead), width
+
+
+def _what_fits(room: int, prompt: int, max_tokens: int) -> str:
+    """What to change so that prompt and answer fit into `room` tokens."""
+    if prompt < room:
+        return f"max_tokens={room - prompt}"
+    if max_tokens < room:
+        return f"shorten the prompt to {room - max_tokens} tokens"
+    return f"shorten the prompt to {room - 1} tokens, and max_tokens to 1" if room > 1 else "leave exact=bitwise out"
 
 
 def is_any_width(model: LanguageModel) -> bool:

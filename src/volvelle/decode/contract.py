@@ -116,6 +116,13 @@ class Drafting(Protocol):
     width: int
     """The most tokens of one draft."""
 
+    states = False
+    """Whether its drafts, or some of them, state their chances."""
+
+    unstated: Callable[[int], int] | None = None
+    """Set before each draft: to how many tokens the policy cuts the wish for one that states no chances. Who makes both
+    kinds asks it before making such a one."""
+
     @property
     def depth(self) -> int:
         """The most tokens on one path of a draft: for chains the width."""
@@ -155,6 +162,11 @@ class Drafter(Protocol):
         """The networks that draft; dropout is off in them during a run."""
         return ()
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws drafts for sampled requests, with random numbers of theirs, rather than choosing them."""
+        return False
+
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> Drafting:
         """Make ready for one run: texts of up to `room` tokens, behind the prompts of `requests`.
 
@@ -186,6 +198,10 @@ class Pacing(Protocol):
     def choose(self, limit: int, length: int) -> int:
         """How many tokens to ask the drafter for, at most `limit`; 0: a plain step. `length` is the cache's."""
         ...
+
+    def choose_stated(self, limit: int, length: int) -> int:
+        """The same for a drafter that states chances: `worth` says afterwards how many of them to check."""
+        return self.choose(limit, length)
 
     def worth(self, chances: Sequence[float], length: int) -> int:
         """How many nodes of a draft that states its chances to check; 0: a plain step."""
@@ -219,6 +235,8 @@ class Always:
 class _Always:
     def choose(self, limit: int, length: int) -> int:
         return limit
+
+    choose_stated = choose
 
     def worth(self, chances: Sequence[float], length: int) -> int:
         return len(chances)

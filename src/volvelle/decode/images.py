@@ -16,7 +16,7 @@ from volvelle.decode.accept_exact import EXACT
 from volvelle.decode.contract import Acceptance, Drafter, Policy
 from volvelle.decode.generation import Exactness, generate_batch
 from volvelle.decode.options import Sampling
-from volvelle.decode.policy import Adaptive
+from volvelle.decode.policy import usual_policy
 from volvelle.decode.request import Generation
 from volvelle.errors import UsageError
 from volvelle.systems.generation.larger import Larger
@@ -83,7 +83,7 @@ def draw_images(
     options: dict[str, Any] = {"max_tokens": left, "eos_ids": (), "exact": exact}
     if drafter is not None:
         # One policy for all pictures: they are short, and what drafts are worth is learned once.
-        options |= {"drafter": drafter, "acceptance": acceptance, "policy": policy or Adaptive()}
+        options |= {"drafter": drafter, "acceptance": acceptance, "policy": policy or usual_policy(drafter, [sampling])}
     answers: dict[int, Generation] = {}
     for group in _groups([len(prompt) for prompt in prompts], batch, alike=not whole):
         model: Any = prior.model

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from volvelle.parts.attention.cache import Cache
     from volvelle.systems.language.models import LanguageModel
 
-__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Help", "Seen", "choose_next", "run", "step"]
+__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Help", "Seen", "begin", "choose_next", "run", "step"]
 
 Read = Callable[["Writer", Tensor, "Tensor | None", "Cache"], tuple[Tensor, Tensor]]
 """Runs the writer over a step's ids (b, n) with their mask: the final states, and those that a drafter sees."""
@@ -47,9 +47,9 @@ class Event(NamedTuple):
 def choose_next(logits: Tensor, draft: Draft | None, requests: Sequence[Request]) -> Accepted:
     """The rule for steps without a draft: one token a row from logits (b, n, v) of the last position."""
     last = logits[:, -1]
-    if all(request.takes_argmax for request in requests):
-        return Accepted([[token] for token in likeliest(last)])
     live = [row for row, request in enumerate(requests) if request.finish is None]
+    if all(request.takes_argmax for request in requests):
+        return Accepted([[token] for token in likeliest(last, live)])
     if len(live) == 1:
         chosen = [requests[live[0]].choose(last[live[0]])]
     else:
@@ -144,7 +144,22 @@ def run(
     forward: Forward | None = None,
     spare: int = 0,
 ) -> Iterator[list[Event]]:
-    """Decode all requests together; yields what each step gained until every row is finished.
+    """Decode all requests together; yields what each step gained until every row is finished. See `begin`."""
+    decoding = begin(model, requests, choose=choose, help=help, forward=forward, spare=spare)
+    while not decoding.finished:
+        yield decoding.step()
+
+
+def begin(
+    model: LanguageModel,
+    requests: Sequence[Request],
+    *,
+    choose: Rule = choose_next,
+    help: Help | None = None,
+    forward: Forward | None = None,
+    spare: int = 0,
+) -> Decoding:
+    """Make ready to decode all requests together, from their prompts on.
 
     `choose` is the rule for steps without a draft; `help` makes drafts and has a rule for steps with one. `forward`
     computes a step (default: `step`) and may touch `spare` slots of the cache behind the step's own.
@@ -157,9 +172,7 @@ def run(
             drafts = Speculation(model, writer, requests, help, forward or step, room)
             spare += drafts.spare
         cache = writer.new_cache(len(requests), room + spare)
-    decoding = Decoding(writer, requests, cache, choose=choose, drafts=drafts, forward=forward)
-    while not decoding.finished:
-        yield decoding.step()
+    return Decoding(writer, requests, cache, choose=choose, drafts=drafts, forward=forward)
 
 
 def reader(model: LanguageModel, requests: Sequence[Request]) -> Writer:

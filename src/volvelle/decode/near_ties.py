@@ -4,6 +4,9 @@ A matrix product over several tokens sums in another order than one over a singl
 bits between a step with a draft and one without. Where the best token is ahead by less than that, the answer may leave
 the one of plain decoding, and is then as good.
 
+In the compiled step the width changes nothing; but where a path of a tree stands scattered among other branches, the
+gaps between its slots turn last bits all the same (`scattered_error`).
+
 Shapes: b rows, r choices, v vocabulary.
 """
 
@@ -38,12 +41,22 @@ def measure_error(model: nn.Module, kind: Any, alone: Tensor, beside: Tensor) ->
     return error
 
 
-def is_near(scores: Tensor, error: float) -> Tensor:
-    """Whether the best of scores (r, v) is ahead of the next by less than `error`: (r,) bool.
+def scattered_error(dtype: torch.dtype) -> float:
+    """What gaps in a tree change, as a share of the best logit: 16 last places, in 16 bits one, for sums are in fp32.
+
+    Of random decoders of up to six layers the compiled step changed 8 last places in fp32 and none in bf16.
+    """
+    eps = torch.finfo(dtype).eps
+    return eps if dtype.itemsize == 2 else 16 * eps
+
+
+def is_near(scores: Tensor, error: float, share: float = 0.0) -> Tensor:
+    """Whether the best of scores (r, v) is ahead of the next by less than `error`, or `share` of itself: (r,) bool.
 
     >>> is_near(torch.tensor([[3.0, 1.0, 2.95], [3.0, 1.0, 2.0]]), 0.1)
     tensor([ True, False])
     """
     # in 16 bits the difference would be rounded away
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return (scores > scores.amax(-1, keepdim=True) - error).count_nonzero(-1) > 1
+    best = scores.amax(-1, keepdim=True)
+    return (scores > best - (best.abs() * share).clamp(min=error)).count_nonzero(-1) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from volvelle.errors import UsageError
@@ -20,7 +21,10 @@ class Sampling:
     likeliest token), `top_k` (keep the k likeliest), `top_p` (keep the likeliest tokens up to that share; Holtzman et
     al. 2020), `min_p` (keep tokens of at least that fraction of the likeliest one's probability; Nguyen et al. 2024).
     With a `seed` a request gives the same tokens every time, whatever else is in its batch; without one it is drawn
-    from torch's global generator.
+    from torch's global generator. That holds with drafts too that are chosen (lookup, n-grams, Medusa's likeliest
+    guesses). Drafts that are drawn (a smaller model's, MTP modules', Medusa's with `drawn`) take random numbers by
+    their lengths: with them it holds for the same texts together, and where the policy is fixed (`ALWAYS`, which
+    `generate` takes where there is a seed and no `policy=`).
 
     >>> Sampling(temperature=0.7, top_p=0.9).greedy, Sampling().greedy
     (False, True)
@@ -40,7 +44,9 @@ class Sampling:
             f"temperature must be 0 (greedy) or at least 1e-6, got {self.temperature}": (
                 self.temperature == 0 or 1e-6 <= self.temperature < float("inf")
             ),
-            f"top_k must be at least 1, got {self.top_k}": self.top_k is None or self.top_k >= 1,
+            f"top_k must be a whole number of at least 1, got {self.top_k}": (
+                self.top_k is None or (isinstance(self.top_k, Integral) and self.top_k >= 1)
+            ),
             f"top_p must be in (0, 1], got {self.top_p}": self.top_p is None or 0 < self.top_p <= 1,
             f"min_p must be in [0, 1], got {self.min_p}": self.min_p is None or 0 <= self.min_p <= 1,
             f"repetition_penalty must be above 0, got {self.repetition_penalty}": (
@@ -48,6 +54,9 @@ class Sampling:
             ),
             f"presence_penalty must be in [-2, 2], got {self.presence_penalty}": -2 <= self.presence_penalty <= 2,
             f"frequency_penalty must be in [-2, 2], got {self.frequency_penalty}": -2 <= self.frequency_penalty <= 2,
+            f"seed must be a whole number of 64 bits, from -2^63 to 2^64 - 1, got {self.seed}": (
+                self.seed is None or (isinstance(self.seed, Integral) and -(2**63) <= self.seed < 2**64)
+            ),
         }
         for message, holds in checks.items():
             if not holds:

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from volvelle.decode.contract import Drafted, Pacing, Policy
+from volvelle.decode.contract import ALWAYS, Drafted, Drafter, Pacing, Policy
 from volvelle.decode.cost import CostCurve, DraftCost
+from volvelle.decode.options import Sampling
 
 LADDER = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 19, 23, 31, 39, 47, 63)
 """Draft lengths to choose from: few widths are learned sooner, and each has kernels to prepare. With the newest token
@@ -132,8 +133,9 @@ class Adaptive(Policy):
     """
 
     def __init__(self) -> None:
-        self.steps, self.drafts = CostCurve(), DraftCost()
-        self.acceptance, self.belief = NodeAcceptance(), Belief()
+        self.steps, self.acceptance, self.belief = CostCurve(), NodeAcceptance(), Belief()
+        # Where a drafter is made of several, those that state their chances are not those that do not.
+        self.drafts, self.stated = DraftCost(), DraftCost()
         self.figures = Figures()
 
     def begin(self) -> AdaptivePacing:
@@ -141,20 +143,24 @@ class Adaptive(Policy):
         self.figures = Figures()
         return AdaptivePacing(self)
 
-    def step_seconds(self, k: int, length: int) -> float:
+    def drafting(self, stated: bool) -> DraftCost:
+        """What drafts cost that state their chances, or that do not."""
+        return self.stated if stated else self.drafts
+
+    def step_seconds(self, k: int, length: int, *, stated: bool = False) -> float:
         """What a draft of k tokens and the step that checks it are expected to take; k = 0 is a plain step."""
         seconds = self.steps.seconds(1 + k, length) or 0.0
-        return seconds + ((self.drafts.seconds(k, length) or 0.0) if k else 0.0)
+        return seconds + ((self.drafting(stated).seconds(k, length) or 0.0) if k else 0.0)
 
-    def worst_seconds(self, k: int, length: int) -> float:
+    def worst_seconds(self, k: int, length: int, *, stated: bool = False) -> float:
         """The most that such a draft and its step can take, as far as steps and drafts of other lengths tell."""
         step = self.steps.at_most(1 + k, length) or 0.0
-        return step + ((self.drafts.at_most(k, length) or 0.0) if k else 0.0)
+        return step + ((self.drafting(stated).at_most(k, length) or 0.0) if k else 0.0)
 
-    def gains(self, kept: Sequence[float], length: int) -> dict[int, float]:
+    def gains(self, kept: Sequence[float], length: int, *, stated: bool = False) -> dict[int, float]:
         """Tokens a second over those of plain decoding by draft length; kept[k - 1] tokens stay of a draft of k."""
         plain = self.step_seconds(0, length)
-        return {k: (1 + kept[k - 1]) * plain / self.step_seconds(k, length) for k in lengths(len(kept))}
+        return {k: (1 + kept[k - 1]) * plain / self.step_seconds(k, length, stated=stated) for k in lengths(len(kept))}
 
 
 class AdaptivePacing(Pacing):
@@ -165,28 +171,13 @@ class AdaptivePacing(Pacing):
         self._on = True
         self._lost = 0.0  # seconds that drafts have cost beyond what they gained
         self._tokens = 0.0  # a row has gained, each worth a plain step
-        self._waited = self._wait = 0  # steps since the last draft, and those to wait until the next trial
+        self._waited = self._wait = 0  # steps since the last unstated draft, and those to wait until the next trial
         self._unmeasured = 0  # steps since a plain one
-        self._stated = False  # whether drafts state their chances: then each is judged by them once it is there
 
     def choose(self, limit: int, length: int) -> int:
         """The tokens to draft for the next step, at most `limit`; `length` is the cache's."""
-        return self._choose(limit, length)
-
-    def worth(self, chances: Sequence[float], length: int) -> int:
-        """The nodes that give the most tokens a second by what they are stated, and have so far been found, to keep."""
-        self._stated = True
-        gains = self.policy.gains(self.policy.belief.kept(chances), length)
-        return self._affordable(gains, length) if max(gains.values()) >= _GAIN else 0
-
-    def _choose(self, limit: int, length: int) -> int:
         policy = self.policy
-        # The first steps are plain, for there is nothing to compare with; later ones where that has become old.
-        if limit < 1 or not policy.steps.settled(1) or self._unmeasured >= _FRESH:
-            return 0
-        if self._stated:
-            return lengths(limit)[-1]
-        if not self._on and self._waited < self._wait:
+        if self._must_measure(limit) or (not self._on and self._waited < self._wait):
             return 0  # asked nothing: beside a small model's step the asking would be what drafting costs
         gains = policy.gains(policy.acceptance.kept(limit), length)
         if max(gains.values()) < _GAIN:
@@ -202,17 +193,31 @@ class AdaptivePacing(Pacing):
             self._on = True
         return self._affordable(gains, length)
 
+    def choose_stated(self, limit: int, length: int) -> int:
+        """As many as there may be: each draft is judged by its chances once it is there."""
+        return 0 if self._must_measure(limit) else lengths(limit)[-1]
+
+    def worth(self, chances: Sequence[float], length: int) -> int:
+        """The nodes that give the most tokens a second by what they are stated, and have so far been found, to keep."""
+        gains = self.policy.gains(self.policy.belief.kept(chances), length, stated=True)
+        return self._affordable(gains, length, stated=True) if max(gains.values(), default=0.0) >= _GAIN else 0
+
+    def _must_measure(self, limit: int) -> bool:
+        """Whether the step is plain: the first ones, for there is nothing to compare with, and where that is old."""
+        return limit < 1 or not self.policy.steps.settled(1) or self._unmeasured >= _FRESH
+
     def _longer(self) -> int:
         """The steps to wait after a trial that failed, or was not worth making."""
         return min(max(2 * self._wait, _SOONEST), _LATEST)
 
-    def _affordable(self, gains: Mapping[int, float], length: int) -> int:
+    def _affordable(self, gains: Mapping[int, float], length: int, *, stated: bool = False) -> int:
         """The best length whose worst case the allowance bears."""
         policy = self.policy
         best = max(gains, key=lambda k: gains[k])
         plain = policy.step_seconds(0, length)
         allowed = (CREDIT + SHARE * self._tokens) * plain - self._lost
-        k = max((k for k in gains if k <= best and policy.worst_seconds(k, length) - plain <= allowed), default=0)
+        borne = (k for k in gains if k <= best and policy.worst_seconds(k, length, stated=stated) - plain <= allowed)
+        k = max(borne, default=0)
         # A shorter draft than wanted, which loses and teaches nothing: rather save up for the longer one.
         return 0 if 0 < k < best and gains[k] < 1 and policy.steps.settled(1 + k) else k
 
@@ -226,29 +231,43 @@ class AdaptivePacing(Pacing):
             self._charge(min(draft_seconds, plain), 1.0, plain)
             self._waited, self._unmeasured = self._waited + 1, 0
             return
-        k, plain = draft.k, policy.step_seconds(0, length)
+        k, plain, stated = draft.k, policy.step_seconds(0, length), draft.chances is not None
+        kept, drafts = sum(map(len, draft.kept)) / len(draft.kept), policy.drafting(stated)
         # What is prepared in the first step of a width or the first draft of a length is no cost of drafting.
         if not policy.steps.knows(1 + k):
             step_seconds = min(step_seconds, policy.steps.at_most(1 + k, length) or step_seconds)
-        if not policy.drafts.knows(k) and plain > 0:
+        if not drafts.knows(k) and plain > 0:
             draft_seconds = min(draft_seconds, k * plain)
         policy.steps.observe(1 + k, length, step_seconds)
-        policy.drafts.observe(k, length, draft_seconds)
-        policy.acceptance.observe(k, draft.parents, draft.kept)
+        drafts.observe(k, length, draft_seconds)
         if draft.chances is not None:
-            policy.belief.observe(draft.chances, sum(map(len, draft.kept)) / len(draft.kept))
+            policy.belief.observe(draft.chances, kept)
+        else:
+            policy.acceptance.observe(k, draft.parents, draft.kept)
         seconds = step_seconds + draft_seconds
-        if policy.steps.settled(1 + k) and policy.drafts.settled(k):
-            seconds = policy.step_seconds(k, length)  # medians: nor is a hiccup of the machine
-        gained = 1 + sum(map(len, draft.kept)) / len(draft.kept)
+        if policy.steps.settled(1 + k) and drafts.settled(k):
+            seconds = policy.step_seconds(k, length, stated=stated)  # medians: nor is a hiccup of the machine
+        gained = 1 + kept
         self._charge(seconds - gained * plain, gained, plain)
-        self._waited, self._unmeasured = 0, self._unmeasured + 1
-        self._wait = 0 if seconds < gained * plain else self._longer()
+        self._unmeasured += 1
+        if stated:
+            self._waited += 1
+        else:
+            self._waited, self._wait = 0, 0 if seconds < gained * plain else self._longer()
 
     def _charge(self, lost: float, tokens: float, plain: float) -> None:
         self._lost += lost
         self._tokens += tokens
         self.figures.lost = max(self._lost / (self._tokens * plain), 0.0) if plain > 0 else 0.0
+
+
+def usual_policy(drafter: Drafter, samplings: Sequence[Sampling]) -> Policy:
+    """The policy where none is asked for: an `Adaptive` one, but where draws are to be the same every time.
+
+    How many random numbers drawn drafts take depends on their lengths, which `Adaptive` chooses by the clock.
+    """
+    seeded = any(one.seed is not None and not one.greedy for one in samplings)
+    return ALWAYS if seeded and drafter.draws else Adaptive()
 
 
 def lengths(limit: int) -> list[int]:

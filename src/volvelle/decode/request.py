@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.options import Rules, Sampling
-from volvelle.decode.rules import constrain
-from volvelle.decode.sampling import choose, probabilities, process
+from volvelle.decode.rules import constrain, is_empty
+from volvelle.decode.sampling import choose, none_left, probabilities, process
 from volvelle.decode.stop import StopText
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.encoder_decoder_config import EncoderDecoderConfig
@@ -54,8 +55,9 @@ class Generation:
     With a drafter: `drafted` says of each token whether it was accepted from a draft; `proposed[d]` counts the drafts
     that had a token d + 1 places behind the newest one, `accepted[d]` those of which it was kept. `lossless` says
     whether the acceptance rule leaves the distribution of answers as it is without drafts. `near_ties` counts the
-    greedily chosen tokens that were ahead of the next best by less than what the width of a step changes in this model
-    (None: not counted): there, above all, rounding may make the answer differ from the one without drafts.
+    greedily chosen tokens that were ahead of the next best by less than what the width of a step changes in this model,
+    or gaps in a tree do (None: not counted): there, above all, rounding may make the answer differ from the one without
+    drafts.
 
     `logprobs` says of each token how likely it was, where that was asked for.
     """
@@ -109,7 +111,7 @@ class Request:
     """
 
     def __init__(self, model: LanguageModel, prompt: Sequence[int] | Tensor, sampling: Sampling, limits: Limits):
-        self.prompt, self.rules = [int(token) for token in prompt], limits.rules
+        self.prompt, self.rules = token_ids(prompt), limits.rules
         self.source: list[int] | None = None
         _check_prompt(model, self.prompt)
         _check_rules(model, self.rules)
@@ -119,7 +121,7 @@ class Request:
         self.sampling, self.rule = sampling, replace(sampling, seed=None)
         self.max_tokens = _room(model, self.prompt, limits.max_tokens)
         tokenizer = model.tokenizer
-        self.eos_ids = frozenset(_eos_ids(tokenizer) if limits.eos_ids is None else limits.eos_ids)
+        self.eos_ids = _eos_ids(tokenizer, limits.eos_ids, model.config.vocabulary)
         if limits.stop and tokenizer is None:
             raise UsageError("stop: this model has no tokenizer, so it has no text to find stop strings in")
         self._stop = StopText(limits.stop)
@@ -178,7 +180,10 @@ class Request:
 
     def choose(self, logits: Tensor) -> int:
         """Pick the next token from logits (v,) with this request's rules and random numbers."""
-        return choose(self.constrain(logits), self.sampling, self._seen, self._generator, self._counts)
+        scores = self.constrain(logits)
+        if scores is not logits and is_empty(scores):
+            raise none_left()
+        return choose(scores, self.sampling, self._seen, self._generator, self._counts)
 
     def constrain(self, scores: Tensor, drafted: Sequence[int] = ()) -> Tensor:
         """The scores (v,) of the token behind the answer and `drafted` ones, as this request's rules leave them."""
@@ -262,7 +267,7 @@ def distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequence
     """What each row's next token is drawn from, (r, v), given logits (r, v) and the drafted tokens behind its answer.
 
     Target and drafts both go through this one function: the rules that bind at that place, then those of the sampling.
-    Greedy rows have all on the likeliest token.
+    Greedy rows have all on the likeliest token, and rows in which the rules leave no token have nothing.
     """
     bound = [i for i, (r, behind) in enumerate(zip(requests, drafted, strict=True)) if r.binds(len(behind))]
     if bound:
@@ -273,10 +278,14 @@ def distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequence
     for i, request in enumerate(requests):
         kinds.setdefault(request.rule, []).append(i)
     if len(kinds) == 1:
-        return _distributions(requests, logits, drafted)
-    found = torch.empty(logits.shape, device=logits.device)
-    for rows in kinds.values():
-        found[rows] = _distributions([requests[i] for i in rows], logits[rows], [drafted[i] for i in rows])
+        found = _distributions(requests, logits, drafted)
+    else:
+        found = torch.empty(logits.shape, device=logits.device)
+        for rows in kinds.values():
+            found[rows] = _distributions([requests[i] for i in rows], logits[rows], [drafted[i] for i in rows])
+    for i in bound:
+        if is_empty(logits[i]):
+            found[i] = 0
     return found
 
 
@@ -292,6 +301,24 @@ def _distributions(requests: Sequence[Request], logits: Tensor, drafted: Sequenc
 def seeded(seed: int | None) -> torch.Generator:
     """A generator of its own for one request; without a seed, one drawn from torch's global generator."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+
+
+def token_ids(prompt: Sequence[int] | Tensor) -> list[int]:
+    """The prompt as a list. Raises UsageError where it is a text, several rows, or holds anything but whole numbers."""
+    if isinstance(prompt, str):
+        tip = "model.tokenizer.encode(text) gives them"
+        raise UsageError(f"a prompt is a row of token ids, got the text {prompt[:40]!r}", tip=tip)
+    if isinstance(prompt, Tensor) and prompt.dim() != 1:
+        tip = "pass ids[0]" if prompt.dim() == 2 and len(prompt) == 1 else "generate_batch takes several prompts"
+        raise UsageError(f"a prompt is a row of token ids, got a tensor of shape {tuple(prompt.shape)}", tip=tip)
+    tokens: list[int] = []
+    for token in prompt.tolist() if isinstance(prompt, Tensor) else prompt:
+        try:
+            tokens.append(operator.index(token))
+        except TypeError as error:
+            tip = "generate_batch takes several prompts" if hasattr(token, "__len__") else None
+            raise UsageError(f"a prompt is a row of token ids, whole numbers; {token!r} is none", tip=tip) from error
+    return tokens
 
 
 def check_tokens(prompt: Sequence[int], vocabulary: int) -> None:
@@ -346,5 +373,13 @@ def _room(model: LanguageModel, prompt: list[int], max_tokens: int | None) -> in
     return room if max_tokens is None else max_tokens
 
 
-def _eos_ids(tokenizer: TextTokenizer | None) -> Sequence[int]:
-    return () if tokenizer is None else tuple(tokenizer.eos_ids)
+def _eos_ids(tokenizer: TextTokenizer | None, asked: Sequence[int] | None, vocabulary: int) -> frozenset[int]:
+    """The ids that end an answer. A tokenizer may know more of them than the model has; who asks for one may not."""
+    if asked is None:
+        return frozenset(token for token in (() if tokenizer is None else tokenizer.eos_ids) if token < vocabulary)
+    for token in asked:
+        if not 0 <= token < vocabulary:
+            raise UsageError(
+                f"eos id {token} is outside the model's vocabulary of {vocabulary}", tip="eos_ids=() ends at none"
+            )
+    return frozenset(asked)

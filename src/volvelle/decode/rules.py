@@ -40,6 +40,11 @@ def constrain(
     return scores
 
 
+def is_empty(scores: Tensor) -> bool:
+    """Whether no token is left in scores (v,)."""
+    return float(scores.amax()) == -math.inf
+
+
 def completions(tokens: Sequence[int], n: int) -> set[int]:
     """The tokens that would complete an n-gram which occurs among `tokens` already.
 

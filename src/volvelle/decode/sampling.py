@@ -6,11 +6,13 @@ Shapes: v vocabulary; logits (..., v). Removed tokens have the logit -inf.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from volvelle.decode.options import Sampling
+from volvelle.errors import VolvelleError
 
 _NUCLEUS = 1024  # top-p first looks among this many tokens; sorting 50,000 costs more than all other rules together
 
@@ -121,20 +123,33 @@ def probabilities(
     """
     logits = process(logits, sampling, seen, counts)
     if sampling.greedy:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        best = logits.argmax(-1, keepdim=True)
+        found = logits.gather(-1, best)
+        return torch.zeros_like(logits).scatter_(-1, best, found - found + 1)  # nan where it is no finite number
     return logits.softmax(-1)
 
 
-def likeliest(logits: Tensor) -> list[int]:
+def likeliest(logits: Tensor, rows: Sequence[int] | None = None) -> list[int]:
     """The likeliest token of each row of logits (n, v), the first of equal ones.
 
-    On a CPU by numpy: torch's argmax takes five times as long, and in 16 bits ten times.
+    On a CPU by numpy: torch's argmax takes five times as long, and in 16 bits ten times. Raises VolvelleError where
+    the logits of one of `rows`, by default of any, are no numbers.
 
     >>> likeliest(torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]]))
     [1, 0]
     """
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return (wide.detach().numpy() if wide.device.type == "cpu" else wide).argmax(-1).tolist()
+    if wide.device.type == "cpu":
+        table = wide.detach().numpy()
+        best = table.argmax(-1).tolist()
+        scores = [float(row[token]) for row, token in zip(table, best, strict=True)]
+    else:
+        found = wide.argmax(-1, keepdim=True)
+        best, scores = found[:, 0].tolist(), wide.gather(-1, found)[:, 0].tolist()
+    for score in scores if rows is None else [scores[row] for row in rows]:
+        if not math.isfinite(score):
+            raise no_numbers(score)
+    return best
 
 
 def draw(p: Tensor, generator: torch.Generator | None) -> int:
@@ -152,12 +167,46 @@ def draw(p: Tensor, generator: torch.Generator | None) -> int:
 def draw_rows(p: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token (r,) from each row of p (r, v), at the uniform numbers (r,): what `draw` does with one.
 
+    Raises VolvelleError where a row is no distribution: from logits that are no numbers, or with nothing left in it.
+
     >>> draw_rows(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([0.4, 0.6]))
     tensor([0, 1])
     """
+    tokens, totals = _drawn(p, uniform)
+    for total in totals.tolist():
+        if total == 0:
+            raise none_left()
+        if not math.isfinite(total):
+            raise no_numbers(total)
+    return tokens
+
+
+def guess_rows(p: Tensor, uniform: Tensor) -> Tensor:
+    """The same for drafts, where any token will do if a row is no distribution: who checks it has its say."""
+    return _drawn(p, uniform)[0]
+
+
+def _drawn(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = p.double().cumsum(-1)
-    at = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    totals = cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, uniform.to(cumulative)[:, None] * totals, right=True)
+    return places[:, 0].clamp(max=p.shape[-1] - 1), totals[:, 0]
+
+
+def no_numbers(value: float) -> VolvelleError:
+    """The error where a model gives `value`, nan or infinite, for the token that is to come."""
+    return VolvelleError(
+        f"the model gives {value} where a next token's score should be",
+        tip="fp16 overflow or a broken checkpoint; try precision=bf16 or fp32",
+    )
+
+
+def none_left() -> VolvelleError:
+    """The error where rules ban every token."""
+    return VolvelleError(
+        "the rules leave no token that may come next",
+        tip="a larger no_repeat_ngram_size, fewer min_tokens, or a smaller max_tokens",
+    )
 
 
 def choose(
@@ -170,7 +219,7 @@ def choose(
     """Pick the next token from logits (v,)."""
     if sampling.greedy:
         plain = seen is None and counts is None
-        return int(logits.argmax()) if plain else int(process(logits, sampling, seen, counts).argmax())
+        return likeliest((logits if plain else process(logits, sampling, seen, counts))[None])[0]
     return draw(probabilities(logits, sampling, seen, counts), generator)
 
 

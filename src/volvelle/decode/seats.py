@@ -33,7 +33,7 @@ from volvelle.decode.generation import GREEDY, Exactness, finished, limits
 from volvelle.decode.loop import Decoding, Event, Help, choose_next, computing, note_logprobs, step
 from volvelle.decode.options import Rules, Sampling
 from volvelle.decode.policy import Adaptive
-from volvelle.decode.request import NO_RULES, Generation, Limits, Request, check_tokens
+from volvelle.decode.request import NO_RULES, Generation, Limits, Request, check_tokens, token_ids
 from volvelle.decode.speculation import Speculation
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.decoder import Decoder
@@ -114,7 +114,8 @@ class Seats:
 
     The drafter is one that takes texts which join, as all of this library's do. `exact` = "bitwise" computes every step
     in one shape, so that an answer does not depend on what is in the other rows, not even by rounding; prompts are then
-    read whole. Raises VolvelleError for a model or a drafter that cannot be used so.
+    read whole, and a compiled step's 32 tokens are shared: from 17 seats on none is left for drafts. Raises
+    VolvelleError for a model or a drafter that cannot be used so.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Seats:
         sampling: Sampling = GREEDY,
         max_tokens: int | None = 256,
         stop: Sequence[str] = (),
-        eos_ids: Sequence[int] | None = None,
+        eos_ids: Sequence[int] | int | None = None,
         rules: Rules = NO_RULES,
         logprobs: int | None = None,
         adapter: str | None = None,
@@ -218,7 +219,8 @@ class Seats:
 
         Raises VolvelleError where `read` would for the prompt and `max_tokens`.
         """
-        length = len(prompt_ids)
+        tokens = token_ids(prompt_ids)
+        length = len(tokens)
         room = self.context - length
         if length and (room < 1 or (max_tokens is not None and max_tokens > room)):
             wanted = f" and max_tokens={max_tokens}" if max_tokens is not None and room >= 1 else ""
@@ -226,7 +228,7 @@ class Seats:
                 f"the prompt's {length} tokens{wanted} exceed the context of {self.context}",
                 tip=f"max_tokens={room} fits" if room >= 1 else "shorten the prompt; nothing is cut silently",
             )
-        check_tokens([int(token) for token in prompt_ids], self.model.config.vocabulary)
+        check_tokens(tokens, self.model.config.vocabulary)
         return room
 
     def sit(self, reading: Reading) -> Event:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from volvelle.decode.accept_exact import EXACT
 from volvelle.decode.contract import ALWAYS, Acceptance, Accepted, Checked, Draft, Drafted, Drafter, Policy, Seen
-from volvelle.decode.near_ties import is_near, known_error, measure_error
+from volvelle.decode.near_ties import is_near, known_error, measure_error, scattered_error
 from volvelle.decode.request import Request
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Speculation:
         # One way of computing steps may be an object a run.
         self._kind = self.model.dtype, getattr(forward, "__name__", type(forward).__name__)
         self._error = known_error(model, self._kind)
+        self._share = 0.0  # of a logit that is uncertain besides, once a path was kept whose slots had gaps
         self._alone: Tensor | None = None  # logits of the newest tokens, run without the first draft
         self._rows = len(requests)
         self._newest: Told | None = None
@@ -93,7 +94,13 @@ class Speculation:
         limit = drafting.width if deepest > 0 else 0
         if drafting.depth == drafting.width:
             limit = min(limit, deepest)
-        asked = self.pacing.choose(limit, self._length)
+        if self.straight is not None and self.straight < 2:
+            limit = 0  # steps of one token have no room for drafts
+        choose = self.pacing.choose
+        if drafting.states:
+            drafting.unstated = functools.partial(choose, length=self._length)
+            choose = self.pacing.choose_stated
+        asked = choose(limit, self._length)
         if asked > 0:
             seen, self._seen = together(self._seen, requests), []
             draft = drafting.propose(requests, seen, asked)
@@ -103,7 +110,7 @@ class Speculation:
             if self.straight is not None:
                 draft = first_path(draft, self.straight - 1)
             draft = cut(draft, deepest)
-            if draft.chances is not None:
+            if draft.chances:
                 draft = draft.only(range(self.pacing.worth(draft.chances, self._length)))
             draft = shortened(draft, {row: requests[row].left - 1 for row in live})
         self._draft_seconds = time.perf_counter() - begun
@@ -119,8 +126,10 @@ class Speculation:
             live = [row for row, before in enumerate(written) if before >= 0]
             self._error = measure_error(self.model, self._kind, self._alone[live], logits[live, 0])
             self._alone = None
+        if draft is not None and draft.parents is not None and not self._share and scattered(accepted):
+            self._share = scattered_error(logits.dtype)
         # Where steps of all widths give the same bits there is nothing that rounding could turn.
-        near = self._near(logits, accepted, requests, self._error) if self._error else []
+        near = self._near(logits, accepted, requests) if self._error or self._share else []
         return Told(accepted, draft, written, near)
 
     def gained(self, told: Told, cache: Cache, requests: Sequence[Request], step: Seen) -> None:
@@ -170,7 +179,7 @@ class Speculation:
         logits, _ = self.forward(self.writer, cache, ids, None, 1, self.drafting.read)
         return logits[:, -1]
 
-    def _near(self, logits: Tensor, accepted: Accepted, requests: Sequence[Request], error: float) -> list[list[bool]]:
+    def _near(self, logits: Tensor, accepted: Accepted, requests: Sequence[Request]) -> list[list[bool]]:
         """Of each greedy row, whether its choices were near ties."""
         path = None if accepted.path is None else accepted.path.tolist()
         found: list[list[bool]] = [[] for _ in requests]
@@ -181,7 +190,7 @@ class Speculation:
             scores = logits[row, -1:] if path is None else logits[row, path[row][: len(tokens)]]
             if not request.all_argmax(len(tokens)):
                 scores = torch.stack([request.scores(one, tokens[:place]) for place, one in enumerate(scores)])
-            found[row] = is_near(scores, error).tolist()
+            found[row] = is_near(scores, self._error or 0.0, self._share).tolist()
         return found
 
     def _tidy(self, cache: Cache, requests: Sequence[Request], running: Sequence[int]) -> None:
@@ -194,6 +203,11 @@ class Speculation:
             cache.forget(torch.tensor(finished, device=self.model.device))
         if cache.length > self.model.ahead + max(live) + slack(max(live)):
             cache.compact()
+
+
+def scattered(accepted: Accepted) -> bool:
+    """Whether some row keeps a path of a tree that had other branches between its tokens."""
+    return any(nodes and nodes[-1] != len(nodes) - 1 for nodes in accepted.nodes)
 
 
 def slack(length: int) -> int:

@@ -52,6 +52,17 @@ class Tree(NamedTuple):
         """The tree of the first k nodes."""
         return Tree(self.parents[:k], self.heads[:k], self.ranks[:k])
 
+    def drawn(self) -> Tree:
+        """The same shape where guesses are draws: the j-th of some siblings takes draw j, whatever its rank was.
+
+        Draws without replacement mean something only from the first on, in their order.
+
+        >>> Tree((-1, -1, 0), heads=(0, 0, 1), ranks=(1, 0, 2)).drawn().ranks
+        (0, 1, 0)
+        """
+        before = [self.parents[:node].count(parent) for node, parent in enumerate(self.parents)]
+        return self._replace(ranks=tuple(before))
+
     def tokens(self, candidates: Tensor) -> Tensor:
         """The nodes' tokens (b, k) from the heads' ranked guesses, candidates (b, H, R)."""
         return candidates[:, list(self.heads), list(self.ranks)]

@@ -12,6 +12,7 @@ from tests.decode.test_drafts import MODELS, PROMPTS
 from volvelle.decode import DraftModel, Sampling, generate, generate_batch
 from volvelle.decode.contract import ALWAYS, Draft
 from volvelle.decode.drafters.draft_model import ModelDrafting, check_tokens
+from volvelle.decode.seats import Seats
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language import config as c
 from volvelle.systems.language.tokenizer import TextTokenizer
@@ -96,6 +97,37 @@ def test_a_draft_model_of_shorter_context_stops_drafting_there():
     prompts = [[5] * 20, [7, 8]]
     answers = generate_batch(learned, prompts, max_tokens=40, eos_ids=(), drafter=DraftModel(short, 4), policy=ALWAYS)
     assert [a.tokens for a in answers] == [a.tokens for a in generate_batch(learned, prompts, max_tokens=40)]
+
+
+def test_a_row_longer_than_the_draft_models_context_leaves_nothing_to_read():
+    """What was written while it was there is read once it has finished, by the others only."""
+    model = decoder(context=256)
+    small, prompts = near(decoder(context=32)), [[(7 * i) % V for i in range(150)], [5, 17, 3]]
+    eos = generate(model, prompts[0], max_tokens=1, eos_ids=()).tokens
+    plain = generate_batch(model, prompts, max_tokens=20, eos_ids=eos)
+    assert [answer.finish for answer in plain] == ["eos", "length"]
+    found = generate_batch(model, prompts, max_tokens=20, eos_ids=eos, drafter=DraftModel(small), policy=ALWAYS)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in plain]
+    assert sum(found[1].drafted) > 3
+
+
+def test_a_long_text_joins_another_in_a_cache_without_room_for_both_side_by_side(monkeypatch):
+    monkeypatch.setattr("volvelle.decode.drafters.draft_model.slack", lambda length: 4)
+    model, ids = decoder(context=128), [(11 * i) % V for i in range(180)]
+    with Seats(model, 2, context=120, drafter=DraftModel(model, 3), policy=ALWAYS) as seats:
+        readings = []
+        for prompt in (ids[:90], ids[90:175]):
+            readings.append(seats.read(prompt, max_tokens=25, eos_ids=()))
+            while not readings[-1].advance():
+                pass
+            seats.sit(readings[-1])
+            seats.step()
+        while seats.taken:
+            seats.step()
+    for reading, prompt in zip(readings, (ids[:90], ids[90:175]), strict=True):
+        answer = reading.generation()
+        assert answer.tokens == generate(model, prompt, max_tokens=25, eos_ids=()).tokens
+        assert answer.accepted == answer.proposed
 
 
 def test_an_encoder_decoder_drafts_for_another_of_other_depth():

@@ -15,8 +15,8 @@ from tests.decode.drafters.test_trained_drafters import (
     rows_heard,
 )  # fmt: skip
 
-from volvelle.decode import FirstOf, PromptLookup, generate, generate_batch
-from volvelle.decode.contract import ALWAYS, Draft, Drafter, Drafting
+from volvelle.decode import FirstOf, NGram, PromptLookup, generate, generate_batch
+from volvelle.decode.contract import ALWAYS, Draft, Drafter, Drafting, Pacing, Policy
 from volvelle.errors import UsageError
 
 __all__ = ["exact_model"]
@@ -67,6 +67,46 @@ def test_greedy_answers_of_batches_are_those_without_drafts(name, exact_model):
         for policy in (ALWAYS, EveryThird()):
             found = generate_batch(exact_model, PROMPTS, max_tokens=30, eos_ids=(), drafter=drafter, policy=policy)
             assert [answer.tokens for answer in found] == [answer.tokens for answer in plain]
+
+
+class Strict(Policy, Pacing):
+    """Takes any draft that states its chances, of the others up to two tokens, and in every second step."""
+
+    def __init__(self):
+        self.checked, self.count = [], itertools.count()
+
+    def begin(self):
+        return self
+
+    def choose(self, limit, length):
+        return min(limit, 2) * (next(self.count) % 2)
+
+    def choose_stated(self, limit, length):
+        return limit
+
+    def observe(self, length, draft, *, step_seconds, draft_seconds=0.0):
+        if draft is not None:
+            self.checked.append((draft.k, draft.chances is not None))
+
+
+def test_a_policy_has_its_say_on_each_kind_of_draft(exact_model):
+    """What states its chances is judged when it is there; what does not must be bounded before it is made."""
+    asked = []
+
+    class Blind(NowAndThen):
+        def begin(self, writer, requests, room):
+            run = super().begin(writer, requests, room)
+            run.width = 9
+            run.propose = lambda requests, seen, k: asked.append(k) or Draft(torch.full((len(requests), k), 1))
+            return run
+
+    policy, prompt, options = Strict(), PROMPTS[3], {"max_tokens": 40, "eos_ids": ()}
+    found = generate(exact_model, prompt, **options, drafter=FirstOf(NGram(n=2), Blind()), policy=policy)
+    assert found.tokens == generate(exact_model, prompt, **options).tokens
+    assert asked
+    assert set(asked) <= {1, 2}
+    assert {stated for _, stated in policy.checked} == {True, False}
+    assert max(k for k, stated in policy.checked if stated) > 2
 
 
 def test_what_does_not_fit_is_refused(exact_model):

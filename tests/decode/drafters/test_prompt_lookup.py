@@ -112,6 +112,9 @@ def test_ragged_rows_have_empty_places():
     assert draft.tokens.tolist() == [[3, 1, 2, 3], [-1] * 4, [4] * 4, [-1] * 4]
     assert proposals(PromptLookup(n=2, k=4), rows[1:2]) is None
     assert proposals(PromptLookup(n=2, k=4), rows, k=0) is None
+    for wrong in ({"k": 0}, {"n": 0}):
+        with pytest.raises(UsageError, match="lookup: n and k must be at least 1"):
+            PromptLookup(**wrong)
     assert proposals(PromptLookup(n=2, k=4, least=2), rows[2:3]) is None
 
 

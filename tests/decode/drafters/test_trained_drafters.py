@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 
 import pytest
 import torch
 from scipy.stats import chisquare
 from tests.decode.helpers import bart
 
-from volvelle.decode import Sampling, generate, generate_batch
+from volvelle.decode import (
+    Adaptive,
+    DraftModel,
+    EarlyExit,
+    FirstOf,
+    PromptLookup,
+    Sampling,
+    generate,
+    generate_batch,
+    speculation,
+)
 from volvelle.decode.contract import ALWAYS, Drafter
 from volvelle.decode.drafters import medusa as medusa_file
 from volvelle.decode.drafters import mtp as mtp_file
 from volvelle.decode.drafters.medusa import Medusa
 from volvelle.decode.drafters.mtp import MTP, following
 from volvelle.decode.drafters.opening import kind_of, open_drafter
-from volvelle.decode.trees import chain, product
+from volvelle.decode.policy import usual_policy
+from volvelle.decode.trees import Tree, chain, product
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.config import GatedMLP, LanguageConfig, RMSNorm, Rope
 from volvelle.systems.language.decoder import Decoder
@@ -243,6 +255,21 @@ def test_drawn_drafts_leave_the_distribution_as_it_is(kind, five):
     assert p_value(five, drawing(five, kind), 1500, sampling) > 1e-3
 
 
+SECOND_FIRST = {  # trees in which a head's second guess comes before its first, or without it
+    "grown": None,
+    "only the second": Tree((-1,), (0,), (1,)),
+    "sorted": Tree((-1, -1), (0, 0), (1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_FIRST)
+def test_draws_are_tried_in_their_order_whatever_a_tree_prefers(name, five):
+    heads = noisy(MedusaHeads.of(five, 2).to(five.dtype), std=0.3, seed=2)
+    heads.acceptance = torch.tensor([[0.2, 0.5, 0.1], [0.1, 0.3, 0.5]])
+    drafter = Medusa(heads, k=3, ranks=3, tree=SECOND_FIRST[name], drawn=True)
+    assert p_value(five, drafter, 1500, Sampling(temperature=1.1, seed=5)) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["heads", "sequential"])
 def test_a_wrong_q_is_seen(kind, five, monkeypatch):
     drafting = medusa_file.MedusaDrafting if kind == "heads" else mtp_file.MTPDrafting
@@ -254,6 +281,56 @@ def test_a_wrong_q_is_seen(kind, five, monkeypatch):
 
     monkeypatch.setattr(drafting, "propose", lying)
     assert p_value(five, drawing(five, kind), 1500, Sampling(temperature=1.1, seed=5)) < 1e-3
+
+
+class Clock:
+    """A clock that goes as it likes, another way each time."""
+
+    def __init__(self, seed):
+        self.random, self.now = random.Random(seed), 0.0
+
+    def perf_counter(self):
+        self.now += 10 ** self.random.uniform(-6, 0)
+        return self.now
+
+
+SEEDED = {
+    "chosen heads": lambda m: Medusa(heads_of(m), k=9, ranks=4),
+    "drawn heads": DRAFTERS["drawn"],
+    "sequential": DRAFTERS["sequential"],
+    "model": lambda m: DraftModel(noisy(copy.deepcopy(m), std=0.2), k=4),
+    "some layers": lambda m: EarlyExit(1),
+    "first of": lambda m: FirstOf(PromptLookup(n=2), DRAFTERS["sequential"](m)),
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_seed_gives_the_same_answer_whatever_the_clock_says(name, exact_model, monkeypatch):
+    drafter = SEEDED[name](exact_model)
+    assert drafter.draws == (name != "chosen heads")
+
+    def answers(**policy):
+        for seed in range(4):
+            monkeypatch.setattr(speculation, "time", Clock(seed))
+            options = {"max_tokens": 40, "sampling": Sampling(1.2, seed=7), "eos_ids": (), **policy}
+            yield tuple(generate(exact_model, PROMPTS[0], drafter=drafter, **options).tokens)
+
+    assert len(set(answers())) == 1
+    assert len(set(answers(policy=Adaptive()))) == 1 or drafter.draws, "chosen drafts take no random numbers"
+    assert isinstance(usual_policy(drafter, [Sampling(1.2), Sampling(seed=7)]), Adaptive)
+
+
+@pytest.mark.parametrize("name", ["fixed and drawn", "sequential", "parallel"])
+def test_a_rows_random_numbers_do_not_depend_on_the_other_rows(name, exact_model):
+    """Not even in its last steps, in which others may draft more than it may write."""
+    drafter = DRAFTERS.get(name, lambda m: Medusa(heads_of(m), k=6, tree=product([2, 1, 1]), ranks=2, drawn=True))
+    options = {"eos_ids": (), "drafter": drafter(exact_model), "policy": ALWAYS}
+    for seed in range(0, 20, 4):
+        sampling = Sampling(1.2, seed=seed)
+        found = generate_batch(exact_model, PROMPTS, sampling=sampling, max_tokens=9, **options)
+        for row, (prompt, answer) in enumerate(zip(PROMPTS, found, strict=True)):
+            own = Sampling(1.2, seed=seed + row)
+            assert generate(exact_model, prompt, sampling=own, max_tokens=9, **options).tokens == answer.tokens
 
 
 def test_what_comes_behind_each_token():

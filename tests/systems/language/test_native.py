@@ -165,6 +165,43 @@ def test_changes_of_weights_are_seen():
         torch.testing.assert_close(steps(model, ids, (3, 3)), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("by", ["load_state_dict", "an optimiser", "data"])
+def test_norms_and_biases_that_changed_in_place_are_seen(precision, by):
+    """In 16 bits the code reads copies of them; other weights it reads where they are."""
+    model, plain, ids = build(BIASED, precision), build(BIASED, precision, fused=False), some_ids(1, 6)
+    before = steps_without_gradients(model, ids)
+    small = {name: value for name, value in plain.state_dict().items() if "bias" in name or "norm" in name}
+    for value in small.values():
+        value.mul_(1.7).add_(0.3)  # tensors of a state dict are the weights themselves
+    if by == "load_state_dict":
+        model.load_state_dict(plain.state_dict())
+    elif by == "data":
+        for name, held in (*model.named_parameters(), *model.named_buffers()):
+            held.data.copy_(small.get(name, held))
+        fuse_projections(model)  # as every answer does; writing so can be seen only then
+    else:
+        for name, held in model.named_parameters():
+            held.grad = held.detach() - small[name] if name in small else None
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        for name, held in model.named_buffers():
+            if name in small:
+                held.copy_(small[name])
+    found = steps_without_gradients(model, ids)
+    assert model.model.straight is not None
+    assert not torch.equal(found, before)
+    fresh = build(BIASED, precision)
+    fresh.load_state_dict(model.state_dict())
+    fresh.model.straight = None
+    fuse_projections(fresh)
+    assert torch.equal(found, steps_without_gradients(fresh, ids))
+
+
+@torch.inference_mode()
+def steps_without_gradients(model, ids):
+    return steps(model, ids, (3, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -205,7 +242,7 @@ def test_a_cache_in_another_dtype_or_a_wide_step_is_left_to_torch():
 
 def linear(library, layer, x):
     held = []
-    weight = native._weight(layer, held)
+    weight = native._weight(layer, held, native.Copies())
     y = x.new_empty(len(x), layer.out_features)
     library.linear(ctypes.addressof(weight), x.data_ptr(), y.data_ptr(), len(x), int(x.dtype is torch.bfloat16), 1)
     return y

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from volvelle.decode.contract import Draft, Drafter, Drafting, Seen
 from volvelle.decode.loop import reader
 from volvelle.decode.request import Request, distributions
-from volvelle.decode.sampling import draw_rows
+from volvelle.decode.sampling import guess_rows
 from volvelle.decode.speculation import emptied, slack, together
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.encoder_decoder import Answering, EncoderDecoder
@@ -46,6 +46,11 @@ class DraftModel(Drafter):
     def modules(self) -> Sequence[nn.Module]:
         """The draft model."""
         return (self.model,)
+
+    @property
+    def draws(self) -> bool:
+        """True: as each request does."""
+        return True
 
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> Drafting:
         """Read the sources, and make a cache. Raises VolvelleError on another vocabulary."""
@@ -98,7 +103,8 @@ class ModelDrafting(Drafting):
         self.own, self.model, self.width, self._vocabulary = own, model, width, vocabulary
         b, room = len(requests), min(room, model.room)
         # Rows catch up side by side, so one that gained less leaves holes until the texts are moved together.
-        self.cache = own.new_cache(b, room + 1 + width + (width + slack(room) if b > 1 else 0))
+        slots = room + 1 + width + (width + slack(room) if b > 1 else 0)
+        self.cache, self._slots = own.new_cache(b, slots), model.ahead + slots
         self._behind: list[Seen] = []  # what the cache lacks
         self._forgotten: set[int] = set()
         self._has_newest = False
@@ -148,12 +154,19 @@ class ModelDrafting(Drafting):
             now = torch.zeros_like(newest, dtype=torch.bool)
             now[live] = True
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, first:]
-            mask = torch.cat((mask & now, now), 1)
+            ids, mask = packed(ids, torch.cat((mask & now, now), 1))
         self._behind, self._has_newest = [], True
         self._tidy(requests, longest, ids.shape[1])
-        state = self.own.hidden(self._known(ids), mask=mask, cache=self.cache)[:, -1:]
-        self.cache.commit(None if mask is None else side_by_side(mask))
-        return state
+        while True:
+            # One row may have much in the cache and another much to read: side by side that is more than there is room.
+            free = self._slots - self.cache.length - self.width
+            part, real = ids[:, :free], None if mask is None else mask[:, :free]
+            state = self.own.hidden(self._known(part), mask=real, cache=self.cache)
+            self.cache.commit(None if real is None else side_by_side(real))
+            ids, mask = ids[:, free:], None if mask is None else mask[:, free:]
+            if not ids.shape[1]:
+                return state[:, -1:]
+            self.cache.compact()
 
     def _tidy(self, requests: Sequence[Request], longest: int, new: int) -> None:
         """Free the slots of finished rows, and move the others together where holes are many; `new` slots follow."""
@@ -175,7 +188,7 @@ class ModelDrafting(Drafting):
         # A row takes numbers only for tokens it may still write: they do not depend on the other rows.
         uniforms = [r.uniform() if len(drafted[row]) < r.left - 1 else 0.5 for row, r in zip(live, some, strict=True)]
         token = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
-        token[live] = draw_rows(p, torch.tensor(uniforms, dtype=torch.float64))
+        token[live] = guess_rows(p, torch.tensor(uniforms, dtype=torch.float64))
         if all(request.sampling.greedy for request in some):
             return token, None
         if len(live) == len(requests):
@@ -207,6 +220,18 @@ class ModelDrafting(Drafting):
 def target_of(writer: Writer) -> LanguageModel:
     """The model that writes."""
     return writer.model if isinstance(writer, Answering) else writer
+
+
+def packed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of ids (b, n), those that `mask` marks, at the end of each row, in as few columns as they need.
+
+    >>> packed(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[True, False, True], [False, False, True]]))
+    (tensor([[1, 3],
+            [5, 6]]), tensor([[ True,  True],
+            [False,  True]]))
+    """
+    order = mask.to(torch.uint8).sort(dim=1, stable=True).indices[:, mask.shape[1] - int(mask.sum(1).max()) :]
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 def side_by_side(mask: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ class EarlyExit(Drafter):
         if not self.layers or self.layers[0] < 0 or list(self.layers) != sorted(set(self.layers)):
             raise UsageError(f"early exit: layers must be one or more rising numbers from 0 on, got {layers}")
 
+    @property
+    def draws(self) -> bool:
+        """True: as each request does."""
+        return True
+
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> Drafting:
         """Make a cache for these layers; raises UsageError where the target has too few."""
         target = target_of(writer)

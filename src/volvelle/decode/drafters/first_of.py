@@ -44,6 +44,11 @@ class FirstOf(Drafter):
         """The networks of all."""
         return [module for drafter in self.drafters for module in drafter.modules]
 
+    @property
+    def draws(self) -> bool:
+        """Whether any of them does."""
+        return any(drafter.draws for drafter in self.drafters)
+
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> FirstOfDrafting:
         """Make all ready; raises what any of them raises, and UsageError where two read the target differently."""
         return FirstOfDrafting([drafter.begin(writer, requests, room) for drafter in self.drafters])
@@ -58,6 +63,7 @@ class FirstOfDrafting(Drafting):
             raise UsageError(f"first of: {len(own)} drafters read the target in ways of their own, one can")
         self.parts, self.reader = parts, own[0] if own else parts[0]
         self.width = max(part.width for part in parts)
+        self.states = any(part.states for part in parts)
         self.untold: list[list[Seen]] = [[] for _ in parts]
         self.drafted: Drafting | None = None
 
@@ -71,11 +77,14 @@ class FirstOfDrafting(Drafting):
         return self.reader.read(writer, ids, mask, cache)
 
     def propose(self, requests: Sequence[Request], seen: Seen, k: int) -> Draft | None:
-        """Ask one after the other."""
+        """Ask one after the other; where the policy judges some by their chances, the others for what it allows."""
         for untold in self.untold:
             untold.append(seen)
         for part, untold in zip(self.parts, self.untold, strict=True):
-            draft = part.propose(requests, together(untold, requests), min(k, part.width))
+            most = k if part.states or not self.states or self.unstated is None else self.unstated(k)
+            if most < 1:
+                continue
+            draft = part.propose(requests, together(untold, requests), min(most, part.width))
             untold.clear()
             self.drafted = part if draft is not None else None
             if draft is not None:

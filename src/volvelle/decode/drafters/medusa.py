@@ -40,7 +40,7 @@ class Medusa(Drafter):
 
     `tree` is a fixed tree, of which a step takes the first nodes; None: the best for what was accepted so far. With
     `drawn` the guesses for sampled requests are drawn from the heads' distributions, without replacement, instead of
-    being their likeliest; both are exact.
+    being their likeliest; both are exact. Of a tree draws take the shape: siblings are draws in their order.
     """
 
     heads: MedusaHeads = field(repr=False)
@@ -63,6 +63,11 @@ class Medusa(Drafter):
     def modules(self) -> Sequence[nn.Module]:
         """The heads."""
         return (self.heads,)
+
+    @property
+    def draws(self) -> bool:
+        """Whether guesses are `drawn`."""
+        return self.drawn
 
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> MedusaDrafting:
         """Make ready for one run; raises VolvelleError where the heads do not fit the model."""
@@ -105,6 +110,7 @@ class MedusaDrafting(Drafting):
         candidates = self.head.words(logits.topk(self.ranks).indices).transpose(0, 1)
         q = None
         if self.options.drawn and not all(request.sampling.greedy for request in requests):
+            tree = tree.drawn()
             candidates, places = self._drawn(requests, logits, candidates)
             q = places[:, list(tree.heads)]
         self.guesses = candidates.tolist()
@@ -121,7 +127,8 @@ class MedusaDrafting(Drafting):
             before = candidates[:, :k, 0].tolist()
             q = distributions(requests, self.head.widened(one), before)
             for row, request in enumerate(requests):
-                if request.finish or request.sampling.greedy:
+                # A row takes numbers only for tokens it may still write: they do not depend on the other rows.
+                if request.finish or request.sampling.greedy or k >= request.left - 1:
                     continue
                 noise = torch.Generator(q.device).manual_seed(int(request.uniform() * 2**53))
                 race = q[row] / torch.empty_like(q[row]).exponential_(generator=noise)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from volvelle.decode.contract import Draft, Drafter, Drafting, Seen
 from volvelle.decode.drafters.fit import check_fit
 from volvelle.decode.request import distributions
-from volvelle.decode.sampling import draw_rows
+from volvelle.decode.sampling import guess_rows
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.language.decoder import Decoder
 from volvelle.systems.language.draft_head import DraftHead, DraftHeads
@@ -56,6 +56,11 @@ class MTP(Drafter):
     def modules(self) -> Sequence[nn.Module]:
         """The modules."""
         return (self.mtp,)
+
+    @property
+    def draws(self) -> bool:
+        """True: as each request does."""
+        return True
 
     def begin(self, writer: Writer, requests: Sequence[Request], room: int) -> MTPDrafting:
         """Allocate the modules' caches; raises VolvelleError where the modules do not fit the model."""
@@ -113,8 +118,10 @@ class _Draws:
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits (b, r) to tokens (b,)."""
         q = distributions(self.requests, self.head.widened(logits), self.drafted)
-        uniform = torch.tensor([r.uniform() for r in self.requests], dtype=torch.float64, device=q.device)
-        tokens = draw_rows(q, uniform)
+        # A row takes numbers only for tokens it may still write: they do not depend on the other rows.
+        place = len(self.q)
+        numbers = [r.uniform() if r.finish is None and place < r.left - 1 else 0.5 for r in self.requests]
+        tokens = guess_rows(q, torch.tensor(numbers, dtype=torch.float64, device=q.device))
         for row, token in zip(self.drafted, tokens.tolist(), strict=True):
             row.append(token)
         self.q.append(q)

@@ -94,6 +94,8 @@ class NGram(Drafter):
 class NGramDrafting(Drafting):
     """The counts of one run: of each row its own text's."""
 
+    states = True
+
     def __init__(self, drafter: NGram, requests: Sequence[Request], device: torch.device):
         self.width, self.drafter, self.device = drafter.k, drafter, device
         self.own = [self._begun(request) for request in requests]

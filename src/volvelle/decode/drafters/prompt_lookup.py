@@ -112,6 +112,8 @@ class PromptLookup(Drafter):
     texts: Sequence[Sequence[int]] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        if self.n < 1 or self.k < 1:
+            raise UsageError(f"lookup: n and k must be at least 1, got n={self.n}, k={self.k}")
         if not 1 <= self.least <= self.n:
             raise UsageError(f"lookup: least must be from 1 to n = {self.n}, got {self.least}")
         if not 1 <= self.branches <= self.k:

@@ -7,7 +7,8 @@ does without them.
 Weights of layers that read the same input are laid one below the other in one storage, and each layer's own parameter
 becomes a view of its rows: no name changes, no memory is doubled. The path is taken only without gradients, and only
 while the model is what it was prepared from; a cast, a replaced layer, a new weight or a hook is noticed, and the
-modules are called as usual. Weights changed in place (an optimiser, load_state_dict) are the same memory.
+modules are called as usual. Weights changed in place (an optimiser, load_state_dict) are the same memory, or are
+copied anew (native/step.py).
 
 Shapes: b batch, n tokens, r = b n rows, h heads, g key/value heads, d features a head.
 """
@@ -116,6 +117,12 @@ class Straight:
             return self.head(x)
         return apply_linear(head, x)
 
+    def renew(self) -> None:
+        """Copy anew what compiled code reads from copies: writing through `.data` leaves no version to tell of it."""
+        for compiled in (self.whole, self.head):
+            if compiled is not None:
+                compiled.copies.renew(always=True)
+
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width): all blocks, without the last norm."""
         if self.whole is not None and self.whole.takes(x, step):
@@ -170,6 +177,8 @@ def fuse_projections(model: Decoder) -> int:
     trunk = model.model
     if trunk.straight is None or not trunk.straight.watch.unchanged():
         trunk.straight = prepare(model, list(trunk.layers), model.lm_head)
+    else:
+        trunk.straight.renew()
     return 0 if trunk.straight is None else trunk.straight.groups
 
 

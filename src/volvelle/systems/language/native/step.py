@@ -1,7 +1,8 @@
 """A decoder's blocks, laid out for the compiled step, and the calls of it.
 
 The sums behind a row run in one order whatever else is in the step, so a token gets the same bits whether it comes
-alone, in a draft, or in a batch: the greedy answer of a speculating decoder is that of a plain one, bit for bit.
+alone, in a chain of drafts, or in a batch: the greedy answer of a speculating decoder is that of a plain one, bit for
+bit. (In a tree other branches lie between a token and what it attends to, and their gaps turn last bits.)
 
 Shapes: b texts, n tokens, rows = b n <= 32, h heads, g key/value heads, d features a head, m keys in reach.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ MOST = 32
 """Rows of one step."""
 GROUP, OUTPUTS, WIDEST, LONGEST = 32, 16, 128, 1 << 18
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_VERSION = operator.attrgetter("_version")
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -72,6 +75,37 @@ class _Call(ctypes.Structure):
     ]
 
 
+class Copies:
+    """What the code reads in fp32 of tensors that are stored otherwise (norms, biases), kept true to them.
+
+    Weights may change in place, by an optimiser or load_state_dict, and then the model is still the same to whoever
+    looks at its tensors: only their versions tell.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._counted: list[Tensor] = []  # those that have versions: tensors made in inference mode have none
+        self._versions: list[int] = []
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor's own memory where it is fp32 in one piece, else a copy."""
+        values = tensor.detach().float().contiguous()
+        if values.data_ptr() != tensor.data_ptr():
+            self._pairs.append((tensor, values))
+            self._counted += [] if tensor.is_inference() else [tensor]
+            self._versions = list(map(_VERSION, self._counted))
+        return values
+
+    def renew(self, *, always: bool = False) -> None:
+        """Copy anew where a version has changed: some 5 µs for 60 tensors; `always`: where it has not, too."""
+        versions = list(map(_VERSION, self._counted))
+        if always or versions != self._versions:
+            self._versions = versions
+            with torch.inference_mode():  # the copies may have been made in it
+                for source, values in self._pairs:
+                    values.copy_(source)
+
+
 class NativeLinear:
     """One layer's matrix for the compiled kernels: y = x Wᵀ + bias for any number of rows on the CPU."""
 
@@ -79,13 +113,14 @@ class NativeLinear:
         found = library()
         assert found is not None
         self.layer, self.out = layer, layer.out_features
-        self._call, self.held = found.linear, []
-        self.weight = _weight(layer, self.held)
+        self._call, self.held, self.copies = found.linear, [], Copies()
+        self.weight = _weight(layer, self.held, self.copies)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out); of other dtypes than fp32 and bf16 by the layer itself."""
         if x.dtype not in _KINDS:
             return self.layer(x)
+        self.copies.renew()
         rows = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.out))
         count, half = rows.numel() // rows.shape[-1], int(x.dtype is torch.bfloat16)
@@ -101,7 +136,8 @@ class NativeStep:
         assert found is not None
         config = model.config
         self.held: list[object] = []
-        self.table = (_Block * len(blocks))(*(_block(block, self.held) for block in blocks))
+        self.copies = Copies()
+        self.table = (_Block * len(blocks))(*(_block(block, self.held, self.copies) for block in blocks))
         mlp, norm = config.mlp, config.norm
         assert isinstance(mlp, c.GatedMLP)
         sizes = (len(blocks), config.width, config.heads, config.kv_heads, config.head_width, mlp.width)
@@ -132,6 +168,7 @@ class NativeStep:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """Map x (b, n, width) -> (b, n, width), and write the step's keys and values into its cache."""
+        self.copies.renew()
         b, n, _ = x.shape
         x = x.clone(memory_format=torch.contiguous_format)  # written to
         call, cache = _Call(b=b, n=n, causal=int(step.causal), threads=torch.get_num_threads()), step.cache
@@ -199,18 +236,18 @@ def _layers(block: nn.Module) -> Sequence[nn.Module]:
     )
 
 
-def _block(block: nn.Module, held: list[object]) -> _Block:
+def _block(block: nn.Module, held: list[object], copies: Copies) -> _Block:
     assert isinstance(block, PreNormBlock)
     norms = (block.input_layernorm, block.post_attention_layernorm)
-    gains = [norm.get_parameter("weight").detach().float().contiguous() for norm in norms]
+    gains = [copies.of(norm.get_parameter("weight")) for norm in norms]
     held += gains
-    weights = [_weight(layer, held) for layer in _layers(block)]
+    weights = [_weight(layer, held, copies) for layer in _layers(block)]
     return _Block(*(gain.data_ptr() for gain in gains), *weights)
 
 
-def _weight(layer: nn.Module, held: list[object]) -> _Weight:
+def _weight(layer: nn.Module, held: list[object], copies: Copies) -> _Weight:
     assert isinstance(layer, nn.Linear | WeightOnlyLinear)
-    bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+    bias = None if layer.bias is None else copies.of(layer.bias)
     if isinstance(layer, WeightOnlyLinear):
         assert isinstance(layer, Int4Linear | Int8Linear)
         kind, numbers = 3 if isinstance(layer, Int4Linear) else 2, layer.steps.shape[2]
