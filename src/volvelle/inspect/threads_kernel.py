@@ -37,7 +37,7 @@ class KernelThread:
 
 
 def kernel_threads(pid: int, proc: Path = PROC) -> list[KernelThread]:
-    """Every thread of process `pid`, by native id. Threads that end meanwhile are left out.
+    """Every thread of process `pid`, the main one first, then by native id. Threads that end meanwhile are left out.
 
     FileNotFoundError when there is no such process, PermissionError when /proc hides it.
     """
@@ -46,7 +46,8 @@ def kernel_threads(pid: int, proc: Path = PROC) -> list[KernelThread]:
         # A thread may end between the listing and the reading; reading then says "no such process".
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found.append(_parse((folder / "stat").read_text(errors="replace")))
-    return sorted(found, key=lambda thread: thread.native_id)
+    # Native ids begin anew at some height: a later thread's may be the lower one.
+    return sorted(found, key=lambda thread: (thread.native_id != pid, thread.native_id))
 
 
 def _parse(stat: str) -> KernelThread:
