@@ -161,6 +161,14 @@ def test_names_with_parentheses_and_spaces_are_read(tmp_path):
     assert found == threads_kernel.KernelThread(9, "a) R (b", "waiting for disk", 200 / tick, 100 / tick, 3)
 
 
+def test_the_main_thread_comes_first_where_numbers_began_anew(tmp_path):
+    fields = " ".join(["S", *["0"] * 37])
+    for number in (40, 9, 3):
+        (tmp_path / "9" / "task" / str(number)).mkdir(parents=True)
+        (tmp_path / "9" / "task" / str(number) / "stat").write_text(f"{number} (x) {fields}\n")
+    assert [t.native_id for t in threads_kernel.kernel_threads(9, tmp_path)] == [9, 3, 40]
+
+
 def test_another_process_from_proc_alone_says_what_is_missing(child, no_spy):
     process = child()
     report = live_threads(process.pid)
