@@ -5,7 +5,8 @@
 
 One process, the same weights (SmolLM2's Q4_1 file and what it dequantises to), the same prompts, rounds in turn.
 plain    greedy answers of a fixed length, to a short prompt and a long one
-drafts   greedy answers to 20 prompts with prompt lookup and every --drafter (a run of `volvelle draft`, or a model)
+drafts   greedy answers to 20 prompts with prompt lookup and every --drafter (a run of `volvelle draft`, a model, or
+         ngram: the counts of prompt and answer alone)
 curve    the time of a step of n tokens over that of one
 bitwise  what exact="bitwise" costs, and how many answers drafts change without and with it
 Writes results/decode.json as its parts finish; --quick takes one round of little work, and prints only. llama.cpp
@@ -35,6 +36,7 @@ from benchmarks.support import llama_peer
 from benchmarks.support.decode_prompts import PROMPTS
 from benchmarks.support.draft_race import Raced, Writer, race, tokens_of
 from volvelle import decode, hub
+from volvelle.decode.drafters.ngram import NGram
 from volvelle.decode.drafters.opening import open_drafter
 from volvelle.decode.drafters.prompt_lookup import PromptLookup
 from volvelle.decode.policy import Adaptive
@@ -208,7 +210,7 @@ def draft_rows(bench: Bench) -> None:
         own(precision, "plain", None)
         own(precision, "lookup", PromptLookup())
         for name, path in bench.options.drafter:
-            own(precision, name, open_drafter(path, bench.ours(precision)))
+            own(precision, name, NGram() if str(path) == "ngram" else open_drafter(path, bench.ours(precision)))
     steady = [name for name in writers if name.endswith("plain") or " " not in name or name.startswith("transformers")]
     raced = race(writers, {kind: bench.prompts(kind) for kind in PROMPTS}, steady=steady, most=bench.size.most)
     for precision in bench.options.precisions:
