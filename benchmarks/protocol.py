@@ -208,11 +208,13 @@ def write(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path
 def _dated(payload: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The payload, its machine's "earlier" naming the parts that are the stored ones: {part: {"cpu": …, "date": …}}."""
     now, then = payload.get("machine"), stored.get("machine")
-    if not now or not then or then["date"] == now["date"]:
+    if not now or not then:
         return payload
     known, before = _parts(payload), _parts(stored)
-    facts = {part: {name: then[name] for name in ("cpu", "date")} for part in before} | then.get("earlier", {})
-    earlier = {part: facts[part] for part, one in known.items() if before.get(part) == one}
+    # Two writes of one run may fall into one second: what they add is of one machine, what was earlier stays so.
+    stored_then = {} if then["date"] == now["date"] else {name: then[name] for name in ("cpu", "date")}
+    facts = (dict.fromkeys(before, stored_then) if stored_then else {}) | then.get("earlier", {})
+    earlier = {part: facts[part] for part, one in known.items() if part in facts and before.get(part) == one}
     bare = {key: value for key, value in now.items() if key != "earlier"}
     return payload | {"machine": bare | ({"earlier": earlier} if earlier else {})}
 

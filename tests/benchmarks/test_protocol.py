@@ -157,6 +157,8 @@ def test_what_a_record_keeps_of_another_machine_says_so(protocol, tmp_path):
     protocol.write("x", of("new", "2026-01-03T00", again, other, table={"b": 2}), tmp_path)
     machine = protocol.read("x", tmp_path)["machine"]
     assert {part: one["cpu"] for part, one in machine["earlier"].items()} == {"a 8": "old", "table": "mid"}
+    protocol.write("x", of("new", "2026-01-03T00", again, other, table={"b": 2}), tmp_path)  # in the same second
+    assert protocol.read("x", tmp_path)["machine"] == machine
     said = footer("x", machine)
     assert said.endswith("On mid, 2026-01-02: table. On old, 2026-01-01: a 8.")
     protocol.write("x", of("new", "2026-01-04T00", first, other | {"seconds": 9.0}), tmp_path)
