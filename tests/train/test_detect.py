@@ -212,6 +212,7 @@ def test_options_round_trip_and_are_checked():
         ({"keep": "best", "selection_share": 0.0}, "keep=best: needs"),
         ({"upside_down": 2.0}, "upside_down: must lie"),
         ({"anchors": -1}, "must not be negative"),
+        ({"shard": "fsdp"}, "not for detectors"),
     ):
         with pytest.raises(UsageError, match=message):
             TrainDetect(data="d", **bad)

@@ -148,6 +148,7 @@ def test_options_round_trip_and_are_checked():
         ({"shrink": 0.0}, "shrink: must lie"),
         ({"backbone": "resnett-50"}, "resnett-50"),
         ({"batch": 1, "crop": (32, 32)}, "cannot be normalised"),
+        ({"shard": "fsdp"}, "not for segmenters"),
     ):
         with pytest.raises(UsageError, match=message):
             TrainSegment(data="d", **bad)

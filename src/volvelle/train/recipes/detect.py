@@ -83,6 +83,8 @@ class TrainDetect(FitOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         named(self.model)
+        if self.shard == "fsdp":
+            raise UsageError("shard=fsdp: not for detectors, of which the best moment is kept whole", tip="shard=ddp")
         if not 0 <= self.selection_share < 1:
             raise UsageError(f"selection_share: must lie in [0, 1), got {self.selection_share}")
         if self.keep == "best" and self.selection_share == 0:

@@ -139,6 +139,8 @@ class TrainSegment(FitOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_config(self.backbone)
+        if self.shard == "fsdp":
+            raise UsageError("shard=fsdp: not for segmenters, of which the best moment is kept whole", tip="shard=ddp")
         if not 0 < self.selection_share < 1:
             raise UsageError(f"selection_share: must lie between 0 and 1, got {self.selection_share}")
         if len(self.crop) != 2 or (min(self.crop) < 32 and tuple(self.crop) != (0, 0)):
