@@ -164,6 +164,7 @@ def test_rank_0_evaluates_alone_and_waits_for_nobody(monkeypatch):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         model, group = Nested(), ShardedGroup()
+        model.unused = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         group.prepare({"model": model}, methods=("scores",))
         with group.whole({"model": model}), torch.no_grad():
             gathered.clear()

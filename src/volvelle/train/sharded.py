@@ -48,6 +48,8 @@ class ShardedGroup(Group):
         device = next(p.device for module in modules.values() for p in module.parameters())
         self.mesh, self._methods = init_device_mesh(device.type, (self.world,)), methods
         for module in modules.values():
+            for p in module.parameters():
+                p.data = p.data.contiguous()  # of weights in channels-last order there are no shards
             self._units += [fully_shard(block, mesh=self.mesh) for block in sharded_blocks(module)]
             # The root's weights (embeddings, head) are used beside its forward, so they stay whole until the backward.
             root = fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
