@@ -13,7 +13,7 @@ from volvelle.decode.bitwise import AnyWidth, FixedWidth, bitwise
 from volvelle.decode.contract import ALWAYS, Draft, Drafter, Drafting
 from volvelle.decode.drafters.ngram import NGram
 from volvelle.decode.generation import GREEDY, generate, limits
-from volvelle.decode.loop import run, step
+from volvelle.decode.loop import begin, step
 from volvelle.decode.options import Rules
 from volvelle.decode.request import Request
 from volvelle.decode.speculation import Help, first_path
@@ -77,7 +77,7 @@ def answer(model, drafter=None, prompt=PROMPT, tokens=60, make=bitwise):
         return logits, states
 
     with evaluating(model):
-        for _ in run(model, [request], help=None if drafter is None else Help(drafter), forward=noting, spare=spare):
+        for _ in begin(model, [request], help=None if drafter is None else Help(drafter), forward=noting, spare=spare):
             pass
     # a position is scored anew after a rejected draft: the last time counts
     scores = {start + i: row for start, logits in chosen[1:] for i, row in enumerate(logits)}

@@ -11,7 +11,7 @@ from volvelle.adapt import LoRA, PrefixTuning, apply, using
 from volvelle.decode import Rules, Sampling, generate, generate_batch, stream
 from volvelle.decode.accept_exact import EXACT
 from volvelle.decode.contract import ALWAYS, Accepted, Draft
-from volvelle.decode.loop import Help, reader, run, step, tree_mask
+from volvelle.decode.loop import Help, begin, reader, step, tree_mask
 from volvelle.decode.near_ties import is_near, known_error, measure_error, scattered_error
 from volvelle.decode.request import Limits, Request
 from volvelle.decode.speculation import SLACK, cut, scattered
@@ -372,7 +372,7 @@ def test_drafts_are_cut_by_depth():
 def test_a_run_without_drafts_asks_nothing_of_them():
     model = decoder()
     requests = [Request(model, PROMPTS[0], Sampling(), Limits(8, (), ()))]
-    for _ in run(model, requests):
+    for _ in begin(model, requests):
         pass
     assert requests[0].near_ties is None
     assert requests[0].drafted == [False] * 8

@@ -9,7 +9,7 @@ import torch
 
 from volvelle.decode import Medusa, Rules, Sampling, generate, generate_batch, stream
 from volvelle.decode.contract import Accepted, Draft, Drafter, Drafting
-from volvelle.decode.loop import Help, run
+from volvelle.decode.loop import Help, begin
 from volvelle.decode.request import Limits, Request
 from volvelle.decode.seats import Seats
 from volvelle.errors import UsageError, VolvelleError
@@ -309,7 +309,7 @@ def test_the_loop_carries_drafts(model, tree, width):
     answers = [generate(model, prompt, max_tokens=40).tokens for prompt in PROMPTS]
     requests = [Request(model, prompt, Sampling(), Limits(30, (), (47,))) for prompt in PROMPTS]
     drafter = Oracle(answers, width, tree)
-    for _ in run(model, requests, help=Help(drafter, greedy_accept)):
+    for _ in begin(model, requests, help=Help(drafter, greedy_accept)):
         pass
     assert [request.tokens for request in requests] == [answer.tokens for answer in plain]
     if width > 1:

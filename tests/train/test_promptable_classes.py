@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.systems.segmentation.sam import small
-from tests.train.test_promptable import recipe, run_of, write
+from tests.train.shapes import recipe, run_of, shapes
 
 from volvelle.data.masks_labels import VOID
 from volvelle.data.promptable import read_objects
@@ -23,11 +23,7 @@ from volvelle.train.promptable_objective import PromptObjective
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classes")
-    write(folder, "train", 8, 0)
-    write(folder, "val", 2, 1)
-    (folder / "classes.txt").write_text("background\nred\nblue\n")
-    return folder
+    return shapes(tmp_path_factory.mktemp("classes"))
 
 
 def maps(seed=0, shape=(2, 8, 12), classes=3):

@@ -8,32 +8,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.train.test_promptable import recipe, run_of, write
+from tests.train.shapes import random_sam, recipe, run_of, shapes
 
 from volvelle.cli.main import main
 from volvelle.data.promptable import read_objects
 from volvelle.data.promptable_clicks import Click
 from volvelle.data.promptable_objects import Listed
 from volvelle.data.run_lengths import RunLengths
-from volvelle.systems.segmentation.sam.load import sam, write_sam
+from volvelle.systems.segmentation.sam.load import write_sam
 from volvelle.train import promptable_measure
 from volvelle.train.promptable_measure import Measured, Seen, measure, replay
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("measured")
-    write(folder, "train", 8, 0)
-    write(folder, "val", 2, 1)
-    (folder / "classes.txt").write_text("background\nred\nblue\n")
-    return folder
+    return shapes(tmp_path_factory.mktemp("measured"))
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A small model with random weights, which no test changes."""
-    torch.manual_seed(0)
-    return sam("lite0", size=64)
+    """No test changes it."""
+    return random_sam()
 
 
 class Oracle:

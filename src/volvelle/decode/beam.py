@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from volvelle.decode.generation import GREEDY, finished, limits
-from volvelle.decode.loop import Accepted, Draft, run
+from volvelle.decode.loop import Accepted, Draft, begin
 from volvelle.decode.options import Beams, Rules
 from volvelle.decode.request import NO_RULES, Generation, Request
 from volvelle.decode.sampling import no_numbers
@@ -54,7 +54,7 @@ def beam_search(
     search = BeamSearch(requests, beams)
     started, first = time.perf_counter(), 0.0
     with evaluating(model):
-        for _ in run(model, requests, choose=search):
+        for _ in begin(model, requests, choose=search):
             first = first or time.perf_counter() - started
             if search.over:
                 break

@@ -181,8 +181,7 @@ def _decoded(
     """Decode to the end; to begin took `before` seconds."""
     started, ends, first = time.perf_counter() - before, [0.0] * len(requests), 0.0
     with evaluating(*models):
-        while not decoding.finished:
-            events = decoding.step()
+        for events in decoding:
             now = time.perf_counter() - started
             first = first or now
             for event in events:

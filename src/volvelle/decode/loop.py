@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from volvelle.parts.attention.cache import Cache
     from volvelle.systems.language.models import LanguageModel
 
-__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Help", "Seen", "begin", "choose_next", "run", "step"]
+__all__ = ["Accepted", "Draft", "Drafter", "Drafting", "Event", "Help", "Seen", "begin", "choose_next", "step"]
 
 Read = Callable[["Writer", Tensor, "Tensor | None", "Cache"], tuple[Tensor, Tensor]]
 """Runs the writer over a step's ids (b, n) with their mask: the final states, and those that a drafter sees."""
@@ -96,6 +96,11 @@ class Decoding:
         """Whether all rows are."""
         return all(request.finish for request in self.requests)
 
+    def __iter__(self) -> Iterator[list[Event]]:
+        """What each step gains, until every row is finished."""
+        while not self.finished:
+            yield self.step()
+
     def step(self) -> list[Event]:
         """Propose, score, accept, commit, observe: what the rows gained. At least one must be unfinished."""
         with computing(self.model):
@@ -133,21 +138,6 @@ class Decoding:
             return None, ids, None, 1
         ids = torch.cat((ids, draft.tokens.clamp(min=0)), dim=1)
         return draft, ids, tree_mask(draft, len(self.requests)), ids.shape[1]
-
-
-def run(
-    model: LanguageModel,
-    requests: Sequence[Request],
-    *,
-    choose: Rule = choose_next,
-    help: Help | None = None,
-    forward: Forward | None = None,
-    spare: int = 0,
-) -> Iterator[list[Event]]:
-    """Decode all requests together; yields what each step gained until every row is finished. See `begin`."""
-    decoding = begin(model, requests, choose=choose, help=help, forward=forward, spare=spare)
-    while not decoding.finished:
-        yield decoding.step()
 
 
 def begin(

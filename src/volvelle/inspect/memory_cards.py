@@ -132,11 +132,11 @@ def _sharded(trace: Trace, step: TrainingStep, ranks: int) -> Iterator[Moment]:
         passes, before = passes + (phase == "forward" != before), phase
         if passes > 1 and phase != "optimiser":  # a further micro-batch: as the first, beside what `Shards` adds
             continue
-        weights, gradients, optimiser, *rest = (sums[name] for name in CATEGORIES)
+        sizes = [sums[name] for name in CATEGORIES]
         if phase == "optimiser":  # it works on shards alone, and needs no block gathered
-            sizes = (weights, gradients, optimiser, *rest)
             yield Moment(index, phase, tuple(size / ranks for size in sizes), 0, constant=True)
         else:
+            weights, gradients, optimiser, *rest = sizes
             split = weights / ranks, shards.gradients(gradients), optimiser / ranks
             yield Moment(index, phase, (*split, *rest), shards.communication(index, phase))
 

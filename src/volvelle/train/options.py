@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from volvelle.errors import UsageError
 
@@ -19,6 +19,8 @@ class FitOptions:
     4
     """
 
+    unsharded: ClassVar[str] = ""
+    """What a recipe trains that shard=fsdp does not fit, and why not."""
     steps: int | None = None
     """Optimiser steps; when absent, `epochs` decides."""
     epochs: float = 1.0
@@ -83,6 +85,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}: must be at least 1, got {value}")
+        if self.shard == "fsdp" and self.unsharded:
+            raise UsageError(f"shard=fsdp: not for {self.unsharded}", tip="shard=ddp")
         if self.shard == "fsdp" and (self.all_reduce != "torch" or self.compress):
             raise UsageError("all_reduce and compress: are for shard=ddp; fsdp scatters its gradients itself")
         for name in ("epochs", "learning_rate", "rank_timeout"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from volvelle.errors import UsageError
 from volvelle.systems.detection.names import named
@@ -14,6 +14,8 @@ from volvelle.train.recipes.segment import SCENES
 @dataclass(frozen=True, kw_only=True)
 class TrainDetect(FitOptions):
     """Train a detector on pictures with boxes, watch it on a part of them, and measure it on others."""
+
+    unsharded: ClassVar[str] = "detectors, of which the best moment is kept whole"
 
     data: str = SCENES
     """A folder (VOC's XML, COCO's JSON: docs/detection.md), a JSON file, or scenes: garments on drawn backgrounds."""
@@ -83,8 +85,6 @@ class TrainDetect(FitOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         named(self.model)
-        if self.shard == "fsdp":
-            raise UsageError("shard=fsdp: not for detectors, of which the best moment is kept whole", tip="shard=ddp")
         if not 0 <= self.selection_share < 1:
             raise UsageError(f"selection_share: must lie in [0, 1), got {self.selection_share}")
         if self.keep == "best" and self.selection_share == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from volvelle.errors import UsageError
 from volvelle.systems.segmentation.sam.config import STRIDE, Light, find_config
@@ -14,6 +14,8 @@ from volvelle.train.recipes.segment import SCENES
 @dataclass(frozen=True, kw_only=True)
 class TrainPromptable(FitOptions):
     """Train Segment Anything by simulated clicks and boxes, choose its best moment by the IoU after one click."""
+
+    unsharded: ClassVar[str] = "promptable models, whose prompts use single weights"
 
     data: str = SCENES
     """A folder of images with masks (PNG, COCO's or SA-1B's JSON: docs/sam.md), a JSON file, or scenes of garments."""
@@ -90,8 +92,6 @@ class TrainPromptable(FitOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         config = find_config(self.model, self.size)
-        if self.shard == "fsdp":
-            raise UsageError("shard=fsdp: not for promptable models, whose prompts use single weights", tip="shard=ddp")
         if not 0 < self.selection_share < 1:
             raise UsageError(f"selection_share: must lie between 0 and 1, got {self.selection_share}")
         if len(self.crop) != 2 or any(side % STRIDE or not 0 <= side <= self.size for side in self.crop):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from volvelle.errors import UsageError
 from volvelle.systems.backbone.config import OutputStride
@@ -67,6 +67,8 @@ class LookOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainSegment(FitOptions):
     """Train a segmenter on images with masks, choose its best moment on a part of them, and measure it on others."""
+
+    unsharded: ClassVar[str] = "segmenters, of which the best moment is kept whole"
 
     data: str = SCENES
     """A folder of images and masks (docs/segmentation.md: layouts), or scenes: garments on drawn backgrounds."""
@@ -139,8 +141,6 @@ class TrainSegment(FitOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_config(self.backbone)
-        if self.shard == "fsdp":
-            raise UsageError("shard=fsdp: not for segmenters, of which the best moment is kept whole", tip="shard=ddp")
         if not 0 < self.selection_share < 1:
             raise UsageError(f"selection_share: must lie between 0 and 1, got {self.selection_share}")
         if len(self.crop) != 2 or (min(self.crop) < 32 and tuple(self.crop) != (0, 0)):
