@@ -140,6 +140,20 @@ def test_typical_acceptance_is_called_lossy(in_trained, capsys):
     assert "is lossy" in capsys.readouterr().out
 
 
+def test_drawn_drafts_with_a_seed_do_not_go_by_the_clock(in_trained, capsys):
+    words = ("generate", "runs/base", *LONG, "draft=runs/base", "stats=true", "sampling.temperature=1")
+    answers = []
+    for _ in range(2):
+        assert main([*words, "sampling.seed=1", "--json"]) == 0
+        out = capsys.readouterr()
+        answers.append(json.loads(out.out))
+        assert "draft lengths       the longest" in out.err
+    assert answers[0]["text"] == answers[1]["text"]
+    assert not {"draft_lengths", "switched_off", "cost_curve"} & set(answers[0])
+    assert main([*words, "--json"]) == 0
+    assert {"draft_lengths", "switched_off", "cost_curve"} <= set(json.loads(capsys.readouterr().out))
+
+
 def test_marks_by_the_stream(capsys, monkeypatch):
     def written() -> str:
         marks = Marks()

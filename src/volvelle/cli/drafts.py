@@ -167,12 +167,15 @@ class Answers:
     ) -> tuple[Generation, dict[str, Any]]:
         """Write the answer as it comes; return it and, with drafts, what --json says of them."""
         from volvelle.decode import generate
+        from volvelle.decode.policy import usual_policy
 
         rules = Rules() if rules is None else rules
         marks = Marks() if self.stats else None
+        policy = usual_policy(self.drafter, [sampling], self.policy) if self.drafter else self.policy
+        adaptive = policy is self.policy
         answer = generate(
             self.model, ids, sampling=sampling, max_tokens=max_tokens, stop=stop, rules=rules, drafter=self.drafter,
-            acceptance=self.acceptance, policy=self.policy, exact=self.exact,
+            acceptance=self.acceptance, policy=policy, exact=self.exact,
             on_token=(lambda token: write(token.text)) if marks is None else marks.push,
         )  # fmt: skip
         if marks is not None:
@@ -181,13 +184,14 @@ class Answers:
         say(cost_line(answer))
         if self.drafter is None:
             return answer, {}
-        record = _drafts_record(answer, self.policy.figures)
+        record = _drafts_record(answer) | (_choices(self.policy.figures) if adaptive else {})
         if marks is not None:
             plain = generate(
                 self.model, ids, sampling=sampling, max_tokens=max_tokens, stop=stop, rules=rules, exact=self.exact
             )
             record |= _against(answer, plain, sampling) | {"spans": marks.spans}
-            record["cost_curve"] = self.policy.steps.ratios(len(ids) + len(answer.tokens))
+            if adaptive:
+                record["cost_curve"] = self.policy.steps.ratios(len(ids) + len(answer.tokens))
             say(*_lines(record))
         return answer, record
 
@@ -231,7 +235,7 @@ def cost_line(answer: Generation) -> str:
     return f"[{len(answer.tokens)} tokens{drafts}, {reason}{rate}; {prompt}]"
 
 
-def _drafts_record(answer: Generation, figures: Figures) -> dict[str, Any]:
+def _drafts_record(answer: Generation) -> dict[str, Any]:
     """What came of the drafts."""
     return {
         "accepted_per_step": answer.accepted_per_step,
@@ -240,6 +244,12 @@ def _drafts_record(answer: Generation, figures: Figures) -> dict[str, Any]:
         "accepted": answer.accepted,
         "lossless": answer.lossless,
         "near_ties": answer.near_ties,
+    }
+
+
+def _choices(figures: Figures) -> dict[str, Any]:
+    """What the policy chose."""
+    return {
         "draft_lengths": {str(k): count for k, count in sorted(figures.chosen.items())},
         "switched_off": figures.switched_off,
     }
@@ -283,6 +293,8 @@ def _lines(record: dict[str, Any]) -> list[str]:
         lines.append("the answer          is lossy: typical acceptance keeps tokens that sampling would not")
     if record["near_ties"] is not None:
         lines.append(f"near ties           {record['near_ties']} tokens, which rounding might decide")
+    if "draft_lengths" not in record:
+        return [*lines, "draft lengths       the longest: with a seed, drafts that are drawn do not go by the clock"]
     chosen = ", ".join(f"{k}: {count}" for k, count in record["draft_lengths"].items())
     lines.append(f"draft lengths       {chosen} steps; switched off {record['switched_off']} times")
     curve = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in record["cost_curve"].items())

@@ -261,13 +261,13 @@ class AdaptivePacing(Pacing):
         self.figures.lost = max(self._lost / (self._tokens * plain), 0.0) if plain > 0 else 0.0
 
 
-def usual_policy(drafter: Drafter, samplings: Sequence[Sampling]) -> Policy:
-    """The policy where none is asked for: an `Adaptive` one, but where draws are to be the same every time.
+def usual_policy(drafter: Drafter, samplings: Sequence[Sampling], learned: Adaptive | None = None) -> Policy:
+    """The policy where none is asked for: `learned` or a fresh `Adaptive`, but where draws are to come out the same.
 
     How many random numbers drawn drafts take depends on their lengths, which `Adaptive` chooses by the clock.
     """
     seeded = any(one.seed is not None and not one.greedy for one in samplings)
-    return ALWAYS if seeded and drafter.draws else Adaptive()
+    return ALWAYS if seeded and drafter.draws else learned or Adaptive()
 
 
 def lengths(limit: int) -> list[int]:
