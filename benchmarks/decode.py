@@ -65,7 +65,7 @@ class Size:
     repeats: int  # steps a measurement of the cost curve
 
 
-FULL = Size(rounds=5, most=12, passes=3, new_tokens=32, longest=64, prompts=5, repeats=10)
+FULL = Size(rounds=5, most=12, passes=3, new_tokens=32, longest=64, prompts=5, repeats=30)
 QUICK = Size(rounds=1, most=1, passes=1, new_tokens=4, longest=8, prompts=1, repeats=1)
 
 
@@ -271,30 +271,28 @@ def curve_rows(bench: Bench) -> None:
 
 
 def bitwise_rows(bench: Bench) -> None:
-    """The cost of exact="bitwise", and the answers that prompt lookup changes without and with it."""
-    prompts = [ids for kind in PROMPTS for ids in bench.prompts(kind)]
+    """The cost of exact="bitwise", and the answers that prompt lookup changes without and with it.
+
+    All prompts are answered once, to be compared; two of each kind are timed.
+    """
+    kinds = [bench.prompts(kind) for kind in PROMPTS]
+    prompts, timed = [ids for some in kinds for ids in some], [ids for some in kinds for ids in some[:2]]
     for precision in bench.options.precisions:
-        model, answers = bench.ours(precision), Answers()
-        variants: dict[str, Callable[[], object]] = {}
-        for exact in ("default", "bitwise"):
-            for name, drafter in (("plain", None), ("lookup", PromptLookup())):
+        model = bench.ours(precision)
 
-                def run(
-                    answers: Answers = answers, exact: Any = exact, name: str = name, drafter: Any = drafter,
-                    model: Decoder = model,
-                ) -> None:  # fmt: skip
-                    done = (
-                        decode.generate(model, ids, max_tokens=bench.size.longest, drafter=drafter, exact=exact)
-                        for ids in prompts
-                    )
-                    answers[f"{exact} {name}"] = [one.tokens for one in done]
+        def answers(
+            prompts: Sequence[list[int]], exact: Any, drafter: Any = None, model: Decoder = model
+        ) -> list[list[int]]:
+            options: dict[str, Any] = {"drafter": drafter, "exact": exact, "max_tokens": bench.size.longest}
+            return [decode.generate(model, ids, **options).tokens for ids in prompts]
 
-                variants[f"{exact} {name}"] = run
-        series = bench.race(variants, passes=1)  # each takes half a minute
+        variants = {exact: (lambda exact=exact: answers(timed, exact)) for exact in ("default", "bitwise")}
+        series = bench.race(variants, passes=1)
         row: Row = {"what": "bitwise", "precision": precision, "answers": len(prompts)}
-        row["cost"] = protocol.compare(series, "default plain", "bitwise plain")
-        for exact in ("default", "bitwise"):
-            row[f"flips {exact}"] = len(prompts) - same(answers[f"{exact} plain"], answers[f"{exact} lookup"])
+        row["cost"] = protocol.compare(series, "default", "bitwise")
+        for exact in variants:
+            found = same(answers(prompts, exact), answers(prompts, exact, PromptLookup()))
+            row[f"flips {exact}"] = len(prompts) - found
         bench.keep(row)
         print(
             f"bitwise {precision}: a plain answer takes {protocol.shown(row['cost'])} the time; answers changed by "

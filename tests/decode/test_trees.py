@@ -67,6 +67,7 @@ def test_ranks_need_not_be_sorted_and_nothing_is_grown_in_vain():
 
 def test_static_trees():
     assert chain(0).size == chain(0).depth == 0
+    assert chain(3) == Tree((-1, 0, 1), heads=(0, 1, 2), ranks=(0, 0, 0))
     assert chain(3).is_chain
     assert chain(3).depth == 3
     whole = product([2, 3, 1])

@@ -53,7 +53,7 @@ TARGETS = {
 }
 
 REVIEWED = (
-    "decode/accept_exact", "decode/accept_typical", "parts/metrics/confusion", "parts/metrics/overlap",
+    "decode/accept_exact", "decode/accept_typical", "decode/trees", "parts/metrics/confusion", "parts/metrics/overlap",
     "parts/metrics/average_precision", "parts/metrics/rouge", "parts/metrics/psnr",
 )  # fmt: skip
 """The files whose survivors were looked at, one by one: what runs when no file is named."""
