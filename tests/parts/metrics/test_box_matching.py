@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tests.parts.metrics.test_average_precision import figures_of, one
+
+from volvelle.parts.metrics import box_matching
 
 
 def test_ranges_of_area_hold_their_ends():
@@ -46,3 +50,50 @@ def test_detections_beyond_the_last_limit_are_cut_off():
     assert float(figures["mar_2"]) == pytest.approx((2 / 3 + 1) / 2)
     assert figures["mar_2_per_class"].tolist() == pytest.approx([2 / 3, 1])
     assert figures["map_50_per_class"].tolist() == pytest.approx([67 / 101, 1])
+
+
+def test_an_overlap_just_below_one_counts_as_one():
+    """As in pycocotools, whose largest threshold lies a ten-thousand-millionth below 1."""
+    for less, hit in ((5e-11, 1.0), (5e-10, 0.0)):
+        found, there = one([[0, 0, 1, 1 - less]], [0], [0.9]), one([[0, 0, 1, 1]], [0])
+        found, there = ({**x, "boxes": x["boxes"].double()} for x in (found, there))
+        found["boxes"][0, 3] = 1 - less
+        assert float(figures_of([(found, there)], iou_thresholds=[1.0]).compute()["map"]) == pytest.approx(hit)
+
+
+def test_boxes_without_area_overlap_nothing():
+    boxes = torch.tensor([[[3.0, 3, 3, 3], [0, 0, 4, 4]]])
+    crowd = torch.tensor([[False, False]])
+    assert box_matching.overlaps(boxes, boxes, crowd).tolist() == [[[0, 0], [0, 1]]]
+    assert box_matching.overlaps(boxes, boxes, ~crowd).tolist() == [[[0, 0], [0, 1]]]
+
+
+def blocks_of(counts, monkeypatch, block):
+    """(detections, objects) of the cells of each block, for pictures of one class with so many of each."""
+    monkeypatch.setattr(box_matching, "BLOCK", block)
+    pictures = []
+    for many, there in counts:
+        found, truth = one([[0, 0, 9, 9]] * many, [0] * many, [0.5] * many), one([[0, 0, 9, 9]] * there, [0] * there)
+        pictures += figures_of([(found, truth)]).pictures
+    classes = torch.zeros(1, dtype=torch.int64)
+    found = box_matching._detections(pictures, classes, None)
+    blocks = box_matching._blocks(pictures, classes, found)
+    return [list(zip((c.mask).sum(1).tolist(), c.there.sum(1).tolist(), strict=True)) for _, c in blocks]
+
+
+def test_blocks_hold_cells_of_like_size_as_many_as_fit(monkeypatch):
+    """By detections, then by objects; a block is full where one more cell would not fit, a large one stands alone."""
+    draw = torch.Generator().manual_seed(0)
+    counts = [(1 + int(a), int(b)) for a, b in torch.randint(0, 6, (40, 2), generator=draw)]
+    in_order = sorted(counts)
+
+    def pairs(cells):
+        return len(cells) * max(many for many, _ in cells) * max(1, *(there for _, there in cells))
+
+    for block in (1, 12, 60):
+        found = blocks_of(counts, monkeypatch, block)
+        assert [cell for cells in found for cell in cells] == in_order
+        assert all(len(cells) == 1 or pairs(cells) <= block for cells in found)
+        assert all(pairs([*cells, after[0]]) > block for cells, after in itertools.pairwise(found))
+    assert len(blocks_of(counts, monkeypatch, 10**6)) == 1
+    assert blocks_of([(2, 0), (1, 0)], monkeypatch, 60) == [[(1, 0), (2, 0)]], "no object at all"

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 1 << 16
 """The most pairs of a detection and an object in one block of cells."""
@@ -185,8 +186,11 @@ def _blocks(pictures: Sequence[Picture], classes: Tensor, found: Detections) -> 
     """Cells with detections in padded blocks of similar ones, and the detections' numbers (c, d), -1 where padded."""
     objects, cells = _joined(pictures, classes, 3, 4)
     order = cells.argsort(stable=True)
-    cells, objects = cells[order], objects.reshape(-1, 4)[order]
+    cells = cells[order]
     ignored, areas = (_joined(pictures, classes, field, 4)[0][order] for field in (5, 6))
+    # One row more, for a place without an object to point at where there is none at all.
+    objects = F.pad(objects.reshape(-1, 4)[order], (0, 0, 0, 1))
+    ignored, areas = F.pad(ignored.bool(), (0, 1)), F.pad(areas, (0, 1))
     own = found.cells.unique()
     spans = [(torch.searchsorted(x, own), torch.searchsorted(x, own, right=True)) for x in (found.cells, cells)]
     (first, end), (first_object, end_object) = spans
@@ -196,11 +200,7 @@ def _blocks(pictures: Sequence[Picture], classes: Tensor, found: Detections) -> 
         rows = _spread(first[block], many[block])
         theirs = _spread(first_object[block], there[block])
         at, of = rows.clamp(min=0), theirs.clamp(min=0)
-        if not len(cells):
-            nothing = theirs >= 0
-            yield rows, Cells(found.boxes[at], rows >= 0, _zeros(theirs, 4), nothing, nothing, _zeros(theirs))
-            continue
-        yield rows, Cells(found.boxes[at], rows >= 0, objects[of], theirs >= 0, ignored[of].bool(), areas[of])
+        yield rows, Cells(found.boxes[at], rows >= 0, objects[of], theirs >= 0, ignored[of], areas[of])
 
 
 def _chunks(order: Sequence[int], many: Sequence[int], there: Sequence[int]) -> Iterator[list[int]]:
@@ -220,7 +220,3 @@ def _spread(first: Tensor, count: Tensor) -> Tensor:
     """Numbers (c, most) from each `first` on, `count` of them, then -1; one column at least."""
     steps = torch.arange(max(1, int(count.max())))
     return torch.where(steps < count[:, None], first[:, None] + steps, -1)
-
-
-def _zeros(like: Tensor, *more: int) -> Tensor:
-    return torch.zeros(*like.shape, *more, dtype=torch.float64)
