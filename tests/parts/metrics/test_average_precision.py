@@ -344,9 +344,12 @@ def test_bad_pictures_leave_nothing_behind():
     with pytest.raises(ValueError, match="1 pictures of detections and 2 of objects"):
         figures.update([one([], [], [])], [good, good])
     assert len(figures) == 0
-    for bad in ({"iou_thresholds": [0.5, 1.5]}, {"max_detection_thresholds": (10, 1)}, {"iou_thresholds": []}):
-        with pytest.raises(ValueError, match="MeanAveragePrecision: "):
-            MeanAveragePrecision(**bad)
+    for thresholds in ([0.5, 1.5], [0.0, 0.5], []):
+        with pytest.raises(ValueError, match=r"iou_thresholds must lie in \(0, 1\]"):
+            MeanAveragePrecision(iou_thresholds=thresholds)
+    for limits in ((10, 1), (1, 1), (0, 1), ()):
+        with pytest.raises(ValueError, match="max_detection_thresholds must rise from 1 or more"):
+            MeanAveragePrecision(max_detection_thresholds=limits)
 
 
 def test_ranks_together_are_the_whole(monkeypatch):

@@ -45,11 +45,38 @@ def test_detections_beyond_the_last_limit_are_cut_off():
     """The surest of a class in a picture, in each class and picture apart."""
     boxes = [[20.0 * i, 0, 20 * i + 10, 10] for i in range(4)]
     there, found = one(boxes, [0, 0, 0, 1]), one(boxes, [0, 0, 0, 1], [0.9, 0.8, 0.7, 0.1])
-    figures = figures_of([(found, there)] * 2, max_detection_thresholds=(1, 2)).compute()
-    assert float(figures["mar_1"]) == pytest.approx((1 / 3 + 1) / 2)
-    assert float(figures["mar_2"]) == pytest.approx((2 / 3 + 1) / 2)
-    assert figures["mar_2_per_class"].tolist() == pytest.approx([2 / 3, 1])
-    assert figures["map_50_per_class"].tolist() == pytest.approx([67 / 101, 1])
+    for limits in ((1, 2), (1, 2, 3)):
+        figures = figures_of([(found, there)] * 2, max_detection_thresholds=limits).compute()
+        assert float(figures["mar_1"]) == pytest.approx((1 / 3 + 1) / 2)
+        assert float(figures["mar_2"]) == pytest.approx((2 / 3 + 1) / 2)
+        assert figures[f"mar_{limits[-1]}_per_class"].tolist() == pytest.approx([limits[-1] / 3, 1])
+        assert figures["map_50_per_class"].tolist() == pytest.approx([(67 if len(limits) == 2 else 101) / 101, 1])
+
+
+def test_figures_of_one_threshold_and_of_all():
+    """An IoU of 0.6 is a hit at 0.5, 0.55 and 0.6."""
+    found, there = one([[0, 0, 10, 6]], [0], [0.9]), one([[0, 0, 10, 10]], [0])
+    figures = figures_of([(found, there)]).compute()
+    assert figures["map_50_per_class"].tolist() == pytest.approx([1])
+    assert figures["map_per_class"].tolist() == pytest.approx([0.3])
+    without = figures_of([(found, there)], iou_thresholds=[0.75]).compute()
+    assert without["map_50_per_class"].tolist() == [-1], "0.5 was not asked for"
+
+
+def test_a_class_without_objects_has_no_figure():
+    found, there = one([[0, 0, 10, 10], [0, 0, 9, 9]], [0, 4], [0.9, 0.8]), one([[0, 0, 10, 10]], [0])
+    figures = figures_of([(found, there)])
+    assert figures.voc()["map_per_class"].tolist() == pytest.approx([1, -1])
+    assert float(figures.voc()["map"]) == pytest.approx(1)
+    assert figures.compute()["map_per_class"].tolist() == pytest.approx([1, -1])
+    assert figures.compute()["classes"].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("area", [0.0, 0.5])
+def test_an_object_without_area_is_a_small_one(area):
+    found, there = one([[0, 0, 10, 10]], [0], [0.9]), one([[0, 0, 10, 10]], [0], area=torch.tensor([area]))
+    figures = figures_of([(found, there)]).compute()
+    assert [float(figures[f"map{name}"]) for name in ("", "_small", "_medium")] == pytest.approx([1, 1, -1])
 
 
 def test_an_overlap_just_below_one_counts_as_one():
@@ -66,6 +93,14 @@ def test_boxes_without_area_overlap_nothing():
     crowd = torch.tensor([[False, False]])
     assert box_matching.overlaps(boxes, boxes, crowd).tolist() == [[[0, 0], [0, 1]]]
     assert box_matching.overlaps(boxes, boxes, ~crowd).tolist() == [[[0, 0], [0, 1]]]
+
+
+def test_overlaps_of_boxes_of_less_than_a_pixel():
+    boxes = torch.tensor([[[0.0, 0, 0.5, 0.5], [0.0, 0, 0.25, 0.5], [1.0, 1, 2, 2]]])
+    found = box_matching.overlaps(boxes, boxes, torch.zeros(1, 3, dtype=torch.bool))
+    assert found.tolist() == [[[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]]]
+    crowd = box_matching.overlaps(boxes, boxes, torch.ones(1, 3, dtype=torch.bool))
+    assert crowd.tolist() == [[[1, 0.5, 0], [1, 1, 0], [0, 0, 1]]], "the share of the detection"
 
 
 def blocks_of(counts, monkeypatch, block):
