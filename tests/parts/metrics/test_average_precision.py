@@ -305,6 +305,7 @@ def test_empty_pictures():
     assert all(float(figures.compute()[name]) == -1 for name in NAMES)
     assert float(figures.voc()["map"]) == -1
     assert float(MeanAveragePrecision().compute()["map"]) == -1
+    assert MeanAveragePrecision().compute()["classes"].shape == (0,)
     figures.update([nothing], [one([[0, 0, 9, 9]], [4])])
     assert float(figures.compute()["map"]) == 0
     figures.update([one([[0, 0, 9, 9]], [4], [0.9])], [nowhere])  # a false alarm where nothing is
@@ -330,6 +331,17 @@ def test_reduced_precision_and_order_of_pictures():
     assert torch.allclose(whole.compute()["map"], figures_of(pairs[::-1]).compute()["map"], atol=1e-12)
     halves = [({k: v.bfloat16() if k == "scores" else v for k, v in p.items()}, t) for p, t in pairs]
     assert figures_of(halves).compute()["map"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(("side", "field"), [(0, "scores"), (0, "labels"), (1, "labels"), (1, "iscrowd"), (1, "area")])
+def test_a_field_of_another_length_than_the_boxes_is_named(side, field):
+    pair = [one([[0, 0, 9, 9]] * 2, [0, 0], [0.5, 0.4]), one([[0, 0, 9, 9]] * 2, [0, 0])]
+    pair[1] |= {"iscrowd": torch.tensor([False, False]), "area": torch.tensor([81.0, 81.0])}
+    MeanAveragePrecision().update([pair[0]], [pair[1]])
+    pair[side] |= {field: pair[side][field][:1]}
+    names = {(1, "labels"): "classes", (1, "iscrowd"): "ignored", (1, "area"): "areas"}
+    with pytest.raises(ValueError, match=f"2 boxes, and {names.get((side, field), field)} of shape"):
+        MeanAveragePrecision().update([pair[0]], [pair[1]])
 
 
 def test_bad_pictures_leave_nothing_behind():

@@ -19,6 +19,8 @@ def test_ranges_of_area_hold_their_ends():
         for name in ("small", "medium", "large"):
             assert float(found[f"map_{name}"]) == pytest.approx(1.0 if name in names else -1.0)
             assert float(found[f"mar_{name}"]) == pytest.approx(1.0 if name in names else -1.0)
+        for name in ("map", "map_50", "mar_100"):
+            assert found[f"{name}_per_class"].tolist() == pytest.approx([1.0]), "of objects of all areas"
 
 
 def test_the_threshold_itself_is_a_hit():
