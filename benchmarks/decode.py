@@ -261,7 +261,7 @@ def curve_rows(bench: Bench) -> None:
                 for _ in range(bench.size.repeats):
                     model.logits(model.hidden(ids[:, 200 : 200 + n], cache=cache))
 
-        series = bench.race({str(n): (lambda n=n: step(n)) for n in WIDTHS})
+        series = bench.race({str(n): (lambda n=n: step(n)) for n in WIDTHS}, steady=["1"])
         row: Row = {"what": "curve", "precision": precision}
         row["milliseconds"] = {n: 1e3 * one.summary()["wall_median"] / bench.size.repeats for n, one in series.items()}
         row["ratios"] = {n: 1 / r if (r := protocol.compare(series, n, "1")["ratio"]) else None for n in series}

@@ -1,13 +1,14 @@
 """The figures of finished training runs, for the pages that quote them.
 
-    python -m benchmarks.trained camvid|bccd|clicks|codecs RUN [RUN …]
+    python -m benchmarks.trained camvid|bccd|clicks|codecs RUN [RUN …] [--alone RUN]
     python -m benchmarks.trained priors RUN [RUN …] --judge RUN --data DATA
     python -m benchmarks.trained captions RUN [RUN …] --data DATA
 
 Reads the run folders of `volvelle train`, and adds what they found to results/NAME.json; a run of the same name is
 replaced. Nothing is trained here; the page says with which command. Priors are also asked for pictures of every class,
 which the judge, a run of `train classify`, is shown; those that were told the captions of scenes, for garments of every
-colour.
+colour. Where a machine was busy with other things too, --alone names the beginning of the same training, interrupted
+after some steps and with nothing beside it: its median step says how long the whole takes.
 """
 
 from __future__ import annotations
@@ -61,6 +62,16 @@ def figures(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
+def alone(path: Path, beside: Path) -> dict[str, Any]:
+    """The median step of the beginning of the same training as `beside`, on an idle machine, and how many there are."""
+    run, whole = RunFolder.open(path), RunFolder.open(beside)
+    differing = {key for key, value in whole.config().items() if run.config().get(key) != value}
+    if differing:
+        raise VolvelleError(f"{path} is another training than {beside}: {', '.join(sorted(differing))}")
+    steps = [record["seconds"] for record in run.metrics() if record["event"] == "train"]
+    return {"alone_seconds": statistics.median(steps), "alone_steps": len(steps)}
+
+
 def drawn(path: Path, judge: Path, data: str) -> dict[str, Any]:
     """What a classifier makes of a prior's pictures, and how far its features are from those of real ones."""
     who = open_judge(str(judge))
@@ -81,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(KINDS))
     parser.add_argument("run", type=Path, nargs="+")
+    parser.add_argument("--alone", type=Path, help="the beginning of the same training, with nothing beside it")
     parser.add_argument("--judge", type=Path, help="priors: a run of train classify")
     parser.add_argument("--data", help="priors, captions: whose held-out part they are measured on")
     options = parser.parse_args()
@@ -91,6 +103,8 @@ def main() -> None:
     kept = {row["run"]: row for row in protocol.read(options.name).get("runs", [])}
     for path in options.run:
         row = figures(path, KINDS[options.name])
+        if options.alone:
+            row |= alone(options.alone, path)
         if options.name == "priors":
             row |= drawn(path, options.judge, options.data)
         if options.name == "captions":

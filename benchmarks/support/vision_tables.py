@@ -177,7 +177,10 @@ def trained(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     for row in record["runs"]:
         told = " | ".join(f"{row['after'][name]:.3f}" for name in columns)
         minutes = f"{row['training_seconds'] / 60:.1f} of {row['seconds'] / 60:.1f}"
-        if "step_seconds" in row:  # steps of a machine that was busy for a while are told from those of the training
+        if "alone_steps" in row:
+            first, whole = row["alone_steps"], row["steps"] * row["alone_seconds"] / 60
+            minutes += f"; {whole:.1f} at the median of its first {first} steps with nothing beside them"
+        elif "step_seconds" in row:  # steps of a machine that was busy for a while are told from those of the training
             minutes += f"; {row['steps'] * row['step_seconds'] / 60:.1f} at the median step"
         lines.append(f"| {row['run']}, seed {row['seed']} | {told} | {row['steps']} | {minutes} |")
     machine, dates = record["machine"], sorted({row["date"][:10] for row in record["runs"]})
