@@ -31,7 +31,7 @@ from torch import Tensor, nn
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import protocol, tables
-from benchmarks.support.sam_peer import enliven, small_config, their_generator, their_sam
+from benchmarks.support.sam_peer import centre, enliven, small_config, their_generator, their_sam
 from volvelle.data.images import read_image
 from volvelle.data.run_lengths import RunLengths
 from volvelle.systems.segmentation.sam import Everything, EverythingOptions, Promptable, Sam, load_sam, sam, write_sam
@@ -80,7 +80,7 @@ def build(run: Path | None, *, quick: bool) -> Sam:
     torch.manual_seed(0)
     if run is not None:
         return load_sam(run)
-    return enliven(sam(small_config(256) if quick else "vit_b"))
+    return centre(enliven(sam(small_config(256) if quick else "vit_b")), photo())
 
 
 def fresh(model: Sam) -> Sam:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from volvelle.claims.peer_ops import torchvision_ops
-from volvelle.systems.segmentation.sam import Sam, SamConfig
+from volvelle.systems.segmentation.sam import Promptable, Sam, SamConfig
 from volvelle.systems.segmentation.sam.config import Decoder, ViT
 
 
@@ -145,6 +145,35 @@ def enliven(model: Sam, seed: int = 0, *, logits: float = 4.0) -> Sam:
     last = model.mask_decoder.iou_prediction_head.layers[-1]
     last.weight.mul_(0.2 / float(iou.std()))
     last.bias.mul_(0.2 / float(iou.std())).add_(0.5 - float(iou.mean()) * 0.2 / float(iou.std()))
+    return model
+
+
+@torch.no_grad()
+def centre(model: Sam, picture: Image.Image, *, logits: float = 4.0, prompts: int = 32) -> Sam:
+    """Shift and scale each mask's logits so that on this picture they have mean 0 and a standard deviation of `logits`.
+
+    The logits of a mask are (W h + b) · u at each place, u being the embedding grown: their mean moves with b along the
+    mean of u, which is its gradient.
+    """
+    decoder, draw = model.mask_decoder, torch.Generator().manual_seed(0)
+    seen = Promptable(model).embed(picture)
+    points = torch.rand(1, prompts, 1, 2, generator=draw) * torch.tensor([picture.width, picture.height])
+    points = points * (model.config.size / max(picture.size))
+    sparse, dense = model.prompt_encoder(points, torch.ones(points.shape[:-1], dtype=torch.int64), None)
+    last = [network.layers[-1] for network in decoder.output_hypernetworks_mlps]
+
+    def asked() -> Tensor:
+        return decoder(seen.features, model.prompt_encoder.position(), sparse, dense, None)[0]
+
+    for part, spread in zip(last, asked().std((-1, -2)).mean((0, 1)).tolist(), strict=True):
+        part.weight.mul_(logits / spread)
+        part.bias.mul_(logits / spread)
+    with torch.enable_grad():
+        biases = [part.bias.requires_grad_() for part in last]
+        means = asked().mean((0, 1, 3, 4))
+        for number, (bias, mean) in enumerate(zip(biases, means, strict=True)):
+            slope = torch.autograd.grad(mean, bias, retain_graph=number < len(biases) - 1)[0]
+            bias.data -= slope * (float(mean.detach()) / float(slope.square().sum()))
     return model
 
 
