@@ -1,12 +1,14 @@
 """Decoding: our own speeds in fp32, bf16, int8 and int4, with and without drafts, beside transformers and llama.cpp.
 
-    python -m benchmarks.decode [--quick] [--only plain drafts curve bitwise] [--rounds 5] [--threads N]
+    python -m benchmarks.decode [--quick] [--only plain drafts accepted curve bitwise] [--rounds 5] [--threads N]
                                 [--drafter NAME=PATH …] [--precisions bf16 int4]
 
 One process, the same weights (SmolLM2's Q4_1 file and what it dequantises to), the same prompts, rounds in turn.
 plain    greedy answers of a fixed length, to a short prompt and a long one
 drafts   greedy answers to 20 prompts with prompt lookup and every --drafter (a run of `volvelle draft`, a model, or
          ngram: the counts of prompt and answer alone)
+accepted what stays of drafts that are always made, and are as long as a drafter makes them, without the clock: lookup,
+         n-grams, the model without a third of its layers, and every --drafter
 curve    the time of a step of n tokens over that of one
 bitwise  what exact="bitwise" costs, and how many answers drafts change without and with it
 Writes results/decode.json as its parts finish; --quick takes one round of little work, and prints only. llama.cpp
@@ -36,6 +38,8 @@ from benchmarks.support import llama_peer
 from benchmarks.support.decode_prompts import PROMPTS
 from benchmarks.support.draft_race import Raced, Writer, race, tokens_of
 from volvelle import decode, hub
+from volvelle.decode.contract import ALWAYS
+from volvelle.decode.drafters.early_exit import EarlyExit, without
 from volvelle.decode.drafters.ngram import NGram
 from volvelle.decode.drafters.opening import open_drafter
 from volvelle.decode.drafters.prompt_lookup import PromptLookup
@@ -77,7 +81,8 @@ class Bench:
         self.file = Path(hub.fetch(MODEL))
         self.rows: list[Row] = [] if options.quick else protocol.read("decode").get("rows", [])
         self._models: dict[str, Any] = {}
-        self.facts: Row = {}
+        known = {} if options.quick else protocol.read("decode").get("machine", {})
+        self.facts: Row = {name: known[name] for name in ("llama.cpp",) if name in known}  # of rows that are kept
 
     def ours(self, precision: str) -> Decoder:
         """Our model. int4 is the file's own grid; int8 is rounded from the dequantised weights."""
@@ -246,6 +251,37 @@ def _draft_row(precision: str, name: str, raced: Raced) -> Row:
     return row
 
 
+def accepted_rows(bench: Bench) -> None:
+    """Tokens a step of every drafter by kind of prompt, whatever they cost, and answers that differ from plain ones."""
+    precision = bench.options.precisions[0]
+    model = bench.ours(precision)
+    depth = model.config.depth
+    skipping = EarlyExit(without(depth, depth // 3))
+    drafters: dict[str, Any] = {"lookup": PromptLookup(), "ngram": NGram(), "a third of the layers left out": skipping}
+    for name, path in bench.options.drafter:
+        if str(path) != "ngram":
+            drafters[name] = open_drafter(path, model)
+    plain = {
+        kind: [decode.generate(model, ids, max_tokens=bench.size.longest).tokens for ids in bench.prompts(kind)]
+        for kind in PROMPTS
+    }
+    for name, drafter in drafters.items():
+        row: Row = {"what": "accepted", "precision": precision, "drafter": name, "kinds": {}}
+        for kind in PROMPTS:
+            done = [
+                decode.generate(model, ids, max_tokens=bench.size.longest, drafter=drafter, policy=ALWAYS)
+                for ids in bench.prompts(kind)
+            ]
+            row["kinds"][kind] = {
+                "accepted_per_step": sum(len(one.tokens) for one in done) / sum(one.steps for one in done),
+                "flips": len(done) - same([one.tokens for one in done], plain[kind]),
+                "near_ties": sum(one.near_ties or 0 for one in done),
+            }
+        bench.keep(row)
+        told = "; ".join(f"{kind} {found['accepted_per_step']:.2f}" for kind, found in row["kinds"].items())
+        print(f"accepted a step, {precision} {name}: {told}", flush=True)
+
+
 def curve_rows(bench: Bench) -> None:
     """Seconds of a step of n tokens over 200 tokens in the cache, and its ratio to a step of one."""
     for precision in PRECISIONS:
@@ -302,7 +338,7 @@ def bitwise_rows(bench: Bench) -> None:
 
 
 RUNS: dict[str, Callable[[Bench], None]] = {
-    "plain": plain_rows, "drafts": draft_rows, "curve": curve_rows, "bitwise": bitwise_rows,
+    "plain": plain_rows, "drafts": draft_rows, "accepted": accepted_rows, "curve": curve_rows, "bitwise": bitwise_rows,
 }  # fmt: skip
 
 

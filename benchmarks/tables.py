@@ -145,6 +145,15 @@ def decode(record: Mapping[str, Any]) -> list[str]:
             flips = sum(x["flips"] for x in row["kinds"].values())
             name = f"{row['precision']} {row['drafter']}"
             lines.append(f"| {name} | {row['tokens_per_second']:.1f} | {told} | {steps} | {flips} |")
+    accepted = facts.get("accepted", [])
+    if accepted:
+        kinds = list(accepted[0]["kinds"])
+        lines += ["", f"| tokens a step of drafts always made | {' | '.join(kinds)} | flips |"]
+        lines.append("|---" * (len(kinds) + 2) + "|")
+        for row in accepted:
+            steps = " | ".join(f"{row['kinds'][kind]['accepted_per_step']:.2f}" for kind in kinds)
+            flips = sum(x["flips"] for x in row["kinds"].values())
+            lines.append(f"| {row['precision']} {row['drafter']} | {steps} | {flips} |")
     curves = facts.get("curve", [])
     if curves:
         widths = list(curves[0]["ratios"])

@@ -165,7 +165,10 @@ TARGETS: tuple[Target, ...] = (
     Target("sam", "a click, fp32", ("decoder", "clicks", "1", "speed", "ours, fp32"), None, _AUTHORS),
     Target("sam", "a click: seconds", ("decoder", "clicks", "1", "seconds", "ours, fp32", "wall_median"), 0.05, "",
            most=True, unit="s"),
-    Target("sam", "everything, fp32", ("everything", "speed", "ours, fp32"), 3.0, _AUTHORS),
+    *(
+        Target("sam", f"everything, {who}", ("everything", "speed", f"ours, {who}"), 3.0, _AUTHORS)
+        for who in ("fp32", "at most 256 MB")
+    ),
     *(
         Target("serving", f"32 clients, beside {who}",
                _row(what="speed", draft=None, then=("speed", f"transformers, {who}")), 3.0, "transformers")

@@ -47,7 +47,7 @@ class Options:
     """Promptable models: find all objects instead, by a grid of points."""
     grid: EverythingOptions = field(default_factory=EverythingOptions)
     memory: float | None = None
-    """Everything: the most memory, in GB, beside the model and the picture; None: 16 points at once."""
+    """Everything: the most memory, in GB, beside the model and the picture; None: as much as is fastest."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Promptable models: what the image encoder computes in; bf16 is faster where the hardware has it."""
     device: str = "cpu"

@@ -31,7 +31,7 @@ from volvelle.parts.regions.nms import batched_nms
 from volvelle.systems.modes import evaluating
 from volvelle.systems.segmentation.sam.crops import Crop, crops
 from volvelle.systems.segmentation.sam.embedding import Embedding
-from volvelle.systems.segmentation.sam.mask_decoder import AT_ONCE
+from volvelle.systems.segmentation.sam.mask_decoder import at_once
 from volvelle.systems.segmentation.sam.options import EverythingOptions
 from volvelle.systems.segmentation.sam.pictures import upright
 from volvelle.systems.segmentation.sam.promptable import THRESHOLD
@@ -95,9 +95,9 @@ def everything(
     """Find all masks of a picture, without being told where.
 
     `image` is what `Promptable.embed` takes, or what it gave where no crops are looked at. `max_memory`, in bytes,
-    bounds what is held besides the model, the picture, the image encoder's own pass and the run lengths found; None: 16
-    points at once. `progress` is called with the points that are done and their number. Raises VolvelleError where
-    `max_memory` is too little for one point.
+    bounds what is held besides the model, the picture, the image encoder's own pass and the run lengths found; None: as
+    many points at once as are fastest. `progress` is called with the points that are done and their number. Raises
+    VolvelleError where `max_memory` is too little for one point.
     """
     run = _Run(promptable, options or EverythingOptions(), max_memory, progress)
     with torch.no_grad(), evaluating(promptable.model.prompt_encoder, promptable.model.mask_decoder):
@@ -191,11 +191,13 @@ class _Run:
 
     def at_once(self, upsampler: Upsampler) -> int:
         """How many prompts are decoded together."""
-        if self.max_memory is None:
-            return AT_ONCE
         config = self.promptable.model.config
-        wide = self.encoder.no_mask_embed.weight.element_size()
+        weight = self.encoder.no_mask_embed.weight
+        wide = weight.element_size()
         map_bytes = config.grid**2 * config.width * wide
+        fastest = at_once(map_bytes, weight.device)
+        if self.max_memory is None:
+            return fastest
         fine = 2 * wide * sum(math.prod(shape) for shape in config.fine)
         shared = upsampler.bytes_needed() + 4 * map_bytes + fine
         each = MAPS * map_bytes + 2 * 4 * (config.decoder.masks + 1) * (4 * config.grid) ** 2
@@ -204,7 +206,7 @@ class _Run:
                 f"everything: max_memory of {megabytes(self.max_memory)} is less than the "
                 f"{megabytes(shared + each)} that one point needs"
             )
-        return min(AT_ONCE, (self.max_memory - shared) // each)
+        return min(fastest, (self.max_memory - shared) // each)
 
     def unlike(self, found: list[FoundMask], scores: Tensor, threshold: float) -> list[FoundMask]:
         """The masks whose boxes no better one's overlaps too much, best first."""

@@ -29,7 +29,18 @@ from volvelle.systems.segmentation.sam.layers import LayerNorm2d, TwoLayers
 from volvelle.systems.segmentation.sam.token_attention import TokenAttention
 
 AT_ONCE = 16
-"""Prompts decoded together where no gradient is wanted: more need more memory and are no faster."""
+"""The most prompts decoded together where no gradient is wanted: more need more memory and are no faster."""
+CACHED = 8 << 20
+"""Bytes of the maps of these prompts, one a prompt, on a processor: beyond its caches each prompt takes longer."""
+
+
+def at_once(map_bytes: int, device: torch.device) -> int:
+    """How many prompts are decoded together where no gradient is wanted; a map of the embedding has `map_bytes`.
+
+    >>> at_once(4 * 256 * 64 * 64, torch.device("cpu")), at_once(4 * 256 * 64 * 64, torch.device("cuda"))
+    (2, 16)
+    """
+    return max(1, min(AT_ONCE, CACHED // map_bytes)) if device.type == "cpu" else AT_ONCE
 
 
 class ImageSide(NamedTuple):
@@ -88,19 +99,20 @@ class MaskDecoder(nn.Module):
         """
         if dense.shape[1] == 1 and image is None:
             image = self.look(embedding, position, dense)
-        if torch.is_grad_enabled() or sparse.shape[1] <= AT_ONCE:
+        together = at_once(embedding.nbytes, embedding.device)
+        if torch.is_grad_enabled() or sparse.shape[1] <= together:
             return self.decode(embedding, position, sparse, dense, multimask, image, fine=fine)
         parts = [
             self.decode(
                 embedding,
                 position,
-                sparse[:, i : i + AT_ONCE],
-                dense if image is not None else dense[:, i : i + AT_ONCE],
+                sparse[:, i : i + together],
+                dense if image is not None else dense[:, i : i + together],
                 multimask,
                 image,
                 fine=fine,
             )
-            for i in range(0, sparse.shape[1], AT_ONCE)
+            for i in range(0, sparse.shape[1], together)
         ]
         return torch.cat([logits for logits, _ in parts], 1), torch.cat([iou for _, iou in parts], 1)
 
