@@ -13,7 +13,7 @@ from tests.decode.test_generate import Oracle, greedy_accept
 from tests.systems.language.test_decoder import LLAMA, build, some_ids
 
 from volvelle.decode import generate, generate_batch
-from volvelle.decode.loop import Help, run
+from volvelle.decode.loop import Help, begin
 from volvelle.decode.options import Sampling
 from volvelle.decode.request import Limits, Request
 from volvelle.errors import VolvelleError
@@ -67,7 +67,7 @@ def test_the_loop_carries_drafts_and_does_not_know_which_cache_it_has(tree, widt
     plain = generate_batch(model, PROMPTS, max_tokens=30, eos_ids=[47])
     answers = [generate(model, prompt, max_tokens=40, eos_ids=()).tokens for prompt in PROMPTS]
     requests = [Request(model, prompt, Sampling(), Limits(30, (), (47,))) for prompt in PROMPTS]
-    for _ in run(model, requests, help=Help(Oracle(answers, width, tree), greedy_accept)):
+    for _ in begin(model, requests, help=Help(Oracle(answers, width, tree), greedy_accept)):
         pass
     assert [request.tokens for request in requests] == [answer.tokens for answer in plain]
     if width > 1:
