@@ -31,7 +31,7 @@ from volvelle.parts.regions.nms import batched_nms
 from volvelle.systems.modes import evaluating
 from volvelle.systems.segmentation.sam.crops import Crop, crops
 from volvelle.systems.segmentation.sam.embedding import Embedding
-from volvelle.systems.segmentation.sam.mask_decoder import at_once
+from volvelle.systems.segmentation.sam.mask_decoder import prompts_at_once
 from volvelle.systems.segmentation.sam.options import EverythingOptions
 from volvelle.systems.segmentation.sam.pictures import upright
 from volvelle.systems.segmentation.sam.promptable import THRESHOLD
@@ -195,7 +195,7 @@ class _Run:
         weight = self.encoder.no_mask_embed.weight
         wide = weight.element_size()
         map_bytes = config.grid**2 * config.width * wide
-        fastest = at_once(map_bytes, weight.device)
+        fastest = prompts_at_once(map_bytes, weight.device)
         if self.max_memory is None:
             return fastest
         fine = 2 * wide * sum(math.prod(shape) for shape in config.fine)

@@ -34,13 +34,13 @@ CACHED = 8 << 20
 """Bytes of the maps of these prompts, one a prompt, on a processor: beyond its caches each prompt takes longer."""
 
 
-def at_once(map_bytes: int, device: torch.device) -> int:
+def prompts_at_once(map_bytes: int, device: torch.device) -> int:
     """How many prompts are decoded together where no gradient is wanted; a map of the embedding has `map_bytes`.
 
-    >>> at_once(4 * 256 * 64 * 64, torch.device("cpu")), at_once(4 * 256 * 64 * 64, torch.device("cuda"))
-    (2, 16)
+    >>> [prompts_at_once(4 * 256 * 64 * 64, torch.device(kind)) for kind in ("cpu", "cuda")]
+    [2, 16]
     """
-    return max(1, min(AT_ONCE, CACHED // map_bytes)) if device.type == "cpu" else AT_ONCE
+    return max(1, min(AT_ONCE, CACHED // max(1, map_bytes))) if device.type == "cpu" else AT_ONCE
 
 
 class ImageSide(NamedTuple):
@@ -99,7 +99,7 @@ class MaskDecoder(nn.Module):
         """
         if dense.shape[1] == 1 and image is None:
             image = self.look(embedding, position, dense)
-        together = at_once(embedding.nbytes, embedding.device)
+        together = prompts_at_once(embedding.nbytes, embedding.device)
         if torch.is_grad_enabled() or sparse.shape[1] <= together:
             return self.decode(embedding, position, sparse, dense, multimask, image, fine=fine)
         parts = [
