@@ -35,6 +35,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 GROUNDS = ("plain", "striped", "chequered", "mottled")
 LEAST_VISIBLE = 0.6
 """The least share of a garment that later ones leave uncovered."""
+NEARLY = 12.0
+"""Deviation of the colours, of 255, of garments that are alike."""
 Part = Literal["train", "val"]
 
 
@@ -75,7 +77,8 @@ class Scenes:
     """`count` scenes of `size` x `size` pixels; item i is (RGB image, class numbers), as of a folder with masks.
 
     `garments` are the least and the most garments of a scene, `sides` the least and greatest side of one as a share of
-    the picture's. Fetches Fashion-MNIST at first use.
+    the picture's. In a share `alike` of the scenes all garments have nearly one colour, and only outlines tell them
+    apart. Fetches Fashion-MNIST at first use.
     """
 
     labels = Labels(CLASSES)
@@ -89,6 +92,7 @@ class Scenes:
         part: Part = "train",
         garments: tuple[int, int] = (1, 4),
         sides: tuple[float, float] = (0.25, 0.5),
+        alike: float = 0.0,
     ):
         if count < 1 or size < 32 or not 1 <= garments[0] <= garments[1]:
             raise UsageError(
@@ -96,8 +100,10 @@ class Scenes:
             )
         if not 0 < sides[0] <= sides[1] <= 1:
             raise UsageError(f"scenes: sides are two shares of a picture, least first, got {sides}")
+        if not 0 <= alike <= 1:
+            raise UsageError(f"scenes: alike is a share of the scenes, from 0 to 1, got {alike}")
         self.count, self.size, self.seed, self.part = count, size, seed, part
-        self.garments, self.sides = garments, sides
+        self.garments, self.sides, self.alike = garments, sides, alike
 
     def __len__(self) -> int:
         return self.count
@@ -125,18 +131,25 @@ class Scenes:
         image = _ground(draw, self.size, ground).astype(np.float64)
         instances = np.zeros((self.size, self.size), dtype=np.uint8)
         placed: list[tuple[int, str, int]] = []  # class, colour, pixels
-        for _ in range(int(draw.integers(self.garments[0], self.garments[1] + 1))):
-            self._place(draw, image, instances, placed)
+        count, colours = int(draw.integers(self.garments[0], self.garments[1] + 1)), tuple(COLOURS)
+        if self.alike and draw.random() < self.alike:
+            colours = (colours[draw.integers(len(colours))],)
+        for _ in range(count):
+            self._place(draw, image, instances, placed, colours)
         mask = np.array([0, *(label for label, *_ in placed)], dtype=np.uint8)[instances]
         found = tuple(_seen(instances == i, label, colour) for i, (label, colour, _) in enumerate(placed, 1))
         return Scene(np.rint(image).astype(np.uint8), mask, instances, found, ground)
 
     def _place(
-        self, draw: np.random.Generator, image: np.ndarray, instances: np.ndarray, placed: list[tuple[int, str, int]]
+        self,
+        draw: np.random.Generator,
+        image: np.ndarray,
+        instances: np.ndarray,
+        placed: list[tuple[int, str, int]],
+        colours: Sequence[str],
     ) -> None:
         """Put one more garment down where it hides no other too much; leave it out after ten tries."""
         images, labels = self.pictures
-        colours = tuple(COLOURS)
         for _ in range(10):
             number = int(draw.integers(len(labels)))
             side = int(self.size * draw.uniform(*self.sides))
@@ -153,7 +166,10 @@ class Scenes:
             if any(left_over[i] < LEAST_VISIBLE * pixels for i, (*_, pixels) in enumerate(placed)):
                 continue
             shade = 0.35 + 0.65 * grey.astype(np.float64)[..., None] / 255
-            image[there][shape] = (shade * np.array(COLOURS[colour]))[shape]
+            paint = np.array(COLOURS[colour], dtype=np.float64)
+            if len(colours) == 1:
+                paint = (paint + draw.normal(0, NEARLY, 3)).clip(0, 255)
+            image[there][shape] = (shade * paint)[shape]
             instances[:] = after
             placed.append((int(labels[number]) + 1, colour, int(shape.sum())))
             return
@@ -168,31 +184,35 @@ def write_scenes(
     seed: int = 0,
     garments: tuple[int, int] = (1, 4),
     sides: tuple[float, float] = (0.25, 0.5),
+    alike: float = 0.0,
+    numbers: Literal["classes", "objects"] = "classes",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write scenes as a data set that every vision recipe reads, and return the folder.
 
     images/train and images/val hold PNGs, masks/ the class numbers, classes.txt their names, train.json and val.json
-    the boxes in COCO's format, captions.jsonl the sentences. It is complete once captions.jsonl is there.
+    the boxes in COCO's format, captions.jsonl the sentences. It is complete once captions.jsonl is there. With
+    `numbers="objects"` masks/ says of each pixel which garment of its scene it shows, and there is no classes.txt.
     """
     captions, done = [], 0
     parts: tuple[tuple[Part, int], ...] = (("train", train), ("val", val))
     for part, count in parts:
-        scenes = Scenes(count, size=size, seed=seed, part=part, garments=garments, sides=sides)
+        scenes = Scenes(count, size=size, seed=seed, part=part, garments=garments, sides=sides, alike=alike)
         (folder / "images" / part).mkdir(parents=True, exist_ok=True)
         (folder / "masks" / part).mkdir(parents=True, exist_ok=True)
         boxes: list[tuple[str, Scene]] = []
         for index in range(count):
             scene, name = scenes.scene(index), f"{part}/{index:05d}.png"
             Image.fromarray(scene.image).save(folder / "images" / name)
-            Image.fromarray(scene.mask).save(folder / "masks" / name)
+            Image.fromarray(scene.instances if numbers == "objects" else scene.mask).save(folder / "masks" / name)
             captions.append(json.dumps({"image": f"images/{name}", "caption": scene.caption}))
             boxes.append((name.partition("/")[2], scene))
             done += 1
             if progress:
                 progress(done, train + val)
         write_atomic(folder / f"{part}.json", json.dumps(_coco(boxes, size)))
-    write_atomic(folder / "classes.txt", "\n".join(CLASSES) + "\n")
+    if numbers == "classes":
+        write_atomic(folder / "classes.txt", "\n".join(CLASSES) + "\n")
     write_atomic(folder / "captions.jsonl", "\n".join(captions) + "\n")
     return folder
 
