@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 import torch
+from PIL import Image
 
 from volvelle.data.masks import read_masks
 from volvelle.data.scenes import CLASSES, LEAST_VISIBLE, Scenes, write_scenes
