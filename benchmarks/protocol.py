@@ -212,8 +212,8 @@ def _dated(payload: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]
         return payload
     known, before = _parts(payload), _parts(stored)
     # Two writes of one run may fall into one second: what they add is of one machine, what was earlier stays so.
-    older = [] if then["date"] == now["date"] else before
-    facts = dict.fromkeys(older, {name: then[name] for name in ("cpu", "date")}) | then.get("earlier", {})
+    of_then = {name: then[name] for name in ("cpu", "date")}
+    facts = {part: of_then for part in before if then["date"] != now["date"]} | then.get("earlier", {})
     earlier = {part: facts[part] for part, one in known.items() if part in facts and before.get(part) == one}
     bare = {key: value for key, value in now.items() if key != "earlier"}
     return payload | {"machine": bare | ({"earlier": earlier} if earlier else {})}

@@ -152,6 +152,14 @@ CLICKS = {
     "single": "1 click, asked for one mask",
     "iou_box": "a box",
 }
+BOXES = {
+    "inside": "of a mask's pixels, inside its box",
+    "fit": "IoU of the mask's own box with its box",
+    "separated": "neighbours apart (a tenth in common at most)",
+    "overlap": "in common with a neighbour's mask",
+    "boxes_overlap": "the same of the boxes",
+    "empty": "boxes without a mask",
+}
 CODECS = {"psnr": "PSNR, dB", "ssim": "SSIM", "perceptual": "perceptual distance", "used": "share of codes in use"}
 PRIORS = {
     "recognised": "recognised by the judge",
@@ -176,13 +184,14 @@ def trained(record: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
     lines = [f"| run | {' | '.join(columns.values())} | steps | minutes |", "|---" * (len(columns) + 3) + "|"]
     for row in record["runs"]:
         told = " | ".join(f"{row['after'][name]:.3f}" for name in columns)
+        on = f" on {row['data']}" if "data" in row else ""
         minutes = f"{row['training_seconds'] / 60:.1f} of {row['seconds'] / 60:.1f}"
         if "alone_steps" in row:
             first, whole = row["alone_steps"], row["steps"] * row["alone_seconds"] / 60
             minutes += f"; {whole:.1f} at the median of its first {first} steps with nothing beside them"
         elif "step_seconds" in row:  # steps of a machine that was busy for a while are told from those of the training
             minutes += f"; {row['steps'] * row['step_seconds'] / 60:.1f} at the median step"
-        lines.append(f"| {row['run']}, seed {row['seed']} | {told} | {row['steps']} | {minutes} |")
+        lines.append(f"| {row['run']}{on}, seed {row['seed']} | {told} | {row['steps']} | {minutes} |")
     machine, dates = record["machine"], sorted({row["date"][:10] for row in record["runs"]})
     return [
         *lines,
