@@ -8,7 +8,8 @@ training part come from Fashion-MNIST's 60,000 training pictures, those of the t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,8 @@ from volvelle.hub import fetch
 
 CLASSES = ("background", *(name.lower() for name in FASHION_MNIST))
 """Class 0 is the ground, class c + 1 garment c."""
-COLOURS: dict[str, tuple[int, int, int]] = {
+Colour = tuple[float, float, float]
+COLOURS: Mapping[str, Colour] = {
     "red": (214, 57, 47), "orange": (236, 140, 34), "yellow": (238, 205, 60), "green": (62, 160, 74),
     "blue": (52, 106, 204), "purple": (137, 76, 178), "pink": (232, 128, 170), "white": (240, 240, 236),
 }  # fmt: skip
@@ -77,8 +79,8 @@ class Scenes:
     """`count` scenes of `size` x `size` pixels; item i is (RGB image, class numbers), as of a folder with masks.
 
     `garments` are the least and the most garments of a scene, `sides` the least and greatest side of one as a share of
-    the picture's. In a share `alike` of the scenes all garments have nearly one colour, and only outlines tell them
-    apart. Fetches Fashion-MNIST at first use.
+    the picture's. In a share `alike` of the scenes all garments have nearly one colour, any there is, and only outlines
+    tell them apart; captions then name the nearest. Fetches Fashion-MNIST at first use.
     """
 
     labels = Labels(CLASSES)
@@ -131,9 +133,9 @@ class Scenes:
         image = _ground(draw, self.size, ground).astype(np.float64)
         instances = np.zeros((self.size, self.size), dtype=np.uint8)
         placed: list[tuple[int, str, int]] = []  # class, colour, pixels
-        count, colours = int(draw.integers(self.garments[0], self.garments[1] + 1)), tuple(COLOURS)
+        count, colours = int(draw.integers(self.garments[0], self.garments[1] + 1)), COLOURS
         if self.alike and draw.random() < self.alike:
-            colours = (colours[draw.integers(len(colours))],)
+            colours = _any_colour(draw)
         for _ in range(count):
             self._place(draw, image, instances, placed, colours)
         mask = np.array([0, *(label for label, *_ in placed)], dtype=np.uint8)[instances]
@@ -146,7 +148,7 @@ class Scenes:
         image: np.ndarray,
         instances: np.ndarray,
         placed: list[tuple[int, str, int]],
-        colours: Sequence[str],
+        colours: Mapping[str, Colour],
     ) -> None:
         """Put one more garment down where it hides no other too much; leave it out after ten tries."""
         images, labels = self.pictures
@@ -154,7 +156,7 @@ class Scenes:
             number = int(draw.integers(len(labels)))
             side = int(self.size * draw.uniform(*self.sides))
             top, left = draw.integers(0, self.size - side + 1, 2)
-            colour = colours[draw.integers(len(colours))]
+            colour = tuple(colours)[draw.integers(len(colours))]
             grey = np.asarray(Image.fromarray(images[number].numpy()).resize((side, side), Image.Resampling.BILINEAR))
             shape = grey > 24
             if shape.sum() < 0.05 * side * side:
@@ -166,7 +168,7 @@ class Scenes:
             if any(left_over[i] < LEAST_VISIBLE * pixels for i, (*_, pixels) in enumerate(placed)):
                 continue
             shade = 0.35 + 0.65 * grey.astype(np.float64)[..., None] / 255
-            paint = np.array(COLOURS[colour], dtype=np.float64)
+            paint = np.array(colours[colour], dtype=np.float64)
             if len(colours) == 1:
                 paint = (paint + draw.normal(0, NEARLY, 3)).clip(0, 255)
             image[there][shape] = (shade * paint)[shape]
@@ -228,6 +230,13 @@ def _seen(region: np.ndarray, label: int, colour: str) -> Garment:
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     return Garment(label, colour, box, int(region.sum()))
+
+
+def _any_colour(draw: np.random.Generator) -> Mapping[str, Colour]:
+    """One colour, bright or dull, under the name of the nearest that has one."""
+    r, g, b = draw.uniform(30, 240, 3)
+    name = min(COLOURS, key=lambda name: math.dist(COLOURS[name], (r, g, b)))
+    return {name: (r, g, b)}
 
 
 def _ground(draw: np.random.Generator, size: int, kind: str) -> np.ndarray:
