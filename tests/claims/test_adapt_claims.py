@@ -68,7 +68,7 @@ def test_full_fine_tuning_gains_all_and_a_dead_method_nothing(bench, small):
     assert isinstance(ours, MethodBench)
     assert ours.gain("full") == 1.0
     assert ours.gain("dead") == pytest.approx(0, abs=1e-6)
-    finding = adapt_runs.against_full(ours, "dead", most=0.5, least=0.95)[-1]
+    finding = adapt_runs.against_full(ours, "dead", most=0.5, least=0.95)[0]
     assert finding.held is False
 
 
