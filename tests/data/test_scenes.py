@@ -97,6 +97,13 @@ def test_sides_say_how_large_a_garment_is(garments):
         Scenes(1, sides=(0.5, 0.25))
 
 
+def least_cosine(scene):
+    """Between the mean colours of any two garments: shading, which scales a colour, does not count."""
+    means = [scene.image[scene.instances == i].mean(0) for i in range(1, len(scene.garments) + 1)]
+    units = np.array([mean / np.linalg.norm(mean) for mean in means])
+    return (units @ units.T).min()
+
+
 def test_garments_that_are_alike_have_nearly_one_colour(garments):
     few, many = (Scenes(12, size=64, seed=2, garments=(3, 4), alike=alike) for alike in (0.5, 1.0))
     names = [{g.colour for g in many.scene(i).garments} for i in range(12)]
@@ -104,8 +111,10 @@ def test_garments_that_are_alike_have_nearly_one_colour(garments):
     assert len(set.union(*names)) > 2  # not the same one in every scene
     alone = sum(len({g.colour for g in few.scene(i).garments}) == 1 for i in range(12))
     assert 1 < alone < 11
+    assert all(least_cosine(many.scene(i)) > 0.9 for i in range(12))
     plain = Scenes(12, size=64, seed=2, garments=(3, 4))
     assert any(len({g.colour for g in plain.scene(i).garments}) > 1 for i in range(12))
+    assert any(least_cosine(plain.scene(i)) < 0.9 for i in range(12))
     with pytest.raises(UsageError, match="share of the scenes"):
         Scenes(1, alike=1.5)
 

@@ -70,7 +70,7 @@ def measure(budget: Budget) -> Measurement:
     setting = bench.setting | {"codes": list(CODES), "examples": list(bench.counts), "most": many}
     notes = [
         "loss a token stands in for the paper's BLEU: generation for every cell would not fit the budget",
-        "'comparable in the full data setting' is measured by benchmarks/adapt.py; here the most examples are "
+        "'comparable in the full data setting' is measured by benchmarks/comparison.py; here the most examples are "
         f"{many}, at equal steps for all methods",
         bench.note,
     ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -40,6 +40,13 @@ LEAST_VISIBLE = 0.6
 NEARLY = 12.0
 """Deviation of the colours, of 255, of garments that are alike."""
 Part = Literal["train", "val"]
+
+
+class Palette(NamedTuple):
+    """The colours of a scene's garments, by name, and how far, of 255, each garment's is from its colour."""
+
+    colours: Mapping[str, Colour]
+    deviation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,10 @@ class Scenes:
         image = _ground(draw, self.size, ground).astype(np.float64)
         instances = np.zeros((self.size, self.size), dtype=np.uint8)
         placed: list[tuple[int, str, int]] = []  # class, colour, pixels
-        count, colours = int(draw.integers(self.garments[0], self.garments[1] + 1)), COLOURS
-        if self.alike and draw.random() < self.alike:
-            colours = _any_colour(draw)
+        count = int(draw.integers(self.garments[0], self.garments[1] + 1))
+        palette = _one_colour(draw) if self.alike and draw.random() < self.alike else Palette(COLOURS)
         for _ in range(count):
-            self._place(draw, image, instances, placed, colours)
+            self._place(draw, image, instances, placed, palette)
         mask = np.array([0, *(label for label, *_ in placed)], dtype=np.uint8)[instances]
         found = tuple(_seen(instances == i, label, colour) for i, (label, colour, _) in enumerate(placed, 1))
         return Scene(np.rint(image).astype(np.uint8), mask, instances, found, ground)
@@ -148,7 +154,7 @@ class Scenes:
         image: np.ndarray,
         instances: np.ndarray,
         placed: list[tuple[int, str, int]],
-        colours: Mapping[str, Colour],
+        palette: Palette,
     ) -> None:
         """Put one more garment down where it hides no other too much; leave it out after ten tries."""
         images, labels = self.pictures
@@ -156,7 +162,7 @@ class Scenes:
             number = int(draw.integers(len(labels)))
             side = int(self.size * draw.uniform(*self.sides))
             top, left = draw.integers(0, self.size - side + 1, 2)
-            colour = tuple(colours)[draw.integers(len(colours))]
+            colour = tuple(palette.colours)[draw.integers(len(palette.colours))]
             grey = np.asarray(Image.fromarray(images[number].numpy()).resize((side, side), Image.Resampling.BILINEAR))
             shape = grey > 24
             if shape.sum() < 0.05 * side * side:
@@ -168,9 +174,9 @@ class Scenes:
             if any(left_over[i] < LEAST_VISIBLE * pixels for i, (*_, pixels) in enumerate(placed)):
                 continue
             shade = 0.35 + 0.65 * grey.astype(np.float64)[..., None] / 255
-            paint = np.array(colours[colour], dtype=np.float64)
-            if len(colours) == 1:
-                paint = (paint + draw.normal(0, NEARLY, 3)).clip(0, 255)
+            paint = np.array(palette.colours[colour], dtype=np.float64)
+            if palette.deviation:
+                paint = (paint + draw.normal(0, palette.deviation, 3)).clip(0, 255)
             image[there][shape] = (shade * paint)[shape]
             instances[:] = after
             placed.append((int(labels[number]) + 1, colour, int(shape.sum())))
@@ -232,11 +238,11 @@ def _seen(region: np.ndarray, label: int, colour: str) -> Garment:
     return Garment(label, colour, box, int(region.sum()))
 
 
-def _any_colour(draw: np.random.Generator) -> Mapping[str, Colour]:
+def _one_colour(draw: np.random.Generator) -> Palette:
     """One colour, bright or dull, under the name of the nearest that has one."""
     r, g, b = draw.uniform(30, 240, 3)
     name = min(COLOURS, key=lambda name: math.dist(COLOURS[name], (r, g, b)))
-    return {name: (r, g, b)}
+    return Palette({name: (r, g, b)}, NEARLY)
 
 
 def _ground(draw: np.random.Generator, size: int, kind: str) -> np.ndarray:
