@@ -17,6 +17,7 @@ from volvelle.data.promptable import read_objects
 from volvelle.data.promptable_clicks import Click
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.systems.segmentation.sam.load import write_sam
+from volvelle.train import promptable_objective
 from volvelle.train.observer import Quiet
 from volvelle.train.options import from_dict, to_dict
 from volvelle.train.promptable import _predict_command, build_model, read_sets, train_promptable, training_loader
@@ -273,3 +274,14 @@ def test_options_go_round(data):
     assert recipe(data, crop=(0, 0)).crop_size == (64, 64)
     with pytest.raises(UsageError, match="imagenet"):
         build_model(recipe(data, model="vit_b", crop=(0, 0), weights="imagenet"))
+
+
+def test_the_best_moment_is_of_what_is_trained(data, model, monkeypatch):
+    """IoU by clicks and by boxes weigh as often as each is asked: where boxes alone are, clicks do not choose."""
+    metrics = {"iou_1": 0.2, "iou_box": 0.8, "best_of_three": 0.3, "single": 0.1}
+    monkeypatch.setattr(promptable_objective, "measure", lambda *args, **options: Measured([], metrics))
+    for share, wanted in ((1.0, 0.8), (0.0, 0.2), (0.5, 0.5)):
+        options = recipe(data, boxes=share)
+        objective = PromptObjective(model, options, selection=read_objects(data, least=60)["train"])
+        assert objective.evaluate() == pytest.approx({"iou": wanted, "iou_1": 0.2, "iou_box": 0.8})
+        assert objective.best == ("iou", "max")

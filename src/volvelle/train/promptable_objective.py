@@ -91,11 +91,12 @@ class Target:
 class PromptObjective(BestMoment):
     """Train all of a model on batches of `collate_objects`.
 
-    Evaluations measure one click on each object of `selection`, whole pictures, and keep a copy of the best weights.
+    Evaluations ask for each object of `selection`, in whole pictures, by one click and by its box, and keep a copy of the
+    best weights: `iou` is the mean of both, in the shares of `boxes` in which they are trained.
     With `classes`, as many as the pixels of the batches have, the image encoder also learns to tell these apart.
     """
 
-    best = ("iou_1", "max")
+    best = ("iou", "max")
     model: Sam
 
     def __init__(
@@ -154,12 +155,14 @@ class PromptObjective(BestMoment):
         return Loss(value, metrics, weight=max(1.0, float(batch["there"].sum())))
 
     def evaluate(self) -> Mapping[str, float]:
-        """Mean IoU after one click on the pictures set aside; the best weights are copied."""
+        """Mean IoU by one click and by a box on the pictures set aside; the best weights are copied."""
         if self.selection is None:
             return {}
-        found = measure(self.model, self.selection, clicks=(1,), precision=self.options.precision).metrics
-        self.best_weights.offer(found["iou_1"])
-        return {"iou_1": found["iou_1"]}
+        found = measure(self.model, self.selection, clicks=(1,), more=True, precision=self.options.precision).metrics
+        click, box, share = found["iou_1"], found["iou_box"], self.options.boxes
+        iou = share * box + (1 - share) * click
+        self.best_weights.offer(iou)
+        return {"iou": iou, "iou_1": click, "iou_box": box}
 
     def _place(self, embedding: Tensor, draw: random.Random) -> tuple[Tensor, Tensor]:
         """Where the crops lie in the input: their corner (x, y) in pixels, and the places' encoding (1, c, h, w)."""

@@ -46,12 +46,20 @@ def write_report(
         )
         add_figures(report, found, sets.test.classes)
     training_curves(report.heading("Training"), run.metrics())
-    held = [r for r in run.metrics() if r.get("event") == "evaluate" and isinstance(r.get("held_out_iou_1"), float)]
-    points = [(float(r["step"]), 100 * float(r["held_out_iou_1"])) for r in held]
-    report.figure(line_chart([Series("IoU after one click, pictures set aside", points, dots=True)], y_label="%"))
+    report.figure(line_chart(_held_out(run), y_label="%"))
     if found is not None:
         add_pictures(report, model, sets.test, found, samples)
     return ended(report, run, commands)
+
+
+def _held_out(run: RunFolder) -> list[Series]:
+    """IoU on the pictures set aside, by one click and by a box, over the steps."""
+    held = [r for r in run.metrics() if r.get("event") == "evaluate"]
+    found = []
+    for key, name in (("held_out_iou_1", "after one click"), ("held_out_iou_box", "by a box")):
+        points = [(float(r["step"]), 100 * float(r[key])) for r in held if isinstance(r.get(key), float)]
+        found.append(Series(f"IoU {name}, pictures set aside", points, dots=True))
+    return found
 
 
 def tiles_of(metrics: dict[str, float]) -> list[tuple[str, str, str]]:
