@@ -91,8 +91,8 @@ class Target:
 class PromptObjective(BestMoment):
     """Train all of a model on batches of `collate_objects`.
 
-    Evaluations ask for each object of `selection`, in whole pictures, by one click and by its box, and keep a copy of the
-    best weights: `iou` is the mean of both, in the shares of `boxes` in which they are trained.
+    Evaluations ask for each object of `selection`, in whole pictures, by one click and by its box, and keep a copy of
+    the best weights: `iou` is the mean of both, in the shares of `boxes` in which they are trained.
     With `classes`, as many as the pixels of the batches have, the image encoder also learns to tell these apart.
     """
 
