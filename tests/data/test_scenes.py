@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from volvelle.data.masks import read_masks
 from volvelle.data.scenes import CLASSES, LEAST_VISIBLE, Scenes, write_scenes
@@ -95,34 +94,3 @@ def test_sides_say_how_large_a_garment_is(garments):
         assert max(longest) <= 64 * sides[0] < 2 * max(longest)
     with pytest.raises(UsageError, match="least first"):
         Scenes(1, sides=(0.5, 0.25))
-
-
-def least_cosine(scene):
-    """Between the mean colours of any two garments: shading, which scales a colour, does not count."""
-    means = [scene.image[scene.instances == i].mean(0) for i in range(1, len(scene.garments) + 1)]
-    units = np.array([mean / np.linalg.norm(mean) for mean in means])
-    return (units @ units.T).min()
-
-
-def test_garments_that_are_alike_have_nearly_one_colour(garments):
-    few, many = (Scenes(12, size=64, seed=2, garments=(3, 4), alike=alike) for alike in (0.5, 1.0))
-    names = [{g.colour for g in many.scene(i).garments} for i in range(12)]
-    assert all(len(colours) == 1 for colours in names)
-    assert len(set.union(*names)) > 2  # not the same one in every scene
-    alone = sum(len({g.colour for g in few.scene(i).garments}) == 1 for i in range(12))
-    assert 1 < alone < 11
-    assert all(least_cosine(many.scene(i)) > 0.9 for i in range(12))
-    plain = Scenes(12, size=64, seed=2, garments=(3, 4))
-    assert any(len({g.colour for g in plain.scene(i).garments}) > 1 for i in range(12))
-    assert any(least_cosine(plain.scene(i)) < 0.9 for i in range(12))
-    with pytest.raises(UsageError, match="share of the scenes"):
-        Scenes(1, alike=1.5)
-
-
-def test_objects_can_be_told_apart_in_what_is_written(garments, tmp_path):
-    folder = write_scenes(tmp_path / "s", train=3, val=1, size=64, garments=(4, 4), alike=1.0, numbers="objects")
-    scenes = Scenes(3, size=64, garments=(4, 4), alike=1.0)
-    for index in range(3):
-        written = np.asarray(Image.open(folder / "masks" / "train" / f"{index:05d}.png"))
-        assert (written == scenes.scene(index).instances).all()
-    assert not (folder / "classes.txt").exists()

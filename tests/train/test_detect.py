@@ -213,9 +213,24 @@ def test_options_round_trip_and_are_checked():
         ({"upside_down": 2.0}, "upside_down: must lie"),
         ({"anchors": -1}, "must not be negative"),
         ({"shard": "fsdp"}, "not for detectors"),
+        ({"stride": 8, "model": "rfcn-resnet-50"}, "stride=8: rfcn-resnet-50 has stride 16 alone"),
     ):
         with pytest.raises(UsageError, match=message):
             TrainDetect(data="d", **bad)
+
+
+def test_at_stride_8_there_are_four_times_the_places(data):
+    """ThunderNet then joins three maps; the anchors are those of the boxes as before."""
+    found = {}
+    for stride in (16, 8):
+        options = recipe(data, stride=stride)
+        found[stride] = build_model(options, read_sets(options, data, Quiet()).train, Quiet()).eval()
+        seen = found[stride].look(
+            found[stride].backbone.features(torch.zeros(1, 3, 64, 64)), torch.tensor([[64, 64]]), (64, 64)
+        )
+        assert seen.objectness.shape == (1, 4 * (64 // stride) ** 2)
+        assert found[stride].proposer.stride == stride
+    assert found[8].config.rpn == found[16].config.rpn
 
 
 def test_magnifying_moves_boxes_with_the_pixels():

@@ -8,12 +8,11 @@ training part come from Fashion-MNIST's 60,000 training pictures, those of the t
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -29,24 +28,14 @@ from volvelle.hub import fetch
 
 CLASSES = ("background", *(name.lower() for name in FASHION_MNIST))
 """Class 0 is the ground, class c + 1 garment c."""
-Colour = tuple[float, float, float]
-COLOURS: Mapping[str, Colour] = {
+COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 57, 47), "orange": (236, 140, 34), "yellow": (238, 205, 60), "green": (62, 160, 74),
     "blue": (52, 106, 204), "purple": (137, 76, 178), "pink": (232, 128, 170), "white": (240, 240, 236),
 }  # fmt: skip
 GROUNDS = ("plain", "striped", "chequered", "mottled")
 LEAST_VISIBLE = 0.6
 """The least share of a garment that later ones leave uncovered."""
-NEARLY = 12.0
-"""Deviation of the colours, of 255, of garments that are alike."""
 Part = Literal["train", "val"]
-
-
-class Palette(NamedTuple):
-    """The colours of a scene's garments, by name, and how far, of 255, each garment's is from its colour."""
-
-    colours: Mapping[str, Colour]
-    deviation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +75,7 @@ class Scenes:
     """`count` scenes of `size` x `size` pixels; item i is (RGB image, class numbers), as of a folder with masks.
 
     `garments` are the least and the most garments of a scene, `sides` the least and greatest side of one as a share of
-    the picture's. In a share `alike` of the scenes all garments have nearly one colour, any there is, and only outlines
-    tell them apart; captions then name the nearest. Fetches Fashion-MNIST at first use.
+    the picture's. Fetches Fashion-MNIST at first use.
     """
 
     labels = Labels(CLASSES)
@@ -101,7 +89,6 @@ class Scenes:
         part: Part = "train",
         garments: tuple[int, int] = (1, 4),
         sides: tuple[float, float] = (0.25, 0.5),
-        alike: float = 0.0,
     ):
         if count < 1 or size < 32 or not 1 <= garments[0] <= garments[1]:
             raise UsageError(
@@ -109,10 +96,8 @@ class Scenes:
             )
         if not 0 < sides[0] <= sides[1] <= 1:
             raise UsageError(f"scenes: sides are two shares of a picture, least first, got {sides}")
-        if not 0 <= alike <= 1:
-            raise UsageError(f"scenes: alike is a share of the scenes, from 0 to 1, got {alike}")
         self.count, self.size, self.seed, self.part = count, size, seed, part
-        self.garments, self.sides, self.alike = garments, sides, alike
+        self.garments, self.sides = garments, sides
 
     def __len__(self) -> int:
         return self.count
@@ -137,32 +122,26 @@ class Scenes:
             raise IndexError(f"scene {index}: there are {self.count}")
         draw = np.random.default_rng([self.seed, ("train", "val").index(self.part), index])
         ground = GROUNDS[draw.integers(len(GROUNDS))]
-        image = _ground(draw, self.size, ground).astype(np.float64)
+        image = drawn_ground(draw, self.size, ground).astype(np.float64)
         instances = np.zeros((self.size, self.size), dtype=np.uint8)
         placed: list[tuple[int, str, int]] = []  # class, colour, pixels
-        count = int(draw.integers(self.garments[0], self.garments[1] + 1))
-        palette = _one_colour(draw) if self.alike and draw.random() < self.alike else Palette(COLOURS)
-        for _ in range(count):
-            self._place(draw, image, instances, placed, palette)
+        for _ in range(int(draw.integers(self.garments[0], self.garments[1] + 1))):
+            self._place(draw, image, instances, placed)
         mask = np.array([0, *(label for label, *_ in placed)], dtype=np.uint8)[instances]
         found = tuple(_seen(instances == i, label, colour) for i, (label, colour, _) in enumerate(placed, 1))
         return Scene(np.rint(image).astype(np.uint8), mask, instances, found, ground)
 
     def _place(
-        self,
-        draw: np.random.Generator,
-        image: np.ndarray,
-        instances: np.ndarray,
-        placed: list[tuple[int, str, int]],
-        palette: Palette,
+        self, draw: np.random.Generator, image: np.ndarray, instances: np.ndarray, placed: list[tuple[int, str, int]]
     ) -> None:
         """Put one more garment down where it hides no other too much; leave it out after ten tries."""
         images, labels = self.pictures
+        colours = tuple(COLOURS)
         for _ in range(10):
             number = int(draw.integers(len(labels)))
             side = int(self.size * draw.uniform(*self.sides))
             top, left = draw.integers(0, self.size - side + 1, 2)
-            colour = tuple(palette.colours)[draw.integers(len(palette.colours))]
+            colour = colours[draw.integers(len(colours))]
             grey = np.asarray(Image.fromarray(images[number].numpy()).resize((side, side), Image.Resampling.BILINEAR))
             shape = grey > 24
             if shape.sum() < 0.05 * side * side:
@@ -174,10 +153,7 @@ class Scenes:
             if any(left_over[i] < LEAST_VISIBLE * pixels for i, (*_, pixels) in enumerate(placed)):
                 continue
             shade = 0.35 + 0.65 * grey.astype(np.float64)[..., None] / 255
-            paint = np.array(palette.colours[colour], dtype=np.float64)
-            if palette.deviation:
-                paint = (paint + draw.normal(0, palette.deviation, 3)).clip(0, 255)
-            image[there][shape] = (shade * paint)[shape]
+            image[there][shape] = (shade * np.array(COLOURS[colour]))[shape]
             instances[:] = after
             placed.append((int(labels[number]) + 1, colour, int(shape.sum())))
             return
@@ -192,35 +168,31 @@ def write_scenes(
     seed: int = 0,
     garments: tuple[int, int] = (1, 4),
     sides: tuple[float, float] = (0.25, 0.5),
-    alike: float = 0.0,
-    numbers: Literal["classes", "objects"] = "classes",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write scenes as a data set that every vision recipe reads, and return the folder.
 
     images/train and images/val hold PNGs, masks/ the class numbers, classes.txt their names, train.json and val.json
-    the boxes in COCO's format, captions.jsonl the sentences. It is complete once captions.jsonl is there. With
-    `numbers="objects"` masks/ says of each pixel which garment of its scene it shows, and there is no classes.txt.
+    the boxes in COCO's format, captions.jsonl the sentences. It is complete once captions.jsonl is there.
     """
     captions, done = [], 0
     parts: tuple[tuple[Part, int], ...] = (("train", train), ("val", val))
     for part, count in parts:
-        scenes = Scenes(count, size=size, seed=seed, part=part, garments=garments, sides=sides, alike=alike)
+        scenes = Scenes(count, size=size, seed=seed, part=part, garments=garments, sides=sides)
         (folder / "images" / part).mkdir(parents=True, exist_ok=True)
         (folder / "masks" / part).mkdir(parents=True, exist_ok=True)
         boxes: list[tuple[str, Scene]] = []
         for index in range(count):
             scene, name = scenes.scene(index), f"{part}/{index:05d}.png"
             Image.fromarray(scene.image).save(folder / "images" / name)
-            Image.fromarray(scene.instances if numbers == "objects" else scene.mask).save(folder / "masks" / name)
+            Image.fromarray(scene.mask).save(folder / "masks" / name)
             captions.append(json.dumps({"image": f"images/{name}", "caption": scene.caption}))
             boxes.append((name.partition("/")[2], scene))
             done += 1
             if progress:
                 progress(done, train + val)
         write_atomic(folder / f"{part}.json", json.dumps(_coco(boxes, size)))
-    if numbers == "classes":
-        write_atomic(folder / "classes.txt", "\n".join(CLASSES) + "\n")
+    write_atomic(folder / "classes.txt", "\n".join(CLASSES) + "\n")
     write_atomic(folder / "captions.jsonl", "\n".join(captions) + "\n")
     return folder
 
@@ -238,14 +210,7 @@ def _seen(region: np.ndarray, label: int, colour: str) -> Garment:
     return Garment(label, colour, box, int(region.sum()))
 
 
-def _one_colour(draw: np.random.Generator) -> Palette:
-    """One colour, bright or dull, under the name of the nearest that has one."""
-    r, g, b = draw.uniform(30, 240, 3)
-    name = min(COLOURS, key=lambda name: math.dist(COLOURS[name], (r, g, b)))
-    return Palette({name: (r, g, b)}, NEARLY)
-
-
-def _ground(draw: np.random.Generator, size: int, kind: str) -> np.ndarray:
+def drawn_ground(draw: np.random.Generator, size: int, kind: str) -> np.ndarray:
     """A textured ground (size, size, 3) in 0 … 255: two dim colours mixed by a pattern, and noise."""
     first, second = draw.uniform(40, 170, (2, 3))
     y, x = np.mgrid[:size, :size] / size

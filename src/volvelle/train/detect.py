@@ -85,6 +85,8 @@ def build_model(recipe: TrainDetect, train: BoxFolder, observer: Observer) -> De
     """The detector of the recipe, for the data's classes, with anchors from its boxes."""
     config = named(recipe.model, train.classes)
     config = replace(config, size=recipe.size, stretch=recipe.stretch, deformable=recipe.deformable)
+    if recipe.stride == 8:
+        config = replace(config, composition=replace(config.composition, maps=3))
     if recipe.anchors:
         view = fit_of(recipe)
         shapes = suggest_anchors(train, view, recipe.anchors, seed=recipe.seed)

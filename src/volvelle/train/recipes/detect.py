@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from volvelle.errors import UsageError
+from volvelle.systems.detection.config import ThunderNet
 from volvelle.systems.detection.names import named
 from volvelle.train.options import FitOptions
 from volvelle.train.recipes.segment import SCENES
@@ -34,6 +35,8 @@ class TrainDetect(FitOptions):
     """A composition and a backbone: thundernet-snet146, thundernet-efficientnet-lite0, rfcn-resnet-50, …"""
     weights: str = "none"
     """What the backbone begins with: none, imagenet (efficientnet-lite0), a file or folder."""
+    stride: Literal[8, 16] = 16
+    """Pixels from one place to the next on the map where ThunderNet proposes and pools; 8 where objects are small."""
     deformable: int = 0
     """How many of the backbone's last 3 x 3 convolutions are deformable; position-sensitive pooling is then too."""
     size: int = 320
@@ -84,7 +87,9 @@ class TrainDetect(FitOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named(self.model)
+        composition = named(self.model).composition
+        if self.stride != 16 and not isinstance(composition, ThunderNet):
+            raise UsageError(f"stride={self.stride}: {self.model} has stride 16 alone", tip="model=thundernet-snet49")
         if not 0 <= self.selection_share < 1:
             raise UsageError(f"selection_share: must lie in [0, 1), got {self.selection_share}")
         if self.keep == "best" and self.selection_share == 0:
