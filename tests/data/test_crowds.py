@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from volvelle.data import crowds as crowds_module
+from volvelle.data.boxes import read_boxes
 from volvelle.data.crowds import COUNT, INSIDE, UNCOVERED, Crowds, write_crowds
 from volvelle.data.promptable import read_objects
 
@@ -114,3 +115,14 @@ def test_written_crowds_are_a_data_set(garments, tmp_path):
                 assert (np.asarray(Image.open(folder / kind / part / f"{index:05d}.png")) == pixels).all()
     found = read_objects(folder, numbers="objects", least=20)
     assert {part: len(pictures) for part, pictures in found.items()} == {"train": 3, "val": 2}
+    boxes = read_boxes(folder)
+    assert {part: len(pictures) for part, pictures in boxes.items()} == {"train": 3, "val": 2}
+    for part, pictures in boxes.items():
+        assert pictures.classes == ("object",)
+        for index, there in enumerate(pictures.boxes):
+            _, objects = Crowds(len(pictures), size=64, part=part).crowd(index)
+            assert len(there.corners) == objects.max()
+            for number, (x1, y1, x2, y2) in enumerate(there.corners.int().tolist(), 1):
+                rows, columns = np.nonzero(objects == number)
+                assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x1, y1, x2, y2)
+                assert there.areas[number - 1] == len(rows)

@@ -17,7 +17,7 @@ from volvelle.data.boxes_augment import Fit, Fitted
 from volvelle.errors import UsageError, VolvelleError
 from volvelle.parts.metrics.mean_average_precision import MeanAveragePrecision
 from volvelle.runs import RunFolder
-from volvelle.systems.detection import detector, named, write_detector
+from volvelle.systems.detection import detector, named, read_detector, write_detector
 from volvelle.systems.detection.targets import Targets
 from volvelle.train.detect import build_model, read_sets, step_memory, train_detect
 from volvelle.train.detect_measure import UNSURE, Measured, judged, measure, metrics_of
@@ -108,6 +108,19 @@ def test_end_to_end(data, tmp_path, capsys):
         assert 0 <= y1 < y2 <= 72
     with pytest.raises(UsageError, match="has no test part"):
         detecting.evaluate(run.path, str(data), split="test")
+
+
+def test_a_run_begins_with_the_detector_of_another(data, tmp_path):
+    options = recipe(data, steps=1)
+    first = run_of(tmp_path, "first", options)
+    train_detect(options, first, observer=Quiet())
+    trained = read_detector(first.path / "weights").state_dict()
+    train = read_sets(recipe(data), data, Quiet()).train
+    for weights in (first.path, first.path / "weights"):
+        model = build_model(recipe(data, weights=str(weights), anchors=3), train, Quiet()).state_dict()
+        assert all(torch.equal(model[name], trained[name]) for name in model if not name.startswith("proposer."))
+    with pytest.raises(VolvelleError, match="nowhere"):
+        build_model(recipe(data, weights=str(tmp_path / "nowhere")), train, Quiet())
 
 
 def test_weights_say_how_pictures_are_resized(data, tmp_path):

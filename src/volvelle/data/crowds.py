@@ -14,6 +14,7 @@ A picture depends on (seed, part, number) alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +22,19 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy import ndimage
 from torch import Tensor
 
+from volvelle.data.boxes_coco import coco_document
+from volvelle.data.boxes_notes import Object
 from volvelle.data.idx import read_idx_folder
 from volvelle.data.scenes import GROUNDS, Part, drawn_ground
 from volvelle.errors import UsageError
+from volvelle.files import write_atomic
 from volvelle.hub import fetch
 
+OBJECT = "object"
+"""The one class of their boxes."""
 COUNT = (5, 18)
 """The least and the most objects."""
 SIDES = (0.1, 0.2, 0.4)
@@ -128,6 +135,7 @@ def write_crowds(
     """Write crowds as a folder of `images/` and `masks/`, each with `train/` and `val/`, and return it.
 
     A pixel of a mask says which object of its picture it shows: `volvelle train promptable data=… numbers=objects`.
+    train.json and val.json hold the boxes in COCO's format, of one class: `volvelle train detect data=…`.
     """
     done = 0
     parts: tuple[tuple[Part, int], ...] = (("train", train), ("val", val))
@@ -135,13 +143,27 @@ def write_crowds(
         crowds = Crowds(count, size=size, seed=seed, part=part)
         for kind in ("images", "masks"):
             (folder / kind / part).mkdir(parents=True, exist_ok=True)
+        found: list[list[Object]] = []
         for index in range(count):
-            for kind, pixels in zip(("images", "masks"), crowds.crowd(index), strict=True):
+            image, objects = crowds.crowd(index)
+            for kind, pixels in (("images", image), ("masks", objects)):
                 Image.fromarray(pixels).save(folder / kind / part / f"{index:05d}.png")
+            found.append(_boxes(objects))
             done += 1
             if progress:
                 progress(done, train + val)
+        listed = [(f"{index:05d}.png", (size, size)) for index in range(count)]
+        write_atomic(folder / f"{part}.json", json.dumps(coco_document(listed, found, [OBJECT])))
     return folder
+
+
+def _boxes(objects: np.ndarray) -> list[Object]:
+    """A box around what can be seen of each object of a mask."""
+    boxes = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(objects), 1):
+        area = int((objects[rows, columns] == number).sum())
+        boxes.append(Object(OBJECT, (columns.start, rows.start, columns.stop, rows.stop), "", area=area))
+    return boxes
 
 
 def _ground(draw: np.random.Generator, size: int) -> np.ndarray:

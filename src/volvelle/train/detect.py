@@ -15,7 +15,7 @@ from volvelle.data.boxes_augment import BoxAugmentation, Fit, Fitted, Views, col
 from volvelle.data.loader import Loader
 from volvelle.errors import VolvelleError
 from volvelle.systems.detection.config import DetectorConfig
-from volvelle.systems.detection.load import blank_detector, detector, write_detector
+from volvelle.systems.detection.load import blank_detector, detector, is_detector, write_detector
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.names import named
 from volvelle.systems.detection.proposer import Proposed
@@ -94,7 +94,13 @@ def build_model(recipe: TrainDetect, train: BoxFolder, observer: Observer) -> De
         overlap = best_overlap(train, view, shapes)
         observer.say(f"anchors from the boxes: {words}; the best one of each box has a mean IoU of {overlap:.2f}")
         config = config.with_anchors([(width, height) for width, height in shapes.tolist()])
-    return detector(config, weights=None if recipe.weights == "none" else recipe.weights)
+    return detector(config, weights=_start(recipe.weights))
+
+
+def _start(weights: str) -> str | Path | None:
+    """What a detector begins with: nothing, the backbone's weights, or a detector: its folder or its run."""
+    inside = Path(weights) / "weights"
+    return None if weights == "none" else inside if is_detector(inside) else weights
 
 
 def fit_of(recipe: TrainDetect) -> Fit:

@@ -30,7 +30,7 @@ from volvelle.systems.detection import (
 from volvelle.systems.detection.config import RELEASED, RELEASED_POST, anchor_shapes
 from volvelle.systems.detection.deforming import DeformedConv2d
 from volvelle.systems.detection.heads import Scored
-from volvelle.systems.detection.load import is_detector
+from volvelle.systems.detection.load import carry_over, is_detector
 from volvelle.systems.detection.model import Detector
 from volvelle.systems.detection.post import PostProcess
 from volvelle.systems.detection.targets import Regions, Targets, collate
@@ -325,6 +325,40 @@ def test_files_bring_back_the_same_detector(name, tmp_path):
     assert again.config == model.config
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(images).boxes, model(images).boxes)
+
+
+@pytest.mark.parametrize("deformable", [0, 1])
+def test_a_detector_begins_with_another_one(tmp_path, deformable):
+    first = replace(named("thundernet-snet49", ("thing",)), rpn=NUMBERS)
+    torch.manual_seed(0)
+    source = detector(first)
+    write_detector(source, tmp_path / "first")
+    wanted = replace(named("thundernet-snet49", CLASSES), rpn=replace(NUMBERS, anchors=((9.0, 9.0),)))
+    model = detector(replace(wanted, deformable=deformable), weights=tmp_path / "first")
+    own = ("roi_head.scorer.classes.", "proposer.objectness.", "proposer.deltas.")
+    theirs = source.state_dict()
+    ours = model.state_dict()
+    for name, value in theirs.items():
+        layer, _, last = name.rpartition(".")
+        now = ours[name] if name in ours else ours[f"{layer}.conv.{last}"]
+        assert (now.shape == value.shape and torch.equal(now, value)) != name.startswith(own), name
+    assert model.training
+    assert model.config == replace(wanted, deformable=deformable)
+    # The same classes and anchors: all of it. As many anchors of other shapes: not what speaks of them.
+    assert carry_over(source, detector(first)) == []
+    others = replace(NUMBERS, anchors=anchor_shapes((17, 33), (0.5, 1, 2)))
+    assert carry_over(source, detector(replace(first, rpn=others))) == [
+        f"proposer.{layer}.{what}" for layer in ("objectness", "deltas") for what in ("weight", "bias")
+    ]
+    # Of a model of another stride, what both have.
+    finer = replace(first, composition=replace(first.composition, maps=3))
+    assert "neck.lateral.0.weight" in carry_over(source, detector(finer))
+    if deformable:
+        write_detector(model, tmp_path / "deformed")
+        again = detector(replace(wanted, deformable=1), weights=tmp_path / "deformed").state_dict()
+        assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(VolvelleError, match="on snet49 cannot begin one on snet146"):
+        detector("thundernet-snet146", 3, weights=tmp_path / "first")
 
 
 def test_broken_files_say_so(tmp_path):

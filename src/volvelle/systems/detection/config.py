@@ -93,11 +93,12 @@ class Hardest:
 class Post:
     """What becomes of scored boxes: those below `score` go, suppression in each class at `overlap`, the `top` stay.
 
+    `score` is low, since the far end of the recall counts in mean average precision; who draws boxes asks for more.
     `candidates` is the most that suppression looks at in an image, highest scores first. `decay` of 0 suppresses; above
     0 it is Soft-NMS (Bodla et al. 2017), which multiplies scores by exp(-IoU² / decay) instead.
     """
 
-    score: float = 0.05
+    score: float = 0.01
     overlap: float = 0.5
     top: int = 100
     candidates: int = 1000

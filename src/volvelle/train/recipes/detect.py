@@ -34,7 +34,9 @@ class TrainDetect(FitOptions):
     model: str = "thundernet-snet49"
     """A composition and a backbone: thundernet-snet146, thundernet-efficientnet-lite0, rfcn-resnet-50, …"""
     weights: str = "none"
-    """What the backbone begins with: none, imagenet (efficientnet-lite0), a file or folder."""
+    """What the backbone begins with: none, imagenet (efficientnet-lite0), a file or folder. Or what the whole detector
+    begins with: a run of this recipe, with other classes too.
+    """
     stride: Literal[8, 16] = 16
     """Pixels from one place to the next on the map where ThunderNet proposes and pools; 8 where objects are small."""
     deformable: int = 0
