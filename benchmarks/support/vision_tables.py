@@ -95,17 +95,20 @@ def sam(record: Mapping[str, Any]) -> list[str]:
 
 
 def _everything(name: str, found: Mapping[str, Any]) -> list[str]:
-    """One picture by both generators: stages, ratio, masks that agree, memory."""
+    """One picture by both generators: stages, ratio, masks that agree, memory.
+
+    Memory is that of live tensors: a process keeps what loading the weights took, and grows by less than it uses.
+    """
     stages = list(dict.fromkeys(stage for times in found["stages"].values() for stage in times if times[stage] > 0))
     title = f"{name}: {found['model']}, {found['points']} x {found['points']} points, {found['masks']} masks"
-    lines = [f"| {title} | seconds | {' | '.join(stages)} | : theirs | masks as theirs | least IoU | memory |"]
+    lines = [f"| {title} | seconds | {' | '.join(stages)} | : theirs | masks as theirs | least IoU | tensors at once |"]
     lines.append("|---" * (len(stages) + 6) + "|")
     for who, one in found["seconds"].items():
         times = " | ".join(f"{found['stages'][who].get(stage, 0):.2f}" for stage in stages)
         same = found["alike"].get(who)
         told = protocol.shown(found["speed"][who]) if same else "baseline"
         alike = f"{same['common']} of {same['ours']} | {same['least_iou']:.4f}" if same else " | "
-        held = f"{found['memory'][who]['rss_growth'] / 2**20:.0f} MiB" if who in found["memory"] else ""
+        held = f"{found['memory'][who]['tensor_growth'] / 2**20:.0f} MiB" if who in found["memory"] else ""
         lines.append(f"| {who} | {one['wall_median']:.2f} | {times} | {told} | {alike} | {held} |")
     return lines
 
