@@ -51,7 +51,7 @@ class RPN:
     best: int = 3
     floor: float = 0.25
     sampled: int = 256
-    before: int = 1000
+    before: int = 1500
     overlap: float = 0.7
     training: int = 300
     testing: int = 200
