@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 from tests.adapt.prefix_models import gpt2, llama, other, shake
+from transformers import DynamicCache
 
 from volvelle import adapt
 from volvelle.adapt.prefix import Prefaces
@@ -165,6 +167,24 @@ def test_rows_of_different_adapters(name, implementation):
         first = model(input_ids=ids[:, :6], use_cache=True)
         last = model(input_ids=ids[:, 6:], past_key_values=first.past_key_values).logits
         same(torch.cat((first.logits, last), 1), torch.stack(expected))
+
+
+@pytest.mark.parametrize("given", ["past_key_values", "cache"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_the_past_by_the_name_it_had_before(name, given):
+    model = MODELS[name]()
+    if given not in inspect.signature(model.base_model.forward).parameters and given == "cache":
+        pytest.skip("this version of transformers has no argument `cache`")
+    shake(adapt.apply(model, METHODS["plain"][0]))
+    with torch.no_grad():
+        whole = model(input_ids=IDS).logits
+        cache = DynamicCache(config=model.config)
+        parts = [model(input_ids=part, **{given: cache}).logits for part in (IDS[:, :4], IDS[:, 4:])]
+        same(torch.cat(parts, 1), whole)
+        cache = DynamicCache(config=model.config)
+        states = [model.base_model(part, **{given: cache})[0] for part in (IDS[:, :4], IDS[:, 4:])]
+        same(torch.cat(states, 1), model.base_model(IDS)[0])
 
 
 @pytest.mark.parametrize("name", MODELS)

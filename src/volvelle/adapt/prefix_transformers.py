@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from volvelle.errors import VolvelleError
 from volvelle.parts.attention.before import Before, Recorder
 
-_PAST = ("past_key_values", "past_key_value", "layer_past")
+_PAST = ("cache", "past_key_values", "past_key_value", "layer_past")  # `cache` since transformers 5.24
 _OTHERS = re.compile(r"encoder|cross|EncDec")  # attention that does not read the text that is written
 _MASKED = ("sdpa", "eager")  # implementations whose masks are (b, h, n, m) tensors
 
@@ -151,8 +151,12 @@ class _Arguments(NamedTuple):
     past: str
 
     def named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
-        return dict(zip(self.names, args, strict=False)) | kwargs
+        """All arguments by name; the past by the name it has here, whichever of its names it was given under."""
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        for older in (name for name in _PAST if self.past and name in values and name not in self.names):
+            given = values.pop(older)
+            values = values if given is None else values | {self.past: given}
+        return values
 
 
 def _arguments(module: nn.Module) -> _Arguments:
