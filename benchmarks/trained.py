@@ -4,13 +4,15 @@
     python -m benchmarks.trained priors RUN [RUN …] --judge RUN --data DATA
     python -m benchmarks.trained captions RUN [RUN …] --data DATA
     python -m benchmarks.trained boxes RUN [RUN …] --data DATA [--picture FILE]
+    python -m benchmarks.trained summaries RUN [RUN …] --data FILE
 
-Reads the run folders of `volvelle train`, and adds what they found to results/NAME.json; a run of the same name is
-replaced. Nothing is trained here; the page says with which command. Priors are also asked for pictures of every class,
-which the judge, a run of `train classify`, is shown; those that were told the captions of scenes, for garments of every
-colour. Promptable models are asked for the mask of every box of a folder that has no masks, and some are drawn. Where
-a machine was busy with other things too, --alone names the beginning of the same training, interrupted after some
-steps and with nothing beside it: its median step says how long the whole takes.
+Reads the run folders of `volvelle train` and `adapt`, and adds what they found to results/NAME.json; a run of the same
+name is replaced. Nothing is trained here; the page says with which command. Priors are also asked for pictures of every
+class, which the judge, a run of `train classify`, is shown; those that were told the captions of scenes, for garments
+of every colour. Promptable models are asked for the mask of every box of a folder that has no masks, and some are
+drawn. Summarisers, and what was adapted from them, are asked for the summaries of a file. Where a machine was busy with
+other things too, --alone names the beginning of the same training, interrupted after some steps and with nothing beside
+it: its median step says how long the whole takes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import io
 import statistics
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import protocol, tables
 from benchmarks.support.caption_trials import captions
+from benchmarks.support.summary_trials import summaries
 from volvelle.cli.measured import chosen_part
 from volvelle.cli.prompting import open_promptable
 from volvelle.data.boxes import read_boxes
@@ -47,23 +51,25 @@ DRAWN = 3
 """Pictures of boxes and their masks on a sheet."""
 
 KINDS = {
-    "camvid": "segment", "bccd": "detect", "clicks": "promptable", "codecs": "vqgan", "priors": "prior",
-    "captions": "prior", "boxes": "promptable",
+    "camvid": ("segment",), "bccd": ("detect",), "clicks": ("promptable",), "codecs": ("vqgan",),
+    "priors": ("prior",), "captions": ("prior",), "boxes": ("promptable",), "summaries": ("summarize", "adapt"),
 }  # fmt: skip
+"""The kinds of runs that each table takes."""
 
 
-def figures(path: Path, kind: str) -> dict[str, Any]:
+def figures(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
     """What a finished run found, of which steps, in which time."""
     run = RunFolder.open(path)
     manifest, config = run.manifest, run.config()
-    if manifest["kind"] != kind or manifest["status"] != "finished":
-        raise VolvelleError(f"{path} is a {manifest['status']} run of train {manifest['kind']}, not a finished {kind}")
+    if manifest["kind"] not in kinds or manifest["status"] != "finished":
+        wanted = " or ".join(kinds)
+        raise VolvelleError(f"{path} is a {manifest['status']} run of {manifest['kind']}, not a finished {wanted}")
     steps = [record["seconds"] for record in run.metrics() if record["event"] == "train"]
     taken = datetime.fromisoformat(manifest["ended"]) - datetime.fromisoformat(manifest["created"])
     return {
         "run": manifest["name"],
         "date": manifest["ended"],
-        "measured_on": manifest["measured_on"],
+        "measured_on": manifest.get("measured_on"),
         "steps": manifest["step"],
         "seed": config["seed"],
         "batch": config["batch"],
@@ -121,12 +127,12 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--alone", type=Path, help="the beginning of the same training, with nothing beside it")
     parser.add_argument("--judge", type=Path, help="priors: a run of train classify")
-    parser.add_argument("--data", help="priors, captions, boxes: whose held-out part they are measured on")
+    parser.add_argument("--data", help="priors, captions, boxes, summaries: whose held-out part they are measured on")
     parser.add_argument("--picture", type=Path, help="boxes: a PNG to draw some into")
     options = parser.parse_args()
     if options.name == "priors" and not (options.judge and options.data):
         parser.error("priors: --judge and --data are wanted")
-    if options.name in ("captions", "boxes") and not options.data:
+    if options.name in ("captions", "boxes", "summaries") and not options.data:
         parser.error(f"{options.name}: --data is wanted")
     kept = {row["run"]: row for row in protocol.read(options.name).get("runs", [])}
     for path in options.run:
@@ -137,6 +143,8 @@ def main() -> None:
             row |= drawn(path, options.judge, options.data)
         if options.name == "captions":
             row |= captions(path, options.data)
+        if options.name == "summaries":
+            row |= summaries(path, options.data)
         if options.name == "boxes":
             row |= boxed(path, options.data, options.picture)
         kept[row["run"]] = row

@@ -164,12 +164,12 @@ def _score(
         progress=lambda done, total: observer.work("answers", done, total),
     )
     references = [p.references for p in prompts]
-    lead = rouge([_beginning(p) for p in prompts], references)["rougeL"]
+    lead = rouge([beginning(p) for p in prompts], references)["rougeL"]
     scores = text_scores(outputs, references) | {"rougeL_of_beginning": lead}
     shown = spread(list(zip(prompts, outputs, strict=True)), recipe.samples)
     return scores, [Sample(p.example.prompt, p.references, after=text) for p, text in shown]
 
 
-def _beginning(prompt: Prompted) -> str:
+def beginning(prompt: Prompted) -> str:
     """The first dozen words: what a summary must be better than."""
     return " ".join(prompt.example.prompt.split()[:12])
