@@ -253,7 +253,7 @@ def voc_by_loops(pairs, label, threshold):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("threshold", [0.5, 0.75])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.75])
 def test_voc_equals_the_loop(threshold, ties):
     pairs = data_set(25, seed=7, ties=ties)
     figures = figures_of(pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -85,6 +86,17 @@ def test_batches_add_up_and_averages_differ():
     assert len({float(boundary_iou(*whole, average=a)) for a in ("dataset", "image", "pair")}) > 1
 
 
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    [("dataset", (1 + 5 / 12) / 2), ("image", ((1 + 3 / 4) / 2 + 2 / 8) / 2), ("pair", (1 + 3 / 4 + 2 / 8) / 3)],
+)
+def test_averages_by_hand(average, expected):
+    """Of two pictures, the second without the first class, whose outline is one pixel in the other."""
+    found = boundary_iou(torch.tensor([[1, 3], [0, 2]]), torch.tensor([[1, 4], [0, 8]]), average=average)
+    assert found.shape == ()
+    assert float(found) == pytest.approx(expected)
+
+
 def test_absent_classes_and_empty_batches():
     labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
     counts = boundary_counts(labels, labels, 2)
@@ -103,5 +115,6 @@ def test_bad_calls_say_what_arrived():
         boundary_counts(labels[0], labels[0], 2)
     with pytest.raises(ValueError, match="dilation_ratio must be above 0, got 0"):
         boundary_counts(labels, labels, 2, dilation_ratio=0)
-    with pytest.raises(ValueError, match=r"got \(1, 2\) and \(2,\)"):
-        boundary_iou(torch.zeros(1, 2), torch.zeros(2))
+    for one, two in (((1, 2), (2,)), ((2,), (2,)), ((1, 2), (2, 2))):
+        with pytest.raises(ValueError, match=re.escape(f"got {one} and {two}")):
+            boundary_iou(torch.zeros(one), torch.zeros(two))

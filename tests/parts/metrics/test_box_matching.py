@@ -81,6 +81,23 @@ def test_an_object_without_area_is_a_small_one(area):
     assert [float(figures[f"map{name}"]) for name in ("", "_small", "_medium")] == pytest.approx([1, 1, -1])
 
 
+@pytest.mark.parametrize(("area", "counts"), [(-0.5, False), (1e10, True), (1e10 + 0.5, False)])
+def test_areas_beyond_all_ranges_are_ignored(area, counts):
+    area = torch.tensor([area], dtype=torch.float64)
+    figures = figures_of([(one([[0, 0, 10, 10]], [0], [0.9]), one([[0, 0, 10, 10]], [0], area=area))]).compute()
+    found = [float(figures[f"{name}{range_}"]) for name in ("map", "mar") for range_ in ("_small", "_large")]
+    assert found == pytest.approx([-1, 1, -1, 1] if counts else [-1] * 4)
+    assert [float(figures[name]) for name in ("map", "mar_100")] == pytest.approx([1, 1] if counts else [-1, -1])
+
+
+def test_objects_keep_their_order_however_many_there_are():
+    """Of a hundred equal objects of each class the first alone is difficult, so that VOC ignores the detection."""
+    labels = [0, 1, 2] * 100
+    there = one([[0, 0, 10, 10]] * 300, labels, iscrowd=torch.arange(300) < 3)
+    figures = figures_of([(one([[0, 0, 10, 10]] * 3, [0, 1, 2], [0.9] * 3), there)])
+    assert figures.voc()["map_per_class"].tolist() == [0, 0, 0]
+
+
 def test_an_overlap_just_below_one_counts_as_one():
     """As in pycocotools, whose largest threshold lies a ten-thousand-millionth below 1."""
     for less, hit in ((5e-11, 1.0), (5e-10, 0.0)):
@@ -106,7 +123,10 @@ def test_overlaps_of_boxes_of_less_than_a_pixel():
 
 
 def blocks_of(counts, monkeypatch, block):
-    """(detections, objects) of the cells of each block, for pictures of one class with so many of each."""
+    """(detections, objects) of the cells of each block, for pictures of one class with so many of each.
+
+    The cells of a block are padded to the most of each, and to one object at least.
+    """
     monkeypatch.setattr(box_matching, "BLOCK", block)
     pictures = []
     for many, there in counts:
@@ -114,8 +134,13 @@ def blocks_of(counts, monkeypatch, block):
         pictures += figures_of([(found, truth)]).pictures
     classes = torch.zeros(1, dtype=torch.int64)
     found = box_matching._detections(pictures, classes, None)
-    blocks = box_matching._blocks(pictures, classes, found)
-    return [list(zip((c.mask).sum(1).tolist(), c.there.sum(1).tolist(), strict=True)) for _, c in blocks]
+    blocks = []
+    for rows, cells in box_matching._blocks(pictures, classes, found):
+        many, there = cells.mask.sum(1).tolist(), cells.there.sum(1).tolist()
+        assert rows.shape == cells.mask.shape == (len(many), max(many))
+        assert cells.there.shape == (len(many), max(1, *there))
+        blocks.append(list(zip(many, there, strict=True)))
+    return blocks
 
 
 def test_blocks_hold_cells_of_like_size_as_many_as_fit(monkeypatch):
@@ -134,3 +159,5 @@ def test_blocks_hold_cells_of_like_size_as_many_as_fit(monkeypatch):
         assert all(pairs([*cells, after[0]]) > block for cells, after in itertools.pairwise(found))
     assert len(blocks_of(counts, monkeypatch, 10**6)) == 1
     assert blocks_of([(2, 0), (1, 0)], monkeypatch, 60) == [[(1, 0), (2, 0)]], "no object at all"
+    alone = blocks_of([(1, 0)] * 10, monkeypatch, 4)
+    assert [len(cells) for cells in alone] == [4, 4, 2], "a cell without objects is as large as one with one"

@@ -70,6 +70,16 @@ def test_ssim_in_fp32_keeps_small_contrasts_and_gradients():
     assert structural_similarity(a.detach().bfloat16(), b.bfloat16(), 1.0).dtype == torch.float32
 
 
+def test_ssim_s_range_window_and_autocast():
+    x, y = pair((2, 1, 12, 13))
+    ours = structural_similarity(x, y, 1.0)
+    torch.testing.assert_close(structural_similarity(255 * x, 255 * y, 255.0), ours)
+    light = (2 * x * y + 1e-4) / (x**2 + y**2 + 1e-4)  # one pixel has no variance
+    torch.testing.assert_close(structural_similarity(x, y, 1.0, window=1), light.mean((1, 2, 3)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(structural_similarity(x.float(), y.float(), 1.0), ours.float())
+
+
 def test_limits_and_bad_input():
     x, _ = pair((2, 1, 12, 12))
     assert torch.isinf(peak_signal_noise_ratio(x, x, 1.0)).all()
@@ -136,6 +146,13 @@ def test_frechet_s_closed_forms():
         frechet_distance(mean, one, mean[:2], one)
     with pytest.raises(ValueError, match="two rows"):
         feature_statistics(torch.zeros(1, 3))
+
+
+def test_frechet_of_equals_is_never_below_zero():
+    """Rounding may leave either sign before it is cut off."""
+    for seed in range(20):
+        same = feature_statistics(gaussian(30, 5, seed))
+        assert 0 <= float(frechet_distance(*same, *same)) < 1e-12 * float(same[1].trace())
 
 
 def by_loop(real, fake, k):

@@ -78,17 +78,16 @@ class Detections(NamedTuple):
 
 
 Rule = Callable[[Cells], tuple[Tensor, Tensor]]
-_NO, _NONE = torch.zeros(0, 1, dtype=torch.bool), torch.zeros(0, 1, 4, dtype=torch.float64)
-_NO_CELLS = Cells(_NONE, _NO, _NONE, _NO, _NO, _NONE[..., 0])
 
 
-def matched(pictures: Sequence[Picture], classes: Tensor, rule: Rule, *, limit: int | None = None) -> Matched:
-    """Apply `rule` (cells -> hits and ignored, (c, …, d)) to every cell, at most `limit` detections in each.
+def matched(
+    pictures: Sequence[Picture], classes: Tensor, rule: Rule, *, shape: tuple[int, ...] = (), limit: int | None = None
+) -> Matched:
+    """Apply `rule` (cells -> hits and ignored, (c, *shape, d)) to every cell, at most `limit` detections in each.
 
     `classes` (k,) are the labels that occur, in order.
     """
     found = _detections(pictures, classes, limit)
-    shape = rule(_NO_CELLS)[0].shape[1:-1]
     hits, ignored = (torch.zeros(*shape, len(found.scores), dtype=torch.bool) for _ in range(2))
     for rows, cells in _blocks(pictures, classes, found):
         use = rows >= 0
@@ -159,20 +158,21 @@ def _outside(areas: Tensor, ranges: Tensor) -> Tensor:
     return (areas[:, None] < ranges[:, :1]) | (areas[:, None] > ranges[:, 1:])
 
 
-def _joined(pictures: Sequence[Picture], classes: Tensor, field: int, labels: int) -> tuple[Tensor, Tensor]:
-    """One field of all pictures in a row, and the cell of each entry by the labels in another."""
-    if not pictures:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    counts = torch.tensor([len(picture[labels]) for picture in pictures])
+def _joined(pictures: Sequence[Picture], field: int) -> Tensor:
+    """One field of all pictures in a row."""
+    return torch.cat([picture[field] for picture in pictures]) if pictures else torch.zeros(0, dtype=torch.float64)
+
+
+def _cells(pictures: Sequence[Picture], classes: Tensor, field: int) -> Tensor:
+    """The cell of each entry of a field of labels."""
+    counts = torch.tensor([len(picture[field]) for picture in pictures], dtype=torch.int64)
     image = torch.arange(len(pictures)).repeat_interleave(counts)
-    numbers = torch.searchsorted(classes, torch.cat([picture[labels] for picture in pictures]))
-    return torch.cat([picture[field] for picture in pictures]), image * len(classes) + numbers
+    return image * len(classes) + torch.searchsorted(classes, _joined(pictures, field).long())
 
 
 def _detections(pictures: Sequence[Picture], classes: Tensor, limit: int | None) -> Detections:
     """All detections, the surest first within a cell, equal scores in the order given."""
-    scores, cells = _joined(pictures, classes, 1, 2)
-    boxes, _ = _joined(pictures, classes, 0, 2)
+    boxes, scores, cells = _joined(pictures, 0), _joined(pictures, 1), _cells(pictures, classes, 2)
     order = scores.argsort(descending=True, stable=True)
     order = order[cells[order].argsort(stable=True)]
     cells = cells[order]
@@ -184,13 +184,12 @@ def _detections(pictures: Sequence[Picture], classes: Tensor, limit: int | None)
 
 def _blocks(pictures: Sequence[Picture], classes: Tensor, found: Detections) -> Iterator[tuple[Tensor, Cells]]:
     """Cells with detections in padded blocks of similar ones, and the detections' numbers (c, d), -1 where padded."""
-    objects, cells = _joined(pictures, classes, 3, 4)
+    cells = _cells(pictures, classes, 4)
     order = cells.argsort(stable=True)
     cells = cells[order]
-    ignored, areas = (_joined(pictures, classes, field, 4)[0][order] for field in (5, 6))
-    # One row more, for a place without an object to point at where there is none at all.
-    objects = F.pad(objects.reshape(-1, 4)[order], (0, 0, 0, 1))
-    ignored, areas = F.pad(ignored.bool(), (0, 1)), F.pad(areas, (0, 1))
+    # One row more, the last, which -1 takes for a place without an object.
+    objects = F.pad(_joined(pictures, 3).reshape(-1, 4)[order], (0, 0, 0, 1))
+    ignored, areas = (F.pad(_joined(pictures, field)[order], (0, 1)) for field in (5, 6))
     own = found.cells.unique()
     spans = [(torch.searchsorted(x, own), torch.searchsorted(x, own, right=True)) for x in (found.cells, cells)]
     (first, end), (first_object, end_object) = spans
@@ -199,8 +198,7 @@ def _blocks(pictures: Sequence[Picture], classes: Tensor, found: Detections) -> 
     for block in _chunks(by_size.tolist(), many.tolist(), there.tolist()):
         rows = _spread(first[block], many[block])
         theirs = _spread(first_object[block], there[block])
-        at, of = rows.clamp(min=0), theirs.clamp(min=0)
-        yield rows, Cells(found.boxes[at], rows >= 0, objects[of], theirs >= 0, ignored[of], areas[of])
+        yield rows, Cells(found.boxes[rows], rows >= 0, objects[theirs], theirs >= 0, ignored[theirs], areas[theirs])
 
 
 def _chunks(order: Sequence[int], many: Sequence[int], there: Sequence[int]) -> Iterator[list[int]]:

@@ -31,9 +31,10 @@ def lovasz_softmax(
 ) -> Tensor:
     """Return the Lovász-softmax loss, a number in [0, 1], over all pixels of the batch together.
 
-    probabilities (b, k, …) floating point, target (b, …) integer. Pixels of `ignore_index` are left out. "present"
-    averages over the classes that the target has; "all" adds the others, whose loss is the largest wrong probability.
-    Zero (with a gradient of zero) where no pixel is left. Costs one sort of the pixels a class.
+    probabilities (b, k, …) floating point, target (b, …) integer. Pixels of `ignore_index` are left out; another
+    label that is no class belongs to none. "present" averages over the classes that the target has; "all" adds the
+    others, whose loss is the largest wrong probability. Zero (with a gradient of zero) where no pixel is left. Costs
+    one sort of the pixels a class.
 
     Raises ValueError for shapes that do not fit. Berman et al. 2018, section 3.
 
@@ -41,23 +42,24 @@ def lovasz_softmax(
     >>> lovasz_softmax(scores, torch.tensor([[0, 1]])).round(decimals=3)
     tensor(0.3250)
     """
-    k = probabilities.shape[1] if probabilities.ndim >= 2 else 0
     if probabilities.ndim < 2 or target.shape != probabilities.shape[:1] + probabilities.shape[2:]:
         raise ValueError(
             "lovasz_softmax: probabilities must be (b, k, …) and target (b, …), got "
             f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
         )
+    k = probabilities.shape[1]
     p = probabilities.movedim(1, -1).reshape(-1, k)
     y = target.reshape(-1)
     if ignore_index is not None:
-        kept = (y != ignore_index).nonzero()[:, 0]
+        kept = (y != ignore_index).nonzero().flatten()
         p, y = p.index_select(0, kept), y.index_select(0, kept)
     if not len(y):
         return probabilities.sum() * 0.0
-    truth = (y[:, None] == torch.arange(k, device=y.device)).to(p.dtype)
+    own = y[:, None] == torch.arange(k, device=y.device)
     if classes == "present":
-        there = torch.bincount(y.clamp(-1, k) + 1, minlength=k + 2)[1:-1].nonzero()[:, 0]
-        p, truth = p.index_select(1, there), truth.index_select(1, there)
+        there = own.any(0).nonzero().flatten()
+        p, own = p.index_select(1, there), own.index_select(1, there)
+    truth = own.to(p.dtype)
     errors, order = (truth - p).abs().sort(dim=0, descending=True)
     return (errors * _steps(truth.gather(0, order))).sum(0).mean()
 

@@ -10,6 +10,7 @@ What is ignored (a crowd, a difficult object) is neither missed when it is not f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -140,7 +141,8 @@ class MeanAveragePrecision(nn.Module):
         t, k, a = len(thresholds), len(classes), len(ranges)
         precision = torch.full((t, len(levels), k, a), -1.0, dtype=torch.float64)
         recall = torch.full((t, k, a, len(limits)), -1.0, dtype=torch.float64)
-        found = matched(self._pictures, classes, lambda cells: match_coco(cells, thresholds, ranges), limit=limits[-1])
+        rule = partial(match_coco, thresholds=thresholds, ranges=ranges)
+        found = matched(self._pictures, classes, rule, shape=(a, t), limit=limits[-1])
         positives = self._positives(classes, ranges)
         for number in range(k):
             chosen = found.labels == number
@@ -151,7 +153,7 @@ class MeanAveragePrecision(nn.Module):
             there = positives[number] > 0
             precision[:, :, number, there] = curve[there].permute(1, 2, 0)
             for m, limit in enumerate(limits):
-                right = (hits & ~aside & (ranks < limit)).sum(-1).double() / total.clamp(min=1)
+                right = (hits & ~aside & (ranks < limit)).sum(-1).double() / total
                 recall[:, number, there, m] = right[there].T
         return precision, recall, classes
 
