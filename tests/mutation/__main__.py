@@ -54,7 +54,8 @@ TARGETS = {
 
 REVIEWED = (
     "decode/accept_exact", "decode/accept_typical", "decode/trees", "parts/metrics/confusion", "parts/metrics/overlap",
-    "parts/metrics/average_precision", "parts/metrics/rouge", "parts/metrics/psnr",
+    "parts/metrics/average_precision", "parts/metrics/boundary", "parts/metrics/frechet", "parts/metrics/lovasz",
+    "parts/metrics/psnr", "parts/metrics/rouge", "parts/regions/boxes", "parts/regions/iou", "parts/regions/masks",
 )  # fmt: skip
 """The files whose survivors were looked at, one by one: what runs when no file is named."""
 

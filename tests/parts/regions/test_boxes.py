@@ -88,11 +88,20 @@ def test_degenerate_boxes(function):
     (gradient,) = torch.autograd.grad(found.sum(), a)
     assert gradient.isfinite().all()
     assert function(odd[:1], odd[:1]).isfinite().all()
+    point = odd[:1].clone().requires_grad_()  # nothing against nothing: an overlap of 0, whose gradient is no NaN
+    (gradient,) = torch.autograd.grad(function(point, odd[:1]).sum(), point)
+    assert gradient.isfinite().all()
     odd[1] = torch.nan
     found = function(a, odd)
     assert found[:, 1].isnan().all()
     assert found[:, [0, 2]].isfinite().all()
     assert function(a[:0], odd).shape == (0, 3)
+
+
+def test_boxes_without_area_share_nothing():
+    nothing = torch.tensor([[3.0, 3, 3, 3], [9, 9, 2, 2]])
+    assert torch.equal(box_iou(nothing, nothing), torch.zeros(2, 2))
+    assert torch.equal(generalized_box_iou(nothing[:1], nothing[:1]), torch.zeros(1, 1))
 
 
 def test_the_weight_of_proportions_has_no_gradient():
@@ -126,6 +135,7 @@ def test_decoding_is_the_inverse_of_encoding(weights):
     a, b = boxes(7), boxes(7, 1)
     deltas = encode_boxes(a, b, weights)
     torch.testing.assert_close(decode_boxes(deltas, b, weights), a, atol=1e-12, rtol=0)
+    torch.testing.assert_close(decode_boxes(encode_boxes(a, b), b), a, atol=1e-12, rtol=0)  # as both come
     torch.testing.assert_close(encode_boxes(a[:, None], b)[2, 4], encode_boxes(a[2], b[4]))
 
 
@@ -152,6 +162,9 @@ def test_clipping():
     many = torch.full((2, 3, 4), 100.0)
     sizes = torch.tensor([[40, 60], [200, 50]])
     assert clip_boxes(many, sizes[:, None])[:, 0].tolist() == [[60, 40, 60, 40], [50, 100, 50, 100]]
+    near = torch.tensor([[-5.0, 0.5, 70, 90]]).expand(3, 4)  # one image's size, and the sizes of three
+    assert clip_boxes(near, torch.tensor([40, 60])).tolist() == [[0, 0.5, 60, 40]] * 3
+    assert clip_boxes(near, torch.tensor([[40, 60]] * 3)).tolist() == [[0, 0.5, 60, 40]] * 3
 
 
 def test_bad_calls_are_named():

@@ -20,6 +20,8 @@ def test_boxes_are_those_of_a_loop():
         wanted = [float(v) for v in (x.min(), y.min(), x.max(), y.max())] if len(x) else [0.0] * 4
         assert box == wanted
     assert torch.equal(masks_to_boxes(masks.float() * -2.5), boxes)
+    last = next(i for i, box in enumerate(boxes.tolist()) if box[0] > 1)
+    assert torch.equal(masks_to_boxes(masks[last : last + 1]), boxes[last : last + 1])  # fewer masks than columns
     for shape in ((0, 4, 5), (2, 0, 5)):
         assert torch.equal(masks_to_boxes(torch.zeros(shape)), torch.zeros(shape[0], 4))
     with pytest.raises(ValueError, match=r"masks_to_boxes: masks must be \(n, y, x\), got shape \(4, 5\)"):
@@ -32,6 +34,15 @@ def test_stability_is_the_iou_of_two_masks(dtype):
     high, low = z > 1.5, z > -0.5
     wanted = (high & low).sum((-2, -1)) / (high | low).sum((-2, -1))
     assert torch.equal(stability_score(z, 0.5, 1.0), wanted)
+    assert torch.equal(stability_score(z[0, 0], 0.5, 1.0), wanted[0, 0])  # one plane alone
+    assert torch.equal(stability_score(z), stability_score(z, 0.0, 1.0))
+    assert (stability_score(z, 0.5, 0.0) == 1).all()
+
+
+def test_a_logit_at_a_threshold_is_outside():
+    z = torch.tensor([[-1.0, 0.0], [1.0, 2.0]])
+    assert float(stability_score(z)) == pytest.approx(1 / 3)  # 2 is above 1; 0, 1 and 2 are above -1
+    assert float(stability_score(z, 0.0, 0.5)) == pytest.approx(2 / 3)
 
 
 def test_nothing_and_nan():

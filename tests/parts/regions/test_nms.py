@@ -45,6 +45,18 @@ def test_the_greedy_loop(n, threshold, both_ways):
     assert fixed_point(boxes, scores, groups * 0, threshold).tolist() == plain
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+@pytest.mark.parametrize("run", [0, file.RUN])
+def test_few_boxes_in_many_groups(block, run, monkeypatch):
+    """Groups begin and end at every place of a block, and many have one box."""
+    monkeypatch.setattr(file, "BLOCK", block)
+    monkeypatch.setattr(file, "RUN", run)
+    for seed in range(60):
+        boxes, scores, groups = crowd(2 + seed % 11, seed, span=10.0)
+        found = batched_nms(boxes, scores, groups, 0.3).tolist()
+        assert found == loops.nms(boxes.tolist(), scores.tolist(), 0.3, groups.tolist())
+
+
 def test_groups_are_exact_at_any_number_and_place(both_ways):
     """Boxes of 8 pixels, class 1202, in an image of 4000: moving classes apart in fp32 loses their overlaps."""
     boxes, scores, _ = crowd(600, span=3960.0, dtype=torch.float32)
